@@ -1,0 +1,21 @@
+"""fastgrpo: the GRPO loss as fused kernels. Importing it compiles nothing and touches no GPU."""
+
+from fastgrpo.advantages import group_advantages
+from fastgrpo.logps import selective_logps
+from fastgrpo.loss import GRPOLoss, GRPOOutput, grpo_loss
+from fastgrpo.objective import Objective
+from fastgrpo.policy import policy_loss
+from fastgrpo.reference import grpo_loss_reference
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRPOLoss",
+    "GRPOOutput",
+    "Objective",
+    "group_advantages",
+    "grpo_loss",
+    "grpo_loss_reference",
+    "policy_loss",
+    "selective_logps",
+]

@@ -1,0 +1,82 @@
+"""The row sweeps in plain torch: any device, any float dtype, slower; no fused objective (`token_loss`).
+
+Works through the rows a few at a time, so that its fp32 copies stay small whatever N is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BYTES = 64 << 20  # of one temporary
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def supports(device_type: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _chunks(logits: Tensor):
+    """Slices of rows, and the (n, V) view or copy of the logits that each is about."""
+    batch, length, vocab = logits.shape
+    step = max(1, _BYTES // (4 * vocab))
+    for b in range(batch):
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            yield slice(b * length + start, b * length + stop), (b, slice(start, stop))
+
+
+def row_stats(
+    logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, vocab = inv_temperature.dtype, logits.size(-1)
+    logp, lse = (torch.zeros(ids.shape, dtype=dtype, device=logits.device) for _ in range(2))
+    entropy = torch.zeros_like(logp) if want_entropy else logp.new_empty(0)
+    for rows, at in _chunks(logits):
+        scored = mask[rows]
+        # masked rows are overwritten, not multiplied by 0: they may hold NaN
+        z = torch.where(scored[:, None], logits[at].to(dtype), 0.0) * inv_temperature[rows, None]
+        lse[rows] = torch.where(scored, z.logsumexp(-1), 0.0)
+        inside = (ids[rows] >= 0) & (ids[rows] < vocab)
+        target = z.gather(-1, ids[rows].clamp(0, vocab - 1)[:, None])[:, 0]
+        value = torch.where(inside, target - lse[rows], torch.nan)
+        logp[rows] = torch.where(scored, value, 0.0)
+        if want_entropy:
+            p = (z - lse[rows, None]).exp_()
+            expected = torch.where(p == 0, 0.0, p * z).sum(-1)  # p = 0 at z = -inf
+            entropy[rows] = torch.where(scored, lse[rows] - expected, 0.0)
+    return logp, lse, entropy
+
+
+def row_grad(
+    logits: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    g: Tensor,
+    h: Tensor | None,
+    inv_temperature: Tensor,
+    out: Tensor,
+) -> None:
+    dtype, vocab = inv_temperature.dtype, logits.size(-1)
+    for rows, at in _chunks(logits):
+        active = g[rows] != 0 if h is None else (g[rows] != 0) | (h[rows] != 0)
+        z = torch.where(active[:, None], logits[at].to(dtype), 0.0) * inv_temperature[rows, None]
+        logp = z - lse[rows, None]
+        p = logp.exp()
+        coefficient = -g[rows, None]
+        if h is not None:
+            coefficient = coefficient - h[rows, None] * torch.where(p == 0, 0.0, logp + entropy[rows, None])
+        grad = p * coefficient
+        inside = (ids[rows] >= 0) & (ids[rows] < vocab)
+        grad.scatter_add_(
+            -1, ids[rows].clamp(0, vocab - 1)[:, None], torch.where(inside, g[rows], 0.0)[:, None].to(dtype)
+        )
+        out[at] = torch.where(active[:, None], grad * inv_temperature[rows, None], 0.0).to(out.dtype)
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    x.mul_(factor)

@@ -1,0 +1,306 @@
+"""Padded (B, T) and packed (N,) with cu_seqlens: both become rows, and sequences as segments of rows.
+
+Everything behind the public functions sees a `Batch` of flat (N,) vectors and two operations of its layout: a sum per
+sequence, and a number per sequence put back on its rows.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo.advantages import SCALE_REWARDS, check_groups, group_advantages
+from fastgrpo.objective import Objective
+
+
+@dataclass(frozen=True)
+class Padded:
+    """(B, T): row r is token r % T of sequence r // T."""
+
+    num_sequences: int
+    length: int
+
+    def seq_sum(self, x: Tensor) -> Tensor:  # (N,) -> (S,)
+        return x.view(self.num_sequences, self.length).sum(-1)
+
+    def seq_mean(self, x: Tensor) -> Tensor:  # over all rows, masked ones too
+        return self.seq_sum(x) / max(self.length, 1)
+
+    def to_rows(self, s: Tensor) -> Tensor:  # (S,) -> (N,)
+        return s[:, None].expand(-1, self.length).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """(N,) with cu_seqlens (S+1,): sequence i is rows cu_seqlens[i] to cu_seqlens[i+1]."""
+
+    num_sequences: int
+    cu_seqlens: Tensor
+    seq: Tensor  # (N,) int64
+
+    def seq_sum(self, x: Tensor) -> Tensor:
+        return torch.segment_reduce(x, "sum", offsets=self.cu_seqlens, unsafe=True, initial=0)
+
+    def seq_mean(self, x: Tensor) -> Tensor:
+        return self.seq_sum(x) / (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).clamp(min=1)
+
+    def to_rows(self, s: Tensor) -> Tensor:
+        return s[self.seq]
+
+
+@dataclass
+class Batch:
+    """A validated call: flat row vectors of one dtype, and how rows make sequences. N rows, S sequences."""
+
+    layout: Padded | Packed
+    shape: torch.Size  # of completion_ids, and of every per-token result
+    dtype: torch.dtype
+    ids: Tensor  # (N,) int64; anything where masked
+    mask: Tensor  # (N,) bool: the loss tokens
+    scored: Tensor  # (N,) bool: the rows that are read; less than `mask` where rows that cannot learn are left out
+    inv_temperature: Tensor  # (N,) fp32
+    given_advantages: Tensor | None  # (N,)
+    advantages_per_token: bool
+    rewards: Tensor | None  # (S,), with the next two
+    num_generations: int | None
+    scale_rewards: str
+    old: Tensor | None  # (N,)
+    ref: Tensor | None  # (N,)
+    sampling: Tensor | None  # (N,)
+    importance_ratio: Tensor | None  # (N,)
+    importance_ratio_per_sequence: bool
+    num_items_in_batch: Tensor | float | None
+    loss_scale: Tensor | float
+    skip_inert: bool = False  # the caller wants no statistics: rows that cannot learn need not be scored
+
+    @property
+    def advantages(self) -> Tensor:  # (N,)
+        if self.given_advantages is None:
+            per_sequence = group_advantages(self.rewards, self.num_generations, scale_rewards=self.scale_rewards)
+            self.given_advantages = self.layout.to_rows(per_sequence)
+        return self.given_advantages
+
+    @property
+    def seq(self) -> Tensor:  # (N,) int32: the sequence of each row
+        s = torch.arange(self.layout.num_sequences, dtype=torch.int32, device=self.mask.device)
+        return self.layout.to_rows(s)
+
+    def scored_only(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """`x`, with `fill` in the rows that are not scored: their content, NaN included, goes nowhere."""
+        return torch.where(self.scored, x, fill)
+
+    def num_items(self, mask: Tensor) -> Tensor | float:
+        """The denominator of dapo, cispo and vespo, at least 1."""
+        if self.num_items_in_batch is None:
+            return mask.sum().clamp(min=1)
+        if isinstance(self.num_items_in_batch, Tensor):
+            return self.num_items_in_batch.to(mask.device).clamp(min=1)
+        return max(self.num_items_in_batch, 1)
+
+    def leave_out_inert(self, objective: Objective) -> None:
+        """Do not score rows that are known to add nothing to loss and gradient, where the caller agreed to that."""
+        local = objective.is_token_local or not self.advantages_per_token
+        if self.skip_inert and objective.zero_advantage_is_inert and local:
+            self.scored = self.mask & (self.advantages != 0)
+
+
+def describe(x: object) -> str:
+    return f"a tensor of shape {tuple(x.shape)}, {x.dtype}, {x.device}" if isinstance(x, Tensor) else repr(x)
+
+
+def check(ok: bool, name: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {describe(got)}")
+
+
+def check_rows(rows: Tensor, completion_ids: Tensor, name: str, width: str) -> None:
+    """`rows` is (B, T, width) beside ids (B, T), or (N, width) beside (N,); same device, floating point."""
+    check(isinstance(rows, Tensor) and rows.is_floating_point(), name, "a floating point tensor", rows)
+    check(rows.dim() in (2, 3), name, f"shape (B, T, {width}), or (N, {width}) with cu_seqlens", rows)
+    check(
+        isinstance(completion_ids, Tensor) and completion_ids.shape == rows.shape[:-1],
+        "completion_ids",
+        f"shape {tuple(rows.shape[:-1])} to match {name}",
+        completion_ids,
+    )
+    integer = not completion_ids.is_floating_point() and completion_ids.dtype != torch.bool
+    check(integer, "completion_ids", "an integer dtype", completion_ids)
+    check(completion_ids.device == rows.device, "completion_ids", f"device {rows.device}", completion_ids)
+    check(rows.size(-1) > 0, name, f"{width} > 0", rows)
+
+
+def _values_can_be_checked(x: Tensor) -> bool:
+    """Reading a value costs nothing on a CPU; on a GPU it is a sync, so only FASTGRPO_DEBUG=1 asks for it."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("FASTGRPO_DEBUG") == "1"
+
+
+def check_ids(ids: Tensor, mask: Tensor, vocab_size: int, mask_name: str = "completion_mask") -> None:
+    """Ids of the rows in `mask` lie in [0, V). Others may be anything, -100 included."""
+    if not _values_can_be_checked(ids):
+        return
+    outside = ((ids < 0) | (ids >= vocab_size)) & mask
+    if bool(outside.any()):
+        where = int(outside.nonzero()[0])
+        raise ValueError(
+            f"completion_ids: expected ids in [0, {vocab_size}) where {mask_name} is set, got {int(ids[where])} at "
+            f"flat position {where}"
+        )
+
+
+def make_mask(mask: Tensor | None, shape: torch.Size, device: torch.device, name: str = "completion_mask") -> Tensor:
+    """(N,) bool from a mask of any dtype, or all True."""
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device).view(-1)
+    check(isinstance(mask, Tensor) and mask.shape == shape, name, f"shape {tuple(shape)}", mask)
+    check(mask.device == device, name, f"device {device}", mask)
+    return (mask != 0).reshape(-1)
+
+
+def make_inv_temperature(
+    temperature: float | Tensor, layout: Padded | Packed, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(N,) 1/temperature from a number, a value per sequence or a value per token."""
+    expected = "a number > 0, or a tensor per sequence or per token"
+    if not isinstance(temperature, Tensor):
+        number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+        check(number and 0 < temperature < float("inf"), "temperature", expected, temperature)
+        return torch.full((shape.numel(),), 1.0 / temperature, dtype=dtype, device=device)
+    check(temperature.device == device or temperature.dim() == 0, "temperature", f"device {device}", temperature)
+    if temperature.dim() == 0:
+        rows = temperature.to(device, dtype).expand(shape.numel())
+    else:
+        rows, _ = _to_rows("temperature", temperature, layout, shape, device, dtype)
+    if _values_can_be_checked(temperature):
+        check(bool((rows > 0).all()), "temperature", "values > 0", temperature)
+    return rows.reciprocal()
+
+
+def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Padded | Packed:
+    """The layout of ids (B, T), or of packed ids (N,) with cu_seqlens."""
+    if len(shape) == 2:
+        check(cu_seqlens is None, "cu_seqlens", "None with padded (B, T) inputs", cu_seqlens)
+        return Padded(shape[0], shape[1])
+    check(
+        isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 0,
+        "cu_seqlens",
+        "shape (S+1,) with packed (N,) inputs",
+        cu_seqlens,
+    )
+    check(not cu_seqlens.is_floating_point(), "cu_seqlens", "an integer dtype", cu_seqlens)
+    cu_seqlens = cu_seqlens.to(device, torch.int64)
+    if _values_can_be_checked(cu_seqlens):
+        ordered = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == shape[0] and bool((cu_seqlens.diff() >= 0).all())
+        check(ordered, "cu_seqlens", f"values from 0 up to {shape[0]}, never falling", cu_seqlens.tolist())
+    rows = torch.arange(shape[0], device=device)
+    return Packed(cu_seqlens.numel() - 1, cu_seqlens, torch.searchsorted(cu_seqlens, rows, right=True) - 1)
+
+
+def _to_rows(
+    name: str, x: Tensor, layout: Padded | Packed, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, bool]:
+    """(N,) from a value per token (`shape`) or per sequence ((S,) or (S, 1)), and whether it was per sequence."""
+    sequences = layout.num_sequences
+    expected = f"shape {tuple(shape)} (per token) or ({sequences},) (per sequence) on {device}"
+    check(isinstance(x, Tensor) and x.device == device, name, expected, x)
+    if x.shape in ((sequences,), (sequences, 1)):
+        return layout.to_rows(x.to(dtype).reshape(-1)).contiguous(), True
+    check(x.shape == shape, name, expected, x)
+    return x.to(dtype).reshape(-1).contiguous(), False
+
+
+def make_batch(
+    completion_ids: Tensor,
+    advantages: Tensor | None,
+    *,
+    objective: Objective,
+    dtype: torch.dtype,
+    vocab_size: int | None = None,
+    completion_mask: Tensor | None = None,
+    old_per_token_logps: Tensor | None = None,
+    ref_per_token_logps: Tensor | None = None,
+    rewards: Tensor | None = None,
+    num_generations: int | None = None,
+    scale_rewards: str = "group",
+    importance_sampling_ratio: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    loss_scale: Tensor | float = 1.0,
+    temperature: float | Tensor = 1.0,
+    cu_seqlens: Tensor | None = None,
+) -> Batch:
+    """Validate a call's arguments (already checked against the logits) and put them on rows. ValueErrors name them."""
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective: expected an Objective, got {objective!r}")
+    shape, device = completion_ids.shape, completion_ids.device
+    layout = make_layout(shape, cu_seqlens, device)
+    ids = completion_ids.reshape(-1).long().contiguous()
+    mask = make_mask(completion_mask, shape, device)
+    if vocab_size is not None:
+        check_ids(ids, mask, vocab_size)
+
+    def per_token(name: str, x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        check(isinstance(x, Tensor) and x.shape == shape, name, f"shape {tuple(shape)}", x)
+        check(x.device == device, name, f"device {device}", x)
+        return x.detach().to(dtype).reshape(-1).contiguous()
+
+    check((advantages is None) != (rewards is None), "advantages, rewards", "exactly one of the two", advantages)
+    check(scale_rewards in SCALE_REWARDS, "scale_rewards", f"one of {', '.join(SCALE_REWARDS)}", scale_rewards)
+    advantages_per_token = False
+    if advantages is not None:
+        # a constant of the objective, whatever made it
+        check(isinstance(advantages, Tensor), "advantages", "a tensor", advantages)
+        advantages, per_seq = _to_rows("advantages", advantages.detach(), layout, shape, device, dtype)
+        advantages_per_token = not per_seq
+        if advantages_per_token:
+            advantages = torch.where(mask, advantages, 0.0)
+    else:
+        per_sequence = isinstance(rewards, Tensor) and rewards.shape == (layout.num_sequences,)
+        check(per_sequence, "rewards", f"shape ({layout.num_sequences},)", rewards)
+        check(rewards.device == device, "rewards", f"device {device}", rewards)
+        check_groups(rewards, num_generations)
+        rewards = rewards.detach().to(dtype).contiguous()
+
+    ref = per_token("ref_per_token_logps", ref_per_token_logps)
+    if objective.beta != 0:
+        check(ref is not None, "ref_per_token_logps", "a tensor because beta is not 0", None)
+    ratio, ratio_per_sequence = None, False
+    if importance_sampling_ratio is not None:
+        ratio, ratio_per_sequence = _to_rows(
+            "importance_sampling_ratio", importance_sampling_ratio, layout, shape, device, dtype
+        )
+        ratio = ratio.detach()
+    for name, value in (("num_items_in_batch", num_items_in_batch), ("loss_scale", loss_scale)):
+        scalar = value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, (int, float))
+        scalar = scalar or (value is None and name == "num_items_in_batch")
+        check(scalar, name, "a number or a 0-dim tensor", value)
+    if isinstance(loss_scale, Tensor):
+        loss_scale = loss_scale.detach().to(device, dtype)
+
+    return Batch(
+        layout=layout,
+        shape=shape,
+        dtype=dtype,
+        ids=ids,
+        mask=mask,
+        scored=mask,
+        inv_temperature=make_inv_temperature(temperature, layout, shape, device, dtype),
+        given_advantages=advantages,
+        advantages_per_token=advantages_per_token,
+        rewards=rewards,
+        num_generations=num_generations,
+        scale_rewards=scale_rewards,
+        old=per_token("old_per_token_logps", old_per_token_logps),
+        ref=ref,
+        sampling=per_token("sampling_per_token_logps", sampling_per_token_logps),
+        importance_ratio=ratio,
+        importance_ratio_per_sequence=ratio_per_sequence,
+        num_items_in_batch=num_items_in_batch,
+        loss_scale=loss_scale,
+    )

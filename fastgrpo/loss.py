@@ -1,0 +1,280 @@
+"""The GRPO loss from logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo import backends, ops
+from fastgrpo.backends import TokenRows, TokenSpec
+from fastgrpo.layout import Batch, check_rows, make_batch
+from fastgrpo.objective import (
+    Objective,
+    Terms,
+    compute_metrics,
+    compute_objective,
+    entropy_weight,
+    row_weight,
+)
+
+
+class GRPOOutput(NamedTuple):
+    """What a loss call returns. Only `loss` is differentiable; with return_stats=False only `loss` is filled."""
+
+    loss: Tensor  # 0-dim fp32
+    per_token_logps: Tensor | None = None  # like completion_ids, fp32; 0 where masked
+    entropies: Tensor | None = None  # like completion_ids, fp32, nats; 0 where masked
+    kl: Tensor | None = None  # like completion_ids, fp32; None when beta is 0
+    metrics: dict[str, Tensor] | None = None  # 0-dim tensors under TRL's names; reading one is the caller's sync
+
+
+def grpo_loss(
+    logits: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor | None = None,
+    *,
+    completion_mask: Tensor | None = None,
+    old_per_token_logps: Tensor | None = None,
+    ref_per_token_logps: Tensor | None = None,
+    rewards: Tensor | None = None,
+    num_generations: int | None = None,
+    scale_rewards: str = "group",
+    importance_sampling_ratio: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    loss_scale: Tensor | float = 1.0,
+    temperature: float | Tensor = 1.0,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective = Objective(),  # noqa: B008 (frozen)
+    return_stats: bool = True,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> GRPOOutput:
+    """The GRPO loss of a batch of completions from their logits, without a full softmax.
+
+    With `inplace=True` the gradient is made in the forward pass and written over the logits: one pass over them for
+    token-level objectives, and no memory that grows with V. Otherwise the forward pass reads the logits once and the
+    backward pass makes the gradient in a new tensor.
+
+    Args:
+        logits (B, T, V) or packed (N, V), fp32, bf16 or fp16: row t predicts completion_ids[:, t] (the caller drops the
+            last position; a strided slice is fine and is not copied). float64 works too, in plain torch.
+        completion_ids (B, T) or (N,) integer: the sampled tokens.
+        advantages (B,) or (B, T), packed (S,) or (N,): or None, and then `rewards` with `num_generations`.
+        completion_mask like completion_ids: the loss tokens (nonzero). What a masked row holds, NaN included, reaches
+            no result, and its logits are not read.
+        old_per_token_logps like completion_ids: logps under the policy that sampled; None: the current ones, detached.
+        ref_per_token_logps like completion_ids: logps under the reference policy; needed when beta is not 0.
+        rewards (B,): one per completion, whole contiguous groups of `num_generations`; NaN: not judged.
+        scale_rewards: "group", "batch" or "none", see `group_advantages`.
+        importance_sampling_ratio (B, T), (B, 1) or (B,): factor of the policy term for tokens of another sampler.
+        sampling_per_token_logps like completion_ids: the sampler's logps, for the off-policy mask (None: old ones).
+        num_items_in_batch: number of loss tokens that "dapo", "cispo" and "vespo" divide by (number or 0-dim tensor;
+            None: this batch's).
+        loss_scale: factor of loss and gradient, such as 1/accumulation steps (number or 0-dim tensor).
+        temperature: number > 0, or a tensor (B,) or (B, T): logits are divided by it.
+        cu_seqlens (S+1,) integer: the sequence boundaries of a packed batch.
+        objective: every option of the loss.
+        return_stats: fill per_token_logps, entropies, kl and metrics; without, rows that cannot learn are not scored.
+        inplace: overwrite `logits` with their gradient (only when they require one). One backward call is allowed.
+        backend: "auto", "cpu", "triton" or "torch"; a named one that cannot run raises.
+
+    Returns:
+        GRPOOutput.
+
+    Raises:
+        ValueError: names the argument, what was expected and what came.
+        RuntimeError: a named backend cannot run here; a second backward after inplace=True; a double backward.
+
+    Equivalent to: TRL 1.16's `GRPOTrainer._compute_loss` after its forward pass (arXiv:2402.03300 and, for the options,
+    the papers named in `Objective`).
+    """
+    check_rows(logits, completion_ids, "logits", "V")
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    batch = make_batch(
+        completion_ids,
+        advantages,
+        objective=objective,
+        dtype=dtype,
+        vocab_size=logits.size(-1),
+        completion_mask=completion_mask,
+        old_per_token_logps=old_per_token_logps,
+        ref_per_token_logps=ref_per_token_logps,
+        rewards=rewards,
+        num_generations=num_generations,
+        scale_rewards=scale_rewards,
+        importance_sampling_ratio=importance_sampling_ratio,
+        sampling_per_token_logps=sampling_per_token_logps,
+        num_items_in_batch=num_items_in_batch,
+        loss_scale=loss_scale,
+        temperature=temperature,
+        cu_seqlens=cu_seqlens,
+    )
+    backend = backends.select(logits, backend)
+    logits = as_rows(logits, inplace)
+    inplace = inplace and logits.requires_grad and torch.is_grad_enabled()
+    batch.skip_inert = not return_stats
+    want_entropy = return_stats or objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
+
+    call = _InPlaceLoss.apply if inplace else _loss
+    loss, logps, entropies, ratio, kl, phi = call(logits, objective, batch, want_entropy, backend)
+    loss = loss.to(torch.float32)
+    if not return_stats:
+        return GRPOOutput(loss)
+    return make_output(objective, batch, loss, logps, entropies, ratio, kl, phi)
+
+
+def make_output(objective: Objective, batch: Batch, loss, logps, entropies, ratio, kl, phi) -> GRPOOutput:
+    """The public result from row vectors."""
+    metrics = compute_metrics(objective, batch, ratio, kl, entropies, phi)
+    logps, entropies, kl = (None if x is None else x.detach().view(batch.shape) for x in (logps, entropies, kl))
+    return GRPOOutput(loss, logps, entropies, kl, metrics)
+
+
+def as_rows(logits: Tensor, inplace: bool = False) -> Tensor:
+    """(B, T, V) with unit stride in V; packed (N, V) becomes (1, N, V)."""
+    if logits.stride(-1) != 1 and logits.size(-1) > 1:
+        if inplace:
+            raise ValueError(f"logits: expected unit stride in V with inplace=True, got strides {logits.stride()}")
+        logits = logits.contiguous()
+    return logits if logits.dim() == 3 else logits.unsqueeze(0)
+
+
+def _loss(logits: Tensor, objective: Objective, batch: Batch, want_entropy: bool, backend: str):
+    """Forward now, gradient when asked: (loss, logps, entropies, ratio, kl, phi)."""
+    if backend != "torch" and objective.is_token_local:
+        return _token_loss(ops.token_loss, logits, objective, batch, want_entropy, backend)
+    batch.leave_out_inert(objective)
+    logps, _, entropies = ops.row_stats(logits, batch.ids, batch.scored, batch.inv_temperature, want_entropy, backend)
+    terms = _objective_of_stats(objective, logps, entropies, batch, want_entropy)
+    return terms.loss, logps.detach(), entropies.detach() if want_entropy else None, terms.ratio, terms.kl, terms.phi
+
+
+def _objective_of_stats(
+    objective: Objective, logps: Tensor, entropies: Tensor, batch: Batch, want_entropy: bool
+) -> Terms:
+    if objective.entropy_coef == 0:
+        entropies = entropies.detach()  # a statistic only: no gradient sweep for it
+    return compute_objective(objective, logps, entropies if want_entropy else None, batch)
+
+
+def _token_loss(op, logits: Tensor, objective: Objective, batch: Batch, want_entropy: bool, backend: str):
+    """The one-pass kernels: `op` is ops.token_loss or ops.token_loss_."""
+    rows, spec = token_inputs(objective, batch)
+    loss, logps, _, entropies, kl, ratio, _ = op(
+        logits, batch.ids, batch.scored, batch.inv_temperature, want_entropy, *rows, list(spec), backend
+    )
+    return loss.sum(), logps, entropies if want_entropy else None, ratio, kl if objective.beta != 0 else None, None
+
+
+def token_inputs(objective: Objective, batch: Batch) -> tuple[TokenRows, TokenSpec]:
+    """The fused objective's view of a batch."""
+    o = objective
+    in_pass = batch.rewards is not None and batch.scale_rewards != "batch"
+    rows = TokenRows(
+        weight=row_weight(o, batch),
+        advantages=None if in_pass else batch.advantages,
+        rewards=batch.rewards if in_pass else None,
+        seq=batch.seq if in_pass else None,
+        old=batch.old,
+        ref=batch.ref if o.beta != 0 else None,
+        policy_scale=batch.importance_ratio,
+        h=entropy_weight(o, batch),
+    )
+    spec = TokenSpec(
+        kind={"cispo": 1, "sapo": 2}.get(o.loss_type, 0),
+        clip_low=1 - o.epsilon,
+        clip_high=o.clip_high,
+        delta=torch.finfo(torch.float32).max if o.delta is None else o.delta,
+        beta=o.beta,
+        bias_correction=o.use_bias_correction_kl,
+        tau_pos=o.sapo_temperature_pos,
+        tau_neg=o.sapo_temperature_neg,
+        group_size=batch.num_generations if in_pass else 0,
+        scale_by_std=in_pass and batch.scale_rewards == "group",
+        skip_zero=batch.skip_inert and o.zero_advantage_is_inert,
+    )
+    return rows, TokenSpec(*map(float, spec))
+
+
+class _InPlaceLoss(torch.autograd.Function):
+    """The gradient is made in the forward pass, over the logits; backward hands it out, scaled, once."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, objective: Objective, batch: Batch, want_entropy: bool, backend: str):
+        # detach() shares the version counter: whoever saved these logits for a backward of their own gets autograd's
+        # error about an in-place change instead of a gradient in their place
+        buffer = logits.detach()
+        # fp16 gradients wait for the upstream factor: a GradScaler's is there to keep them from rounding to 0
+        ctx.wait = buffer.dtype == torch.float16
+        if backend != "torch" and objective.is_token_local and not ctx.wait:
+            results = _token_loss(ops.token_loss_, buffer, objective, batch, want_entropy, backend)
+            saved = (buffer,)
+        else:
+            batch.leave_out_inert(objective)
+            stats = ops.row_stats(buffer, batch.ids, batch.scored, batch.inv_temperature, want_entropy, backend)
+            terms, g, h = _coefficients(objective, stats, batch, want_entropy)
+            results = (terms.loss, stats[0], stats[2] if want_entropy else None, terms.ratio, terms.kl, terms.phi)
+            saved = (buffer, batch.ids, stats[1], stats[2], g, h, batch.inv_temperature)
+            if not ctx.wait:
+                ops.row_grad_(*saved, backend)
+                saved = (buffer,)
+        ctx.save_for_backward(*saved)
+        ctx.backend, ctx.handed_out = backend, False
+        ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor | None, *_):
+        if d_loss is None:
+            return None, None, None, None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            ops.refuse_double_backward()
+        if ctx.handed_out:
+            raise RuntimeError(
+                "fastgrpo: a second backward through a loss with inplace=True; its gradient, written over the logits, "
+                "was handed out by the first. Use inplace=False to keep the graph."
+            )
+        ctx.handed_out = True
+        buffer, *rest = ctx.saved_tensors
+        if ctx.wait:
+            ids, lse, entropy, g, h, inv_temperature = rest
+            h = None if h is None else h * d_loss
+            ops.row_grad_(buffer, ids, lse, entropy, g * d_loss, h, inv_temperature, ctx.backend)
+        else:
+            ops.scale_(buffer, d_loss, ctx.backend)
+        return buffer, None, None, None, None
+
+
+def _coefficients(objective: Objective, stats: tuple[Tensor, Tensor, Tensor], batch: Batch, want_entropy: bool):
+    """The objective's terms with g = dL/dlogp and h = dL/dentropy (or None) of each row, by autograd on (N,) vectors."""
+    with torch.enable_grad():
+        logps = stats[0].detach().requires_grad_()
+        entropies = stats[2].detach().requires_grad_(objective.entropy_coef != 0)
+        terms = _objective_of_stats(objective, logps, entropies, batch, want_entropy)
+        wanted = [logps, entropies] if objective.entropy_coef != 0 else [logps]
+        g, *h = torch.autograd.grad(terms.loss, wanted, materialize_grads=True)
+    return terms._replace(loss=terms.loss.detach()), g, h[0] if h else None
+
+
+class GRPOLoss(nn.Module):
+    """`grpo_loss` with its objective (and, if wished, other fixed options) held in a module.
+
+    Args:
+        objective: the options of the loss.
+        **options: keyword arguments of `grpo_loss` that stay the same from call to call, such as inplace or temperature.
+    """
+
+    def __init__(self, objective: Objective = Objective(), **options):  # noqa: B008 (frozen)
+        super().__init__()
+        self.objective = objective
+        self.options = options
+
+    def forward(self, logits: Tensor, completion_ids: Tensor, advantages: Tensor | None = None, **kwargs) -> GRPOOutput:
+        return grpo_loss(logits, completion_ids, advantages, objective=self.objective, **{**self.options, **kwargs})
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.objective), *(f"{k}={v!r}" for k, v in self.options.items())])

@@ -1,0 +1,42 @@
+"""The loss as a textbook would write it: full softmax, autograd, any float dtype. What the kernels are tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgrpo.layout import check_rows, make_batch
+from fastgrpo.loss import GRPOOutput, make_output
+from fastgrpo.objective import Objective, compute_objective
+
+
+def grpo_loss_reference(
+    logits: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor | None = None,
+    *,
+    objective: Objective = Objective(),  # noqa: B008 (frozen)
+    return_stats: bool = True,
+    **options,
+) -> GRPOOutput:
+    """`grpo_loss` in plain torch, computed in the logits' own dtype (use float64 for truth).
+
+    Takes the arguments of `grpo_loss`, less `inplace` and `backend`; differentiable any number of times. Needs several
+    copies of the logits.
+    """
+    check_rows(logits, completion_ids, "logits", "V")
+    vocab = logits.size(-1)
+    batch = make_batch(
+        completion_ids, advantages, objective=objective, dtype=logits.dtype, vocab_size=vocab, **options
+    )
+    scored = batch.scored[:, None]
+    z = torch.where(scored, logits.reshape(-1, vocab), 0.0) * batch.inv_temperature[:, None]
+    all_logps = z.log_softmax(-1)
+    logps = all_logps.gather(-1, torch.where(batch.scored, batch.ids, 0)[:, None])[:, 0]
+    p = all_logps.exp()
+    entropies = -(p * torch.where(p == 0, 0.0, all_logps)).sum(-1)  # p log p is 0 at p = 0
+    terms = compute_objective(objective, logps, entropies, batch)
+    if not return_stats:
+        return GRPOOutput(terms.loss)
+    logps, entropies = (batch.scored_only(x.detach()) for x in (logps, entropies))
+    return make_output(objective, batch, terms.loss, logps, entropies, terms.ratio, terms.kl, terms.phi)

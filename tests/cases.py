@@ -1,0 +1,111 @@
+"""Inputs and comparisons that the tests share."""
+
+import torch
+
+from fastgrpo import Objective, grpo_loss_reference
+from fastgrpo.objective import LOSS_TYPES
+
+LEVELS = ("token", "sequence", "sequence_token")
+MAX_COMPLETION_LENGTH = 9
+
+# (name, objective options, inputs that the objective reads beyond advantages and mask)
+OPTIONS = {
+    "plain": ({}, ()),
+    "old": ({}, ("old",)),
+    "beta": (dict(beta=0.1), ("ref",)),
+    "beta-old": (dict(beta=0.1), ("old", "ref")),
+    "beta-old-unbiased": (dict(beta=0.1, use_bias_correction_kl=False), ("old", "ref")),
+    "delta": (dict(delta=1.1, epsilon_high=0.3), ("old",)),
+    "entropy": (dict(entropy_coef=0.02), ("old",)),
+    "quantile": (dict(top_entropy_quantile=0.4, entropy_coef=0.02), ("old",)),
+    "off-policy": (dict(off_policy_mask_threshold=0.02), ("old",)),
+    "off-policy-sampler": (dict(off_policy_mask_threshold=0.02), ("old", "sampling")),
+    "is-token": ({}, ("old", "is_token")),
+    "is-sequence": (dict(beta=0.1), ("old", "ref", "is_sequence")),
+    "token-advantages": ({}, ("old", "token_advantages")),
+    "num-items": (dict(beta=0.1), ("old", "ref", "num_items")),
+}
+
+
+def objective_for(loss_type: str, level: str, options: dict) -> Objective:
+    defaults = dict(loss_type=loss_type, importance_sampling_level=level, max_completion_length=MAX_COMPLETION_LENGTH)
+    if loss_type == "cispo":
+        defaults["epsilon_high"] = 1.1  # the cap itself: so that some tokens reach it
+    return Objective(**{**defaults, **options})
+
+
+def make_inputs(extras=(), *, batch=4, length=7, vocab=61, dtype=torch.float32, seed=0, device="cpu", scale=3.0):
+    """(logits, ids, kwargs of a loss call) with a realistic spread: ratios around 1, some beyond the clip range."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=gen)
+
+    logits = (noise(batch, length, vocab) * scale).to(dtype)
+    ids = torch.randint(0, vocab, (batch, length), generator=gen)
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    for row in range(1, batch):  # ragged, and the last sequence has no loss token at all
+        mask[row, length - row :] = 0
+    if batch > 3:
+        mask[-1] = 0
+    logps = grpo_loss_reference(logits.double(), ids, torch.zeros(batch)).per_token_logps
+    kwargs = dict(completion_mask=mask)
+    kwargs["advantages"] = noise(batch, length) if "token_advantages" in extras else noise(batch)
+    if "old" in extras:
+        kwargs["old_per_token_logps"] = (logps + 0.25 * noise(batch, length)).float()
+    if "ref" in extras:
+        kwargs["ref_per_token_logps"] = (logps + 0.3 * noise(batch, length)).float()
+    if "sampling" in extras:
+        sampling = (logps + 0.2 * noise(batch, length)).float()
+        sampling[0, 0] = torch.nan  # a token that the sampler could not score
+        kwargs["sampling_per_token_logps"] = sampling
+    if "is_token" in extras:
+        kwargs["importance_sampling_ratio"] = (0.3 * noise(batch, length) * mask).exp()  # 1 where masked, as TRL's
+    if "is_sequence" in extras:
+        kwargs["importance_sampling_ratio"] = (0.3 * noise(batch, 1) * mask[:, :1]).exp()
+    if "num_items" in extras:
+        kwargs["num_items_in_batch"] = torch.tensor(37)
+    move = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    return logits.to(device), ids.to(device), move
+
+
+def loss_and_grad(function, logits, ids, upstream=1.0, **kwargs):
+    """(output, gradient of the logits) of a call on a fresh leaf."""
+    leaf = logits.clone().requires_grad_()
+    output = function(leaf, ids, **kwargs)
+    (output.loss * upstream).backward()
+    return output, leaf.grad
+
+
+def truth(logits, ids, upstream=1.0, **kwargs):
+    """loss_and_grad of the reference in float64, on the CPU."""
+    kwargs = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    return loss_and_grad(grpo_loss_reference, logits.detach().cpu().double(), ids.cpu(), upstream, **kwargs)
+
+
+def rel_norm(got: torch.Tensor, want: torch.Tensor) -> float:
+    want = want.double().cpu()
+    return float((got.double().cpu() - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, rel: float, what: str = "") -> None:
+    """Relative in norm, and element-wise against the largest element; a failure names the worst index."""
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    if want.numel() == 0:
+        return
+    error = (got - want).abs()
+    error[(got == want) | (got.isnan() & want.isnan())] = 0  # infinities of one sign agree
+    worst = int(error.nan_to_num(nan=torch.inf).argmax())
+    finite = want[want.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    value = float(error.view(-1)[worst])
+    assert value <= rel * scale + 1e-12, (
+        f"{what}: error {value:.3e} over {rel * scale:.3e} at flat index {worst}: got {float(got.view(-1)[worst])!r}, "
+        f"expected {float(want.view(-1)[worst])!r}"
+    )
+    norm = rel_norm(torch.where(error == 0, want, got).nan_to_num(), want.nan_to_num())
+    assert norm <= rel or scale == 0, f"{what}: relative norm of the error {norm:.3e} over {rel:.3e}"
+
+
+__all__ = ["LEVELS", "LOSS_TYPES", "OPTIONS"]

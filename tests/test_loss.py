@@ -1,0 +1,277 @@
+"""grpo_loss on every backend, against the reference and TRL in float64."""
+
+import itertools
+
+import pytest
+import torch
+from cases import LEVELS, OPTIONS, assert_close, loss_and_grad, make_inputs, objective_for, rel_norm, truth
+
+from fastgrpo import GRPOLoss, Objective, backends, group_advantages, grpo_loss, grpo_loss_reference, selective_logps
+from fastgrpo.objective import LOSS_TYPES
+
+REL = {torch.float32: 1e-5}  # bf16 and fp16 are held against plain torch instead
+TABLE = list(itertools.product(LOSS_TYPES, LEVELS, ("plain", "old", "beta", "beta-old")))
+
+
+@pytest.mark.parametrize("loss_type, level, option", TABLE)
+def test_parity(loss_type, level, option, backend, device):
+    """Loss type x level x beta x (old given or not), fp32, both ways of making the gradient."""
+    options, extras = OPTIONS[option]
+    objective = objective_for(loss_type, level, options)
+    logits, ids, kwargs = make_inputs(extras, seed=3, device=device)
+    want, want_grad = truth(logits, ids, objective=objective, **kwargs)
+    if level != "sequence_token":
+        _assert_trl_agrees(want, want_grad, logits, ids, objective, kwargs)
+    assert want_grad.norm() > 1e-3
+    for inplace in (False, True):
+        got, grad = loss_and_grad(
+            grpo_loss, logits, ids, objective=objective, backend=backend, inplace=inplace, **kwargs
+        )
+        assert_close(got.loss, want.loss, REL[torch.float32], "loss")
+        assert_close(grad, want_grad, REL[torch.float32], "gradient")
+        assert_close(got.per_token_logps, want.per_token_logps, 1e-5, "logps")
+        assert_close(got.entropies, want.entropies, 1e-5, "entropies")
+        assert (got.kl is None) == (objective.beta == 0)
+        if objective.beta:
+            assert_close(got.kl, want.kl, 2e-5, "kl")
+        assert set(got.metrics) == set(want.metrics)
+        for name, value in want.metrics.items():
+            assert got.metrics[name].item() == pytest.approx(value.item(), rel=2e-5, abs=1e-6, nan_ok=True), name
+
+
+def _assert_trl_agrees(want, want_grad, logits, ids, objective, kwargs):
+    pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
+    from trl_oracle import trl_loss
+
+    leaf = logits.cpu().double().requires_grad_()
+    all_logps = leaf.log_softmax(-1)
+    entropies = -(all_logps.exp() * all_logps).sum(-1)
+    inputs = {k: v.cpu() for k, v in kwargs.items()}
+    loss, _ = trl_loss(objective, all_logps.gather(-1, ids.cpu()[..., None])[..., 0], entropies, **inputs)
+    assert_close(loss, want.loss, 1e-9, "TRL's loss")
+    assert_close(torch.autograd.grad(loss, leaf)[0], want_grad, 1e-8, "TRL's gradient")
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o not in ("plain", "old", "beta", "beta-old")])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo", "sapo", "vespo"])
+def test_options(loss_type, option, backend, device):
+    options, extras = OPTIONS[option]
+    objective = objective_for(loss_type, "token", options)
+    logits, ids, kwargs = make_inputs(extras, seed=5, device=device)
+    want, want_grad = truth(logits, ids, upstream=2.5, objective=objective, loss_scale=0.5, **kwargs)
+    for inplace in (False, True):
+        got, grad = loss_and_grad(
+            grpo_loss, logits, ids, 2.5, objective=objective, backend=backend, inplace=inplace, loss_scale=0.5, **kwargs
+        )
+        assert_close(got.loss, want.loss, 1e-5, "loss")
+        assert_close(grad, want_grad, 1e-5, "gradient")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss_type, level", [("dapo", "token"), ("grpo", "sequence"), ("cispo", "token"), ("sapo", "token")])
+def test_half_precision_error_is_at_most_twice_plain_torchs(loss_type, level, dtype, inplace, backend, device):
+    objective = objective_for(loss_type, level, dict(beta=0.1, entropy_coef=0.01))
+    logits, ids, kwargs = make_inputs(("old", "ref"), vocab=130, dtype=dtype, device=device)
+    want, want_grad = truth(logits, ids, objective=objective, **kwargs)
+
+    def plain(x, ids, **kw):  # what a careful eager user writes: fp32 inside, autograd's cast at the end
+        return grpo_loss_reference(x.float(), ids, **kw)
+
+    eager, eager_grad = loss_and_grad(plain, logits, ids, objective=objective, **kwargs)
+    got, grad = loss_and_grad(grpo_loss, logits, ids, objective=objective, backend=backend, inplace=inplace, **kwargs)
+    assert grad.dtype == dtype
+    assert_close(got.loss, want.loss, 1e-5, "loss")  # the loss never leaves fp32
+    assert rel_norm(grad, want_grad) <= 2 * rel_norm(eager_grad, want_grad)
+
+
+def test_temperature(backend, device):
+    logits, ids, kwargs = make_inputs(("old", "ref"), device=device)
+    objective = Objective(beta=0.1, entropy_coef=0.01)
+    for temperature in (0.7, torch.tensor([0.5, 0.9, 1.3, 2.0]), torch.rand(ids.shape) + 0.5, torch.tensor(1.7)):
+        on_device = temperature.to(device) if isinstance(temperature, torch.Tensor) else temperature
+        want, want_grad = truth(logits, ids, objective=objective, temperature=temperature, **kwargs)
+        got, grad = loss_and_grad(
+            grpo_loss, logits, ids, objective=objective, temperature=on_device, backend=backend, **kwargs
+        )
+        assert_close(got.loss, want.loss, 1e-5)
+        assert_close(grad, want_grad, 1e-5)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_rewards_are_normalised_in_the_pass(scale_rewards, backend, device):
+    logits, ids, kwargs = make_inputs(("old",), batch=6, device=device)
+    del kwargs["advantages"]
+    rewards = torch.tensor([1.0, 0.25, torch.nan, 0.7, 0.7, 0.7], device=device)
+    advantages = group_advantages(rewards, 3, scale_rewards=scale_rewards)
+    assert (advantages[2:] == 0).all() and (advantages[:2] != 0).all()
+    for inplace in (False, True):
+        want, want_grad = loss_and_grad(
+            grpo_loss, logits, ids, advantages=advantages, backend=backend, inplace=inplace, **kwargs
+        )
+        got, grad = loss_and_grad(
+            grpo_loss,
+            logits,
+            ids,
+            rewards=rewards,
+            num_generations=3,
+            scale_rewards=scale_rewards,
+            backend=backend,
+            inplace=inplace,
+            **kwargs,
+        )
+        assert_close(got.loss, want.loss, 1e-6)
+        assert_close(grad, want_grad, 1e-6)
+        assert (grad[2:] == 0).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_packed_equals_padded(level, backend, device):
+    logits, ids, kwargs = make_inputs(("old", "ref", "is_sequence", "sampling"), device=device)
+    mask = kwargs.pop("completion_mask").bool()
+    lengths = mask.sum(-1)
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    packed = {k: v[mask] if v.shape == mask.shape else v for k, v in kwargs.items()}
+    for loss_type in LOSS_TYPES:
+        objective = objective_for(
+            loss_type, level, dict(beta=0.1, entropy_coef=0.1, top_entropy_quantile=0.5, off_policy_mask_threshold=0.02)
+        )
+        call = dict(objective=objective, backend=backend)
+        want, want_grad = loss_and_grad(grpo_loss, logits, ids, completion_mask=mask, **call, **kwargs)
+        got, grad = loss_and_grad(grpo_loss, logits[mask], ids[mask], cu_seqlens=cu_seqlens, **call, **packed)
+        assert_close(got.loss, want.loss, 1e-6)
+        assert_close(grad, want_grad[mask], 1e-6)
+        assert_close(got.per_token_logps, want.per_token_logps[mask], 0)
+        for name, value in want.metrics.items():
+            if name != "vespo/phi_seq_mean":  # the last sequence has no rows when packed, and so no phi to count
+                assert got.metrics[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6, nan_ok=True), name
+
+
+def test_without_stats_rows_that_cannot_learn_are_not_scored(backend, device):
+    """Their logits may even be NaN: they are not read. And the loss and gradient of the others are the same."""
+    logits, ids, kwargs = make_inputs(("old",), device=device)
+    kwargs["advantages"] = torch.tensor([1.0, 0.0, -1.0, 2.0], device=device)
+    for level, inplace in itertools.product(LEVELS, (False, True)):
+        call = dict(objective=objective_for("grpo", level, {}), backend=backend, inplace=inplace)
+        want, want_grad = loss_and_grad(grpo_loss, logits, ids, **call, **kwargs)
+        poisoned = logits.clone()
+        poisoned[1] = torch.nan
+        got, grad = loss_and_grad(grpo_loss, poisoned, ids, return_stats=False, **call, **kwargs)
+        assert torch.equal(got.loss, want.loss) and torch.equal(grad, want_grad)
+        assert got[1:] == (None,) * 4
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_upstream_gradients(inplace, backend, device):
+    logits, ids, kwargs = make_inputs(("old", "ref"), device=device)
+    for level in ("token", "sequence"):
+        objective = objective_for("grpo", level, dict(beta=0.1))
+        for upstream in (1.0, 0.0, -3.5, 65536.0, torch.tensor(0.25, device=device)):
+            _, want = truth(logits, ids, float(upstream), objective=objective, **kwargs)
+            _, got = loss_and_grad(
+                grpo_loss, logits, ids, upstream, objective=objective, inplace=inplace, backend=backend, **kwargs
+            )
+            assert_close(got, want, 1e-5, f"upstream {upstream}")
+
+
+def test_grad_scaler_keeps_small_fp16_gradients(backend, device):
+    """With a loss scale of 2^16, gradients far below fp16's smallest number arrive, in place too."""
+    logits, ids, kwargs = make_inputs(("old",), dtype=torch.float16, device=device)
+    kwargs["num_items_in_batch"] = 1e6
+    _, want = truth(logits, ids, 65536.0, **kwargs)
+    for inplace in (False, True):
+        _, got = loss_and_grad(grpo_loss, logits, ids, 65536.0, inplace=inplace, backend=backend, **kwargs)
+        assert rel_norm(got, want) < 1e-3
+
+
+def test_retained_graph_gives_the_gradient_again(backend, device):
+    logits, ids, kwargs = make_inputs(("old",), device=device)
+    leaf = logits.clone().requires_grad_()
+    loss = grpo_loss(leaf, ids, backend=backend, **kwargs).loss
+    first = torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone()
+    assert torch.equal(torch.autograd.grad(loss * 2, leaf)[0], first * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_inplace_refuses_a_second_backward(dtype, backend, device):
+    logits, ids, kwargs = make_inputs(("old",), dtype=dtype, device=device)
+    leaf = logits.clone().requires_grad_()
+    loss = grpo_loss(leaf * 1, ids, inplace=True, backend=backend, **kwargs).loss
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        torch.autograd.grad(loss, leaf)
+
+
+def test_inplace_is_seen_by_autograd(backend, device):
+    """Someone else who saved the logits gets autograd's error, not a gradient computed from a gradient."""
+    logits, ids, kwargs = make_inputs(("old",), device=device)
+    x = logits.clone().requires_grad_() * 1
+    other = x.exp().sum() + x.pow(2).sum()  # pow saves its input
+    loss = grpo_loss(x, ids, inplace=True, backend=backend, **kwargs).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + other).backward()
+
+
+def test_inplace_writes_the_gradient_over_the_logits(backend, device):
+    logits, ids, kwargs = make_inputs(("old",), device=device)
+    x = logits.clone().requires_grad_()
+    y = x * 1
+    grpo_loss(y, ids, inplace=True, backend=backend, **kwargs).loss.backward()
+    assert torch.equal(x.grad, y.detach())
+    frozen = logits.clone()
+    grpo_loss(frozen, ids, inplace=True, backend=backend, **kwargs)
+    with torch.no_grad():
+        grpo_loss(frozen.requires_grad_(), ids, inplace=True, backend=backend, **kwargs)
+    assert torch.equal(frozen, logits)  # nobody wanted a gradient: nothing is overwritten
+
+
+def test_double_backward_is_refused(backend, device):
+    logits, ids, kwargs = make_inputs(("old",), device=device)
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        loss = grpo_loss(leaf * 1, ids, inplace=inplace, backend=backend, **kwargs).loss
+        with pytest.raises(RuntimeError, match="double backward"):
+            (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            grad.sum().backward()
+
+
+def test_first_update_has_ratio_one_exactly(backend, device):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits, ids, kwargs = make_inputs(vocab=1037, dtype=dtype, device=device)
+        old = selective_logps(logits, ids, mask=kwargs["completion_mask"], backend=backend)
+        output = grpo_loss(logits, ids, old_per_token_logps=old, backend=backend, **kwargs)
+        assert torch.equal(output.per_token_logps, old)
+
+
+def test_autocast_changes_nothing(backend, device):
+    logits, ids, kwargs = make_inputs(("old", "ref"), device=device)
+    objective = Objective(beta=0.1)
+    want, want_grad = loss_and_grad(grpo_loss, logits, ids, objective=objective, backend=backend, **kwargs)
+    with torch.autocast(device, torch.bfloat16):
+        got, grad = loss_and_grad(grpo_loss, logits, ids, objective=objective, backend=backend, **kwargs)
+    assert torch.equal(got.loss, want.loss) and torch.equal(grad, want_grad)
+
+
+def test_module_holds_objective_and_options(backend, device):
+    logits, ids, kwargs = make_inputs(("old",), device=device)
+    module = GRPOLoss(Objective(loss_type="grpo"), temperature=0.8, backend=backend)
+    want = grpo_loss(logits, ids, objective=Objective(loss_type="grpo"), temperature=0.8, backend=backend, **kwargs)
+    assert torch.equal(module(logits, ids, **kwargs).loss, want.loss)
+    assert not list(module.parameters()) and "temperature=0.8" in repr(module)
+
+
+def test_float64_goes_through_torch():
+    logits, ids, kwargs = make_inputs(("old",))
+    want, want_grad = truth(logits, ids, **kwargs)
+    got, grad = loss_and_grad(grpo_loss, logits.double(), ids, **kwargs)
+    assert got.loss.dtype == torch.float32
+    assert_close(grad, want_grad, 1e-12)
+
+
+def test_auto_says_when_torch_stands_in(monkeypatch):
+    monkeypatch.setattr(backends.get("cpu"), "unavailable", lambda: "no compiler was there")
+    backends._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="cpu kernels are not used.*no compiler was there"):
+        assert backends.select(torch.zeros(1, 1, 4)) == "torch"
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: no compiler was there"):
+        backends.select(torch.zeros(1, 1, 4), "cpu")

@@ -1,0 +1,169 @@
+"""Objective and its mathematics in torch, against TRL's own code and against textbook formulas."""
+
+import math
+
+import pytest
+import torch
+from cases import LEVELS, OPTIONS, assert_close, make_inputs, objective_for, rel_norm
+
+from fastgrpo import Objective, policy_loss
+from fastgrpo.objective import LOSS_TYPES, high_entropy_mask
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("level", LEVELS[:2])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_equals_trl(loss_type, level, option):
+    pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
+    from trl_oracle import trl_loss
+
+    options, extras = OPTIONS[option]
+    objective = objective_for(loss_type, level, options)
+    logits, ids, kwargs = make_inputs(extras, seed=3)
+    gen = torch.Generator().manual_seed(7)
+    logps = (logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]).requires_grad_()
+    entropies = (torch.rand(ids.shape, generator=gen) * 3).requires_grad_()
+    ours = policy_loss(logps, entropies=entropies, objective=objective, **kwargs)
+    wanted = [logps, entropies] if objective.entropy_coef else [logps]
+    got = torch.autograd.grad(ours.loss, wanted)
+    loss, metrics = trl_loss(objective, logps, entropies, **kwargs)
+    want = torch.autograd.grad(loss, wanted)
+    assert_close(ours.loss, loss, 1e-5, "loss")
+    for name, a, b in zip(("logps", "entropies"), got, want, strict=False):
+        assert_close(a, b, 1e-5, f"gradient of {name}")
+    assert want[0].norm() > 0
+    ignored = {"policy_loss", "entropy_coef"}
+    assert set(ours.metrics) == set(metrics) - ignored
+    for name in ours.metrics:
+        got, expected = ours.metrics[name].item(), metrics[name]
+        assert got == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True), name
+
+
+def test_accumulation_equals_trl():
+    pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
+    from trl_oracle import trl_loss
+
+    logits, ids, kwargs = make_inputs(("old", "ref"))
+    logps = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    entropies = torch.rand(ids.shape)
+    for loss_type in LOSS_TYPES:
+        objective = objective_for(loss_type, "token", dict(beta=0.1, entropy_coef=0.1))
+        # TRL's count spans the accumulation window; num_items_in_batch is then the mean per micro-batch
+        loss, _ = trl_loss(objective, logps, entropies, accumulation=4, num_items_in_batch=torch.tensor(60), **kwargs)
+        ours = policy_loss(
+            logps, entropies=entropies, objective=objective, num_items_in_batch=60 / 4, loss_scale=1 / 4, **kwargs
+        )
+        assert ours.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_sequence_token_has_the_sequence_value_and_the_token_gradient():
+    logits, ids, kwargs = make_inputs(("old",))
+    logps = logits.double().log_softmax(-1).gather(-1, ids[..., None])[..., 0].requires_grad_()
+    options = dict(loss_type="grpo", epsilon=10.0)  # no clipping: the loss is linear in the ratio
+    sequence = policy_loss(logps, objective=Objective(importance_sampling_level="sequence", **options), **kwargs)
+    both = policy_loss(logps, objective=Objective(importance_sampling_level="sequence_token", **options), **kwargs)
+    assert_close(both.loss, sequence.loss, 1e-12)
+    mask = kwargs["completion_mask"].double()
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    s = (((logps.detach() - kwargs["old_per_token_logps"]) * mask).sum(-1, keepdim=True) / lengths).exp()
+    want = -s * kwargs["advantages"][:, None] * mask / lengths / len(mask)
+    assert_close(torch.autograd.grad(both.loss, logps)[0], want, 1e-12)
+
+
+def test_the_papers_formula():
+    """The seeds' GRPO, written out: mean over sequences of the mean over tokens of min(rA, clip(r)A) - beta k3."""
+    logits, ids, kwargs = make_inputs(("old", "ref"), batch=3)
+    logps = logits.double().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    loss = policy_loss(logps, objective=Objective.preset("grpo-paper", beta=0.04), **kwargs).loss
+    total = 0.0
+    for i in range(3):
+        terms = []
+        for t in range(ids.shape[1]):
+            if kwargs["completion_mask"][i, t]:
+                a, lp = kwargs["advantages"][i].double(), logps[i, t]
+                r = (lp - kwargs["old_per_token_logps"][i, t]).exp()
+                d = kwargs["ref_per_token_logps"][i, t] - lp
+                terms.append(torch.min(r * a, r.clamp(0.8, 1.2) * a) - 0.04 * (d.exp() - d - 1))
+        total += sum(terms) / len(terms)
+    assert_close(loss, -total / 3, 1e-9)
+
+
+def test_on_policy_gradient_is_alive():
+    logps = torch.full((2, 3), -1.0, requires_grad=True)
+    policy_loss(logps, torch.tensor([1.0, -2.0]), objective=Objective(loss_type="bnpo")).loss.backward()
+    assert_close(logps.grad, torch.tensor([[-1.0] * 3, [2.0] * 3]) / 6, 1e-6)
+
+
+def test_delta_below_the_clip_range_keeps_the_gradient_of_negative_advantages():
+    logps = torch.tensor([[math.log(1.15)]], requires_grad=True)  # delta 1.1 < ratio 1.15 < 1.2
+    objective = Objective(loss_type="bnpo", delta=1.1)
+    policy_loss(logps, torch.tensor([-1.0]), old_per_token_logps=torch.zeros(1, 1), objective=objective).loss.backward()
+    assert logps.grad.item() == pytest.approx(1.15, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 101])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.8, 1.0])
+def test_high_entropy_mask_is_a_quantile(count, threshold):
+    entropies = torch.rand(count + 5)
+    mask = torch.zeros(count + 5, dtype=torch.bool)
+    mask[torch.randperm(count + 5)[:count]] = True
+    want = (entropies >= torch.quantile(entropies[mask], threshold)) & mask
+    assert torch.equal(high_entropy_mask(entropies, mask, threshold), want)
+
+
+def test_high_entropy_mask_beyond_the_limit_of_torch_quantile():
+    entropies = torch.rand(16_777_216 + 10)
+    kept = high_entropy_mask(entropies, torch.ones(entropies.shape, dtype=torch.bool), 0.8).float().mean().item()
+    assert kept == pytest.approx(0.2, abs=1e-3)
+
+
+def test_masked_content_reaches_nothing():
+    logits, ids, kwargs = make_inputs(("old", "ref", "sampling", "is_token", "token_advantages"))
+    logps = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    entropies = torch.rand(ids.shape)
+    masked = kwargs["completion_mask"] == 0
+    for loss_type in LOSS_TYPES:
+        for level in LEVELS:
+            options = dict(beta=0.1, entropy_coef=0.1, top_entropy_quantile=0.5, off_policy_mask_threshold=0.1)
+            objective = objective_for(loss_type, level, options)
+            want = policy_loss(logps, entropies=entropies, objective=objective, **kwargs)
+            poisoned = {
+                k: torch.where(masked, torch.nan, v) if v.shape == masked.shape and v.is_floating_point() else v
+                for k, v in kwargs.items()
+            }
+            leaf = torch.where(masked, torch.nan, logps).requires_grad_()
+            got = policy_loss(
+                leaf, entropies=torch.where(masked, torch.nan, entropies), objective=objective, **poisoned
+            )
+            assert torch.equal(got.loss, want.loss), (loss_type, level)
+            got.loss.backward()
+            assert leaf.grad.isfinite().all() and (leaf.grad[masked] == 0).all()
+            assert all(torch.equal(got.metrics[k], want.metrics[k]) or want.metrics[k].isnan() for k in want.metrics)
+
+
+def test_presets():
+    for name in ("grpo-paper", "dapo", "gspo", "cispo", "sapo", "vespo", "bnpo", "luspo", "gspo-token"):
+        assert isinstance(Objective.preset(name), Objective)
+    assert Objective.preset("dr_grpo", max_completion_length=5).max_completion_length == 5
+    assert Objective.preset("dapo", beta=0.1) == Objective(epsilon_high=0.28, beta=0.1)
+    with pytest.raises(ValueError, match="preset.*'nope'"):
+        Objective.preset("nope")
+
+
+def test_defaults_are_trls():
+    trl = pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
+    import dataclasses
+
+    defaults = {f.name: f.default for f in dataclasses.fields(trl.GRPOConfig)}
+    for field in dataclasses.fields(Objective):
+        if field.name != "max_completion_length":  # 512 in TRL; here only dr_grpo reads it, and asks for it
+            assert field.default == defaults[field.name], field.name
+
+
+def test_quantity_of_signal():
+    """The table's inputs clip some tokens and leave others: a test that cannot see clipping would prove nothing."""
+    logits, ids, kwargs = make_inputs(("old",), seed=3)
+    logps = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    metrics = policy_loss(logps, objective=Objective(), **kwargs).metrics
+    assert 0 < metrics["clip_ratio/region_mean"] < 1
+    assert rel_norm(torch.ones(1), torch.full((1,), 2.0)) == 0.5
