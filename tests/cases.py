@@ -90,7 +90,7 @@ def rel_norm(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, rel: float, what: str = "") -> None:
     """Relative in norm, and element-wise against the largest element; a failure names the worst index."""
-    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    got, want = (x.detach().double().cpu().contiguous() for x in (got, want))
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     if want.numel() == 0:
         return

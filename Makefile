@@ -1,0 +1,23 @@
+.PHONY: install test slow bench check format
+
+install: ## the package with its test tools, from this checkout
+	pip install -c constraints.txt ".[test]"
+
+test:
+	pytest
+
+slow: ## also what takes minutes or many gigabytes
+	pytest --slow
+
+bench: ## paired timings; compare across commits with --benchmark-autosave --benchmark-compare
+	pytest benchmarks --benchmark-only
+
+check:
+	ruff check .
+	ruff format --check .
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format --dry-run --Werror
+
+format:
+	ruff check --fix .
+	ruff format .
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format -i

@@ -1,0 +1,86 @@
+// The vector layer for AVX-512 F/BW/DQ/VL; see sweeps.cpp for what a layer provides.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include "elements.h"
+
+#define FASTGRPO_ISA avx512
+
+namespace fastgrpo {
+namespace {
+
+struct Simd {
+  using Vec = __m512;
+  static constexpr int kWidth = 16;
+
+  static Vec set(float x) { return _mm512_set1_ps(x); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static Vec low_bits_to_exponent(Vec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
+
+  static float max_lane(Vec x) { return _mm512_reduce_max_ps(x); }
+  static double sum_lanes(const Vec (&x)[4]) {
+    __m512d sum = _mm512_setzero_pd();
+    for (const Vec& v : x) {
+      const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+      sum = _mm512_add_pd(sum, _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+    }
+    return _mm512_reduce_add_pd(sum);
+  }
+
+  static void load2(const float* p, Vec& a, Vec& b) {
+    a = _mm512_loadu_ps(p);
+    b = _mm512_loadu_ps(p + 16);
+  }
+  static void store2(float* p, Vec a, Vec b) {
+    _mm512_storeu_ps(p, a);
+    _mm512_storeu_ps(p + 16, b);
+  }
+
+  // Even elements in a, odd ones in b: one instruction each, and one to put them back.
+  static void load2(const BFloat16* p, Vec& a, Vec& b) {
+    const __m512i u = _mm512_loadu_si512(p);
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
+    b = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32((int)0xffff0000)));
+  }
+  static void store2(BFloat16* p, Vec a, Vec b) {
+    const __m512i even = _mm512_srli_epi32(round_up_bits(a), 16);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, round_up_bits(b)));
+  }
+
+  static void load2(const Float16* p, Vec& a, Vec& b) {
+    a = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    b = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + 16)));
+  }
+  static void store2(Float16* p, Vec a, Vec b) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256((__m256i*)(p + 16), _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+ private:
+  // Adds what makes the upper 16 bits the value rounded to nearest even: 0x7fff, and 1 more if they are odd.
+  static __m512i round_up_bits(Vec x) {
+    const __m512i u = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+    const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+    const __m512i rounded = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(rounded, odd, rounded, one);
+  }
+};
+
+// Keeps results too small for a normal number from trapping into microcode, which costs 100 cycles each.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+};
+
+}  // namespace
+}  // namespace fastgrpo

@@ -1,0 +1,294 @@
+// The two sweeps over a row, compiled once per instruction set on top of the vector layer in FASTGRPO_SIMD.
+//
+// stats reads the row once; gradient reads it once (from L2, when it follows) and writes it once, in place or not.
+// A row's result depends on its values alone: blocks are counted from its start, whatever its address.
+// Every function here is in an unnamed namespace, and none comes inline from a shared header: of an inline function
+// the linker would keep one copy for all, perhaps the one that only the newest CPUs can run.
+
+#include "sweeps.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+// What a layer provides: Vec of kWidth floats and on it set, add, sub, mul, fma(a, b, c) = a*b + c rounded once,
+// max(a, b) (b or NaN, if one is NaN), low_bits_to_exponent (integer shift left by 23), max_lane, sum_lanes (of four
+// Vec, in double); load2 and store2: 2*kWidth elements as two Vec, in an order of its own, rounded to nearest even.
+#include FASTGRPO_SIMD
+
+namespace fastgrpo {
+namespace {
+
+using Vec = Simd::Vec;
+
+constexpr int kStep = 4 * Simd::kWidth;  // elements per iteration: two load2
+constexpr int kBlock = 4096;             // elements between two visits to the running sums in double
+
+// Where the exponential is exact: exponents t = x*c in [base - 127, base + 127], |base| small beside 2^23.
+//
+// Adding the magic number rounds t to an integer n, and leaves n - base + 127 in the low bits: the exponent field of
+// 2^(n - base). At t = base - 127 that field is 0 and so is the result: `floor` makes everything below it vanish.
+struct Range {
+  float c, base, magic, floor;
+
+  // False when no such range can be had; then the row is for the careful sweep.
+  bool around(double t, float scale) {
+    if (!(fabs(t) <= 1 << 21)) return false;
+    c = scale;
+    base = (float)rint(t);
+    magic = 12582912.0f + 127.0f - base;  // 1.5 * 2^23: the rounding of the sum is to 1
+    floor = (base - 127.0f) / c;
+    return floor >= -FLT_MAX && floor <= FLT_MAX;
+  }
+};
+
+// The largest t above `base` that a block may hold: 2^100 summed over any block stays far from overflow.
+constexpr double kHeadroom = 100;
+
+// 2^f for |f| <= 1/2, relative error 1.5e-7 (six coefficients) and 2.7e-6 (five).
+constexpr float kExp2Fine[6] = {1.0f, 0.693146944f, 0.240221202f, 0.0555071309f, 0.00967554096f, 0.00132764725f};
+constexpr float kExp2Coarse[5] = {0.999999285f, 0.693121791f, 0.240247443f, 0.0559178591f, 0.00957010221f};
+
+// 2^(x*c - base) as significand * power, times `scale` when the coefficients carry one.
+template <int kCoefficients>
+struct Exponential {
+  Vec c, magic, floor, minus_base;
+  Vec coefficient[kCoefficients];
+
+  Exponential(const Range& range, const float (&coefficients)[kCoefficients], float scale)
+      : c(Simd::set(range.c)),
+        magic(Simd::set(range.magic)),
+        floor(Simd::set(range.floor)),
+        minus_base(Simd::set(-range.base)) {
+    for (int i = 0; i < kCoefficients; ++i) coefficient[i] = Simd::set(coefficients[i] * scale);
+  }
+
+  // x itself, or what stands for everything too small to count; keeps NaN.
+  Vec clamp(Vec x) const { return Simd::max(floor, x); }
+
+  void operator()(Vec clamped, Vec& significand, Vec& power) const {
+    const Vec shifted = Simd::fma(clamped, c, magic);
+    const Vec f = Simd::fma(clamped, c, Simd::sub(magic, shifted));
+    significand = coefficient[kCoefficients - 1];
+    for (int i = kCoefficients - 2; i >= 0; --i) significand = Simd::fma(significand, f, coefficient[i]);
+    power = Simd::low_bits_to_exponent(shifted);
+  }
+
+  Vec exponent(Vec clamped) const { return Simd::fma(clamped, c, minus_base); }
+};
+
+template <class T>
+T minus_infinity() {
+  T x;
+  from_float(-INFINITY, &x);
+  return x;
+}
+
+// The elements [begin, begin + count) of a row for the kernels below, which want whole steps and no target.
+template <class T>
+struct Block {
+  int count, padded;
+  const T* data;
+  T copy[kBlock];
+
+  Block(const T* x, int64_t begin, int64_t V, int64_t target) {
+    count = V - begin < kBlock ? (int)(V - begin) : kBlock;
+    padded = (count + kStep - 1) / kStep * kStep;
+    data = x + begin;
+    const bool holds_target = target >= begin && target < begin + count;
+    if (padded == count && !holds_target) return;
+    memcpy(copy, data, count * sizeof(T));
+    for (int j = count; j < padded; ++j) copy[j] = minus_infinity<T>();
+    if (holds_target) copy[target - begin] = minus_infinity<T>();
+    data = copy;
+  }
+};
+
+template <class T>
+float block_max(const T* x, int count) {
+  Vec top = Simd::set(-INFINITY);
+  for (int j = 0; j < count; j += kStep / 2) {
+    Vec a, b;
+    Simd::load2(x + j, a, b);
+    top = Simd::max(b, Simd::max(a, top));
+  }
+  return Simd::max_lane(top);
+}
+
+struct BlockSums {
+  float top;
+  double sum, weighted;
+};
+
+template <class T, bool kEntropy>
+BlockSums block_sums(const T* x, int count, const Range& range) {
+  const Exponential<6> exponential(range, kExp2Fine, 1.0f);
+  Vec top = Simd::set(-INFINITY);
+  Vec sum[4], weighted[4];
+  for (int k = 0; k < 4; ++k) sum[k] = weighted[k] = Simd::set(0.0f);
+  for (int j = 0; j < count; j += kStep) {
+    Vec v[4];
+    Simd::load2(x + j, v[0], v[1]);
+    Simd::load2(x + j + kStep / 2, v[2], v[3]);
+    for (int k = 0; k < 4; ++k) {
+      top = Simd::max(v[k], top);
+      const Vec clamped = exponential.clamp(v[k]);
+      Vec significand, power;
+      exponential(clamped, significand, power);
+      sum[k] = Simd::fma(significand, power, sum[k]);
+      if (kEntropy) weighted[k] = Simd::fma(Simd::mul(significand, exponential.exponent(clamped)), power, weighted[k]);
+    }
+  }
+  return {Simd::max_lane(top), Simd::sum_lanes(sum), kEntropy ? Simd::sum_lanes(weighted) : 0.0};
+}
+
+// For rows that no Range covers (|logit| beyond a million, NaN, +inf): two passes in double, one element at a time.
+template <class T>
+RowSums careful_stats(const T* x, int64_t V, int64_t target, float c) {
+  double ref = -INFINITY;
+  for (int64_t j = 0; j < V; ++j) {
+    const double t = (double)to_float(x[j]) * c;
+    if (!(t <= ref)) ref = t;
+    if (ref != ref) break;
+  }
+  RowSums sums = {ref, 0.0, 0.0};
+  for (int64_t j = 0; j < V; ++j) {
+    const double d = (double)to_float(x[j]) * c - ref;
+    if (j == target || d == -INFINITY) continue;
+    const double e = exp2(d);
+    sums.sum += e;
+    sums.weighted += e * d;
+  }
+  return sums;
+}
+
+template <class T, bool kEntropy>
+RowSums stats(const T* x, int64_t V, int64_t target, float c) {
+  const float target_logit = target < 0 ? -INFINITY : to_float(x[target]);
+  const FlushSubnormals guard;
+  Range range;
+  bool started = false;
+  RowSums row = {0.0, 0.0, 0.0};
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const Block<T> block(x, begin, V, target);
+    if (!started) {
+      const float first = block_max(block.data, block.padded);
+      const float top = first > target_logit ? first : target_logit;
+      if (top == -INFINITY) continue;
+      if (!range.around((double)top * c, c)) return careful_stats(x, V, target, c);
+      row.ref = range.base;
+      started = true;
+    }
+    BlockSums sums = block_sums<T, kEntropy>(block.data, block.padded, range);
+    // Seldom: the block towers so far above what came before that it has to be summed again.
+    if (!((double)sums.top * c - range.base <= kHeadroom) && sums.top != -INFINITY) {
+      if (!range.around((double)sums.top * c, c)) return careful_stats(x, V, target, c);
+      const double drop = row.ref - range.base, factor = exp2(drop);
+      row = {range.base, row.sum * factor, (row.weighted + row.sum * drop) * factor};
+      sums = block_sums<T, kEntropy>(block.data, block.padded, range);
+    }
+    row.sum += sums.sum;
+    row.weighted += sums.weighted;
+  }
+  return row;
+}
+
+template <class T>
+RowSums stats_entry(const void* x, int64_t V, int64_t target, float c, bool want_entropy) {
+  return want_entropy ? stats<T, true>((const T*)x, V, target, c) : stats<T, false>((const T*)x, V, target, c);
+}
+
+// Asks for `bytes` bytes (a multiple of a cache line, or less than one) to come to L2.
+void prefetch(const char* p, int bytes) {
+#if defined(__GNUC__)
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
+// A 16-bit result rounds away what the shorter polynomial leaves out.
+const float (&gradient_coefficients(float))[6] { return kExp2Fine; }
+const float (&gradient_coefficients(BFloat16))[5] { return kExp2Coarse; }
+const float (&gradient_coefficients(Float16))[5] { return kExp2Coarse; }
+
+template <class T, bool kEntropy, int kCoefficients>
+void gradient_steps(const T* x, T* out, int64_t count, int64_t ahead, const Exponential<kCoefficients>& exponential,
+                    float constant, float slope) {
+  const Vec offset = Simd::set(constant), factor = Simd::set(slope);
+  for (int64_t j = 0; j < count; j += kStep) {
+    Vec v[4];
+    prefetch((const char*)(x + j) + ahead, kStep * sizeof(T));
+    Simd::load2(x + j, v[0], v[1]);
+    Simd::load2(x + j + kStep / 2, v[2], v[3]);
+    for (int k = 0; k < 4; ++k) {
+      const Vec clamped = exponential.clamp(v[k]);
+      Vec significand, power;
+      exponential(clamped, significand, power);
+      v[k] = Simd::mul(significand, power);
+      if (kEntropy) v[k] = Simd::mul(v[k], Simd::fma(exponential.exponent(clamped), factor, offset));
+    }
+    Simd::store2(out + j, v[0], v[1]);
+    Simd::store2(out + j + kStep / 2, v[2], v[3]);
+  }
+}
+
+template <class T, bool kEntropy>
+void gradient(const T* x, T* out, int64_t V, const Range& range, const RowGradient& g, const void* next) {
+  const FlushSubnormals guard;
+  // p_j = 2^(t_j - base) * 2^-rest; without an entropy term the polynomial itself carries all factors.
+  const double rest = g.lse2 - range.base;
+  const double scale = exp2(-rest) * (kEntropy ? 1.0 : (double)g.constant);
+  const float constant = (float)(g.constant - g.slope * rest);
+  const Exponential<sizeof(gradient_coefficients(T())) / sizeof(float)> exponential(range, gradient_coefficients(T()),
+                                                                                    (float)scale);
+  const int64_t whole = V / kStep * kStep;
+  // Without a row to fetch, the row's own lines are named, which costs next to nothing.
+  const int64_t ahead = next == nullptr ? 0 : (const char*)next - (const char*)x;
+  gradient_steps<T, kEntropy>(x, out, whole, ahead, exponential, constant, g.slope);
+  if (whole < V) {
+    T tail[kStep];
+    for (int j = 0; j < kStep; ++j) tail[j] = minus_infinity<T>();
+    memcpy(tail, x + whole, (V - whole) * sizeof(T));
+    gradient_steps<T, kEntropy>(tail, tail, kStep, 0, exponential, constant, g.slope);
+    memcpy(out + whole, tail, (V - whole) * sizeof(T));
+  }
+}
+
+// For rows that no Range covers, and for gradients that are not finite.
+template <class T>
+void careful_gradient(const T* x, T* out, int64_t V, float c, const RowGradient& g) {
+  for (int64_t j = 0; j < V; ++j) {
+    const double d = (double)to_float(x[j]) * c - g.lse2;
+    const double p = exp2(d);
+    const double factor = g.slope == 0 ? g.constant : g.constant + g.slope * d;
+    from_float(p == 0 ? 0.0f : (float)(p * factor), out + j);
+  }
+}
+
+template <class T>
+void gradient_entry(const void* x, void* out, int64_t V, float c, const RowGradient& g, const void* next) {
+  Range range;
+  // The difference of a finite number with itself is 0, of anything else NaN.
+  const bool finite = g.constant - g.constant == 0 && g.slope - g.slope == 0;
+  if (!finite || !range.around(g.lse2, c)) {
+    careful_gradient((const T*)x, (T*)out, V, c, g);
+  } else if (g.slope != 0) {
+    gradient<T, true>((const T*)x, (T*)out, V, range, g, next);
+  } else {
+    gradient<T, false>((const T*)x, (T*)out, V, range, g, next);
+  }
+}
+
+}  // namespace
+
+namespace FASTGRPO_ISA {
+
+extern const Sweeps kSweeps[3] = {
+    {stats_entry<float>, gradient_entry<float>},
+    {stats_entry<BFloat16>, gradient_entry<BFloat16>},
+    {stats_entry<Float16>, gradient_entry<Float16>},
+};
+
+}  // namespace FASTGRPO_ISA
+}  // namespace fastgrpo

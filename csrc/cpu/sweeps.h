@@ -1,0 +1,54 @@
+// The row sweeps over the vocabulary: what sweeps.cpp offers, once per instruction set.
+//
+// Exponentials are kept in base 2: with c = inv_temperature * log2(e), element j has the exponent t_j = x_j * c.
+
+#pragma once
+
+#include <stdint.h>
+
+namespace fastgrpo {
+
+enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Sums over a row without its target, so that a target with p near 1 loses no digits to 1 + small:
+//   sum = sum_j 2^(t_j - ref),  weighted = sum_j 2^(t_j - ref) * (t_j - ref)
+struct RowSums {
+  double ref;       // near the largest t_j of the row, the target's included
+  double sum;       // NaN when the row holds NaN or +inf
+  double weighted;  // of no meaning unless the entropy was asked for
+};
+
+// dL/dx_j = p_j * (constant + slope * (t_j - lse2)),  p_j = 2^(t_j - lse2); the target's one-hot term is the caller's.
+struct RowGradient {
+  double lse2;  // log2 of sum_j 2^t_j
+  float constant;
+  float slope;  // 0 unless the entropy has a gradient
+};
+
+struct Sweeps {
+  // x: V elements; target in [0, V), or -1 when there is none.
+  RowSums (*stats)(const void* x, int64_t V, int64_t target, float c, bool want_entropy);
+  // out may be x itself. next: null, or a row to bring into L2 meanwhile, while memory is idle.
+  void (*gradient)(const void* x, void* out, int64_t V, float c, const RowGradient& gradient, const void* next);
+};
+
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
+
+// The sweeps for an instruction set and a dtype; null when this library holds none or this CPU cannot run them.
+const Sweeps* sweeps_for(Isa isa, DType dtype);
+
+// One table per instruction set, indexed by DType; defined where CMakeLists.txt compiles sweeps.cpp for it.
+namespace portable {
+extern const Sweeps kSweeps[3];
+}
+namespace avx2 {
+extern const Sweeps kSweeps[3];
+}
+namespace avx512 {
+extern const Sweeps kSweeps[3];
+}
+namespace neon {
+extern const Sweeps kSweeps[3];
+}
+
+}  // namespace fastgrpo

@@ -1,0 +1,127 @@
+// The objective of one row, for host and device: from the row's log-probability to its loss and dL/dlogp.
+//
+// This is the C++ copy of the mathematics that fastgrpo/objective.py defines; the sweeps over the vocabulary
+// (csrc/cpu, csrc/cuda) know nothing of it. No state, no allocation, fp32 results.
+
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define FASTGRPO_INLINE __host__ __device__ inline
+#else
+#define FASTGRPO_INLINE inline
+#endif
+
+namespace fastgrpo {
+
+enum ObjectiveKind : int32_t { kClip = 0, kCispo = 1, kSapo = 2 };
+
+// The scalars, in the order of TokenSpec in fastgrpo/backends/__init__.py (skip_zero stays with the caller).
+struct ObjectiveSpec {
+  int32_t kind;
+  float clip_low;   // 1 - epsilon
+  float clip_high;  // 1 + epsilon_high; for kCispo epsilon_high itself
+  float delta;      // two-sided clip of the unclipped term; inf: none
+  float beta;
+  int32_t bias_correction;
+  float tau_pos, tau_neg;
+};
+
+struct ObjectiveRow {
+  float logp;
+  float old_logp;  // read when has_old; otherwise the old policy is this one: ratio 1 in value, gradient alive
+  float ref_logp;  // read when beta is not 0
+  float advantage;
+  float weight;        // factor of the row's whole loss
+  float policy_scale;  // factor of the policy term alone
+  bool has_old;
+};
+
+struct ObjectiveResult {
+  float loss;
+  float dlogp;  // dL/dlogp, weight included
+  float kl;     // 0 when beta is 0
+  float ratio;  // before the delta clamp
+};
+
+FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const ObjectiveRow& row) {
+  const float lp = row.logp, A = row.advantage;
+  // Without old logps the ratio is 1, except that a NaN logp still gives a NaN loss and gradient.
+  const float on_policy = lp != lp ? lp : 0.0f;
+  const float c1 = expf(row.has_old ? lp - row.old_logp : on_policy);
+
+  float loss, d;  // of the policy term
+  if (spec.kind == kCispo) {
+    const float r = c1 > spec.clip_high ? spec.clip_high : c1;
+    loss = -r * A * lp;
+    d = -r * A;
+  } else if (spec.kind == kSapo) {
+    const float tau = A > 0 ? spec.tau_pos : spec.tau_neg;
+    const float s = 1.0f / (1.0f + expf(-tau * (c1 - 1.0f)));
+    loss = -A * s * (4.0f / tau);
+    d = -A * 4.0f * s * (1.0f - s) * c1;
+  } else {
+    // Comparisons are written so that a NaN ratio passes through every clamp, as it does in torch.
+    const float clamped = c1 < spec.clip_low ? spec.clip_low : c1 > spec.clip_high ? spec.clip_high : c1;
+    const float l1 = (c1 > spec.delta ? spec.delta : c1) * A;
+    const float l2 = clamped * A;
+    const float m1 = c1 > spec.delta ? 0.0f : c1 * A;
+    const float m2 = c1 < spec.clip_low || c1 > spec.clip_high ? 0.0f : c1 * A;
+    loss = -(l1 < l2 ? l1 : l1 > l2 ? l2 : l1 == l2 ? l1 : l1 + l2);
+    // A tie, which is the usual case inside the clip range, shares the gradient as torch.min does.
+    d = -(l1 < l2 ? m1 : l1 > l2 ? m2 : 0.5f * (m1 + m2));
+  }
+  loss *= row.policy_scale;
+  d *= row.policy_scale;
+
+  float k = 0.0f;
+  if (spec.beta != 0.0f) {
+    const float q = row.ref_logp - lp;
+    const float e = expm1f(q);
+    float dk = -e;
+    k = e - q;
+    if (spec.bias_correction) {
+      dk = (dk + k) * c1;
+      k *= c1;
+    }
+    loss += spec.beta * k;
+    d += spec.beta * dk;
+  }
+  return {row.weight * loss, row.weight * d, k, c1};
+}
+
+// The group-relative advantage of sequence `seq`: rewards stand in contiguous groups of group_size, NaN rewards do not
+// count. A group without spread gives exactly 0, so that its rows can be skipped.
+FASTGRPO_INLINE float group_advantage(const float* rewards, int64_t seq, int64_t group_size, bool scale_by_std) {
+  const float* group = rewards + seq / group_size * group_size;
+  const float own = rewards[seq];
+  if (own != own) return 0.0f;
+  int64_t n = 0;
+  double sum = 0.0;
+  float low = own, high = own;
+  for (int64_t i = 0; i < group_size; ++i) {
+    const float r = group[i];
+    if (r != r) continue;
+    n += 1;
+    sum += r;
+    low = r < low ? r : low;
+    high = r > high ? r : high;
+  }
+  if (low == high) return 0.0f;  // the mean of equal numbers need not round to that number; also n == 1
+  const double mean = sum / (double)n;
+  double centred = (double)own - mean;
+  if (scale_by_std) {
+    double squares = 0.0;
+    for (int64_t i = 0; i < group_size; ++i) {
+      const double c = (double)group[i] - mean;
+      if (c == c) squares += c * c;
+    }
+    centred /= sqrt(squares / (double)(n - 1)) + 1e-4;
+  }
+  const float advantage = (float)centred;
+  return advantage == advantage ? advantage : 0.0f;
+}
+
+}  // namespace fastgrpo

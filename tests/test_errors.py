@@ -1,0 +1,138 @@
+"""Bad input: a ValueError that names the argument, what was expected and what came; nothing is lost."""
+
+import pytest
+import torch
+
+from fastgrpo import Objective, group_advantages, grpo_loss, policy_loss, selective_logps
+
+B, T, V = 4, 3, 11
+
+
+def call(**changes):
+    arguments = dict(logits=torch.randn(B, T, V), completion_ids=torch.zeros(B, T, dtype=torch.int64))
+    arguments["advantages"] = torch.randn(B)
+    arguments.update(changes)
+    return grpo_loss(**arguments)
+
+
+ids = torch.zeros(B, T, dtype=torch.int64)
+packed = dict(logits=torch.randn(B * T, V), completion_ids=ids.view(-1))
+BAD_CALLS = {
+    "logits-rank": (dict(logits=torch.randn(V)), r"logits: .*\(B, T, V\).*\(11,\)"),
+    "logits-type": (dict(logits=[1.0]), r"logits: .*tensor.*\[1.0\]"),
+    "logits-integer": (dict(logits=torch.zeros(B, T, V, dtype=torch.int64)), "logits: .*floating point"),
+    "logits-empty-vocabulary": (dict(logits=torch.randn(B, T, 0)), "logits: .*V > 0"),
+    "ids-shape": (dict(completion_ids=ids[:, 1:]), r"completion_ids: .*\(4, 3\).*\(4, 2\)"),
+    "ids-float": (dict(completion_ids=ids.float()), "completion_ids: .*integer dtype.*float32"),
+    "ids-too-large": (dict(completion_ids=ids + V), r"completion_ids: .*\[0, 11\).*got 11 at flat position 0"),
+    "ids-negative": (dict(completion_ids=ids - 100), r"completion_ids: .*\[0, 11\).*got -100"),
+    "mask-shape": (dict(completion_mask=torch.ones(B)), r"completion_mask: .*\(4, 3\).*\(4,\)"),
+    "advantages-shape": (dict(advantages=torch.randn(B + 1)), r"advantages: .*\(4, 3\).*\(4,\).*\(5,\)"),
+    "advantages-type": (dict(advantages=1.0), "advantages: .*tensor.*1.0"),
+    "neither-advantages-nor-rewards": (dict(advantages=None), "advantages, rewards: expected exactly one"),
+    "both-advantages-and-rewards": (dict(rewards=torch.randn(B), num_generations=2), "advantages, rewards: .*exactly one"),
+    "rewards-shape": (dict(advantages=None, rewards=torch.randn(B, 1), num_generations=2), r"rewards: .*\(4,\)"),
+    "rewards-cut-group": (dict(advantages=None, rewards=torch.randn(B), num_generations=3), "rewards: .*num_generations=3.*4"),
+    "rewards-without-group": (dict(advantages=None, rewards=torch.randn(B)), "num_generations: .*None"),
+    "num_generations-zero": (dict(advantages=None, rewards=torch.randn(B), num_generations=0), "num_generations: .*0"),
+    "scale_rewards": (dict(scale_rewards="std"), "scale_rewards: .*group, batch, none.*'std'"),
+    "old-shape": (dict(old_per_token_logps=torch.randn(B)), r"old_per_token_logps: .*\(4, 3\)"),
+    "old-type": (dict(old_per_token_logps=0.0), "old_per_token_logps: .*0.0"),
+    "ref-missing": (dict(objective=Objective(beta=0.1)), "ref_per_token_logps: .*beta.*None"),
+    "ref-shape": (dict(ref_per_token_logps=torch.randn(B, T + 1)), r"ref_per_token_logps: .*\(4, 3\)"),
+    "sampling-shape": (dict(sampling_per_token_logps=torch.randn(T, B)), r"sampling_per_token_logps: .*\(4, 3\)"),
+    "ratio-shape": (dict(importance_sampling_ratio=torch.ones(1, T)), r"importance_sampling_ratio: .*\(1, 3\)"),
+    "num_items-shape": (dict(num_items_in_batch=torch.ones(2)), "num_items_in_batch: .*0-dim"),
+    "loss_scale-type": (dict(loss_scale="1"), "loss_scale: .*number.*'1'"),
+    "temperature-zero": (dict(temperature=0.0), "temperature: .*> 0.*0.0"),
+    "temperature-negative": (dict(temperature=-1), "temperature: .*> 0.*-1"),
+    "temperature-nan": (dict(temperature=float("nan")), "temperature: .*> 0.*nan"),
+    "temperature-tensor-zero": (dict(temperature=torch.zeros(B)), "temperature: .*> 0"),
+    "temperature-shape": (dict(temperature=torch.ones(T, B)), r"temperature: .*\(4, 3\)"),
+    "cu_seqlens-missing": (packed, r"cu_seqlens: .*\(S\+1,\).*None"),
+    "cu_seqlens-with-padded": (dict(cu_seqlens=torch.tensor([0, 12])), "cu_seqlens: expected None"),
+    "cu_seqlens-end": (dict(**packed, cu_seqlens=torch.tensor([0, 4, 8, 9, 11])), "cu_seqlens: .*up to 12.*11"),
+    "cu_seqlens-falling": (dict(**packed, cu_seqlens=torch.tensor([0, 9, 8, 9, 12])), "cu_seqlens: .*never falling"),
+    "cu_seqlens-float": (dict(**packed, cu_seqlens=torch.tensor([0.0, 12.0])), "cu_seqlens: .*integer"),
+    "objective-type": (dict(objective="dapo"), "objective: expected an Objective.*'dapo'"),
+    "backend-name": (dict(backend="cuda9"), "backend: .*'cuda9'"),
+    "inplace-strides": (dict(logits=torch.randn(B, V, T).transpose(1, 2), inplace=True), "logits: .*unit stride.*inplace"),
+    "device": (dict(completion_mask=torch.ones(B, T, device="meta")), "completion_mask: .*device cpu.*meta"),
+    "device-advantages": (dict(advantages=torch.ones(B, device="meta")), "advantages: .*cpu.*meta"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_call(name):
+    changes, message = BAD_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+BAD_OBJECTIVES = {
+    "loss_type": (dict(loss_type="ppo"), "loss_type: .*grpo.*'ppo'"),
+    "level": (dict(importance_sampling_level="batch"), "importance_sampling_level: .*token.*'batch'"),
+    "beta": (dict(beta=-0.1), "beta: .*>= 0.*-0.1"),
+    "beta-nan": (dict(beta=float("nan")), "beta: .*finite.*nan"),
+    "beta-type": (dict(beta="0.1"), "beta: .*number.*'0.1'"),
+    "epsilon": (dict(epsilon=-0.2), "epsilon: .*>= 0.*-0.2"),
+    "epsilon_high": (dict(epsilon_high=-0.2), "epsilon_high: .*>= 0"),
+    "delta": (dict(delta=0.0), "delta: .*> 0"),
+    "entropy_coef": (dict(entropy_coef=None), "entropy_coef: .*number.*None"),
+    "quantile": (dict(top_entropy_quantile=1.5), "top_entropy_quantile: .*between 0 and 1.*1.5"),
+    "sapo": (dict(sapo_temperature_pos=0.0), "sapo_temperature_pos: .*> 0"),
+    "dr_grpo": (dict(loss_type="dr_grpo"), "max_completion_length: .*dr_grpo.*None"),
+    "max_completion_length": (dict(max_completion_length=0), "max_completion_length: .*> 0.*0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OBJECTIVES)
+def test_bad_objective(name):
+    options, message = BAD_OBJECTIVES[name]
+    with pytest.raises(ValueError, match=message):
+        Objective(**options)
+
+
+OTHER_CALLS = {
+    "advantages-rank": (lambda: group_advantages(torch.ones(2, 2), 2), r"rewards: .*\(B,\).*\(2, 2\)"),
+    "advantages-list": (lambda: group_advantages([1.0, 2.0], 2), r"rewards: .*tensor"),
+    "advantages-scale": (lambda: group_advantages(torch.ones(4), 2, scale_rewards="all"), "scale_rewards: .*'all'"),
+    "advantages-ids": (lambda: group_advantages(torch.ones(4), group_ids=torch.zeros(3)), r"group_ids: .*\(4,\).*\(3,\)"),
+    "advantages-size": (lambda: group_advantages(torch.ones(4), 2.0), "num_generations: .*2.0"),
+    "logps-ids": (lambda: selective_logps(torch.zeros(2, 3, 4), torch.full((2, 3), 4)), "completion_ids: .*mask is set.*4"),
+    "logps-mask": (lambda: selective_logps(torch.zeros(2, 4), ids.view(-1)[:2], mask=torch.ones(3)), r"mask: .*\(2,\)"),
+    "logps-temperature": (lambda: selective_logps(torch.zeros(2, 4), ids.view(-1)[:2], temperature=0), "temperature: .*0"),
+    "policy-rank": (lambda: policy_loss(torch.zeros(1, 1, 1), torch.zeros(1)), r"per_token_logps: .*\(B, T\)"),
+    "policy-type": (lambda: policy_loss(ids, torch.zeros(B)), "per_token_logps: .*floating"),
+    "policy-entropies": (
+        lambda: policy_loss(torch.zeros(B, T), torch.zeros(B), objective=Objective(entropy_coef=0.1)),
+        "entropies: .*bonus.*None",
+    ),
+    "policy-entropies-shape": (
+        lambda: policy_loss(torch.zeros(B, T), torch.zeros(B), entropies=torch.zeros(B)),
+        r"entropies: .*\(4, 3\).*\(4,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CALLS)
+def test_other_functions(name):
+    function, message = OTHER_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        function()
+
+
+def test_masked_ids_may_be_anything():
+    odd = ids.clone()
+    odd[0] = -100
+    mask = torch.ones(B, T)
+    mask[0] = 0
+    assert call(completion_ids=odd, completion_mask=mask).loss.isfinite()
+
+
+def test_a_failed_call_loses_nothing():
+    logits = torch.randn(B, T, V, requires_grad=True)
+    before = logits.detach().clone()
+    with pytest.raises(ValueError):
+        call(logits=logits, inplace=True, temperature=0)
+    assert torch.equal(logits.detach(), before)
