@@ -39,15 +39,19 @@ def row_stats(
         scored = mask[rows]
         # masked rows are overwritten, not multiplied by 0: they may hold NaN
         z = torch.where(scored[:, None], logits[at].to(dtype), 0.0) * inv_temperature[rows, None]
-        lse[rows] = torch.where(scored, z.logsumexp(-1), 0.0)
+        highest = z.amax(-1)
+        z -= highest[:, None]  # what follows is exact also where |z| is large
+        p = z.exp()
+        total = p.sum(-1)
+        log_sum = total.log()
+        lse[rows] = torch.where(scored, highest + log_sum, 0.0)
         inside = (ids[rows] >= 0) & (ids[rows] < vocab)
         target = z.gather(-1, ids[rows].clamp(0, vocab - 1)[:, None])[:, 0]
-        value = torch.where(inside, target - lse[rows], torch.nan)
+        value = torch.where(inside, target - log_sum, torch.nan)
         logp[rows] = torch.where(scored, value, 0.0)
         if want_entropy:
-            p = (z - lse[rows, None]).exp_()
-            expected = torch.where(p == 0, 0.0, p * z).sum(-1)  # p = 0 at z = -inf
-            entropy[rows] = torch.where(scored, lse[rows] - expected, 0.0)
+            expected = torch.where(p == 0, 0.0, p * z).sum(-1) / total  # p = 0 at z = -inf
+            entropy[rows] = torch.where(scored, log_sum - expected, 0.0)
     return logp, lse, entropy
 
 
