@@ -10,7 +10,7 @@ slow: ## also what takes minutes or many gigabytes
 	pytest --slow
 
 bench: ## paired timings; compare across commits with --benchmark-autosave --benchmark-compare
-	pytest benchmarks --benchmark-only
+	pytest benchmarks
 
 check:
 	ruff check .

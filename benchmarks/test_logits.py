@@ -1,4 +1,4 @@
-"""Forward + backward of the loss from logits, paired: `pytest benchmarks --benchmark-only`.
+"""Forward + backward of the loss from logits, paired: `pytest benchmarks`.
 
 The size is one micro-batch of 512 tokens at Qwen2.5's vocabulary. Both sides compute the same loss (beta > 0, old logps
 given) and the same gradient, which is checked before anything is timed; the interleaved test measures the ratio that

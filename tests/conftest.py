@@ -10,12 +10,15 @@ import pytest
 from fastgrpo import backends
 
 
-def pytest_configure(config):
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
-def runnable(name: str) -> bool:
-    return backends.get(name).unavailable() is None
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
 @pytest.fixture(params=["torch", "cpu", "triton"])

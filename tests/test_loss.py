@@ -276,3 +276,38 @@ def test_auto_says_when_torch_stands_in(monkeypatch):
         assert backends.select(torch.zeros(1, 1, 4)) == "torch"
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: no compiler was there"):
         backends.select(torch.zeros(1, 1, 4), "cpu")
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_inplace_allocates_nothing_that_grows_with_the_vocabulary(level):
+    """Counted by torch's allocator: the bytes of every allocation in forward and backward, at V and at 8 V."""
+    if backends.get("cpu").unavailable() is not None:
+        pytest.skip(f"backend cpu: {backends.get('cpu').unavailable()}")
+
+    def allocated(vocab, inplace):
+        logits, ids, kwargs = make_inputs(("old", "ref"), vocab=vocab)
+        objective = objective_for("grpo", level, dict(beta=0.1))
+        leaf = logits.requires_grad_()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            grpo_loss(leaf, ids, objective=objective, inplace=inplace, backend="cpu", **kwargs).loss.backward()
+        return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+
+    assert allocated(8 * 1000, True) == allocated(1000, True) > 0
+    assert allocated(8 * 1000, False) - allocated(1000, False) >= 7 * 28 * 1000 * 4  # the count sees a gradient
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_host_sync_on_a_gpu():
+    """Forward and backward queue their work and never wait for it, whatever the upstream gradient is."""
+    logits, ids, kwargs = make_inputs(("old", "ref"), dtype=torch.bfloat16, device="cuda")
+    kwargs["num_items_in_batch"] = torch.tensor(37, device="cuda")
+    upstream = torch.tensor(3.0, device="cuda")
+    for level, inplace in itertools.product(("token", "sequence"), (False, True)):
+        call = dict(objective=objective_for("dapo", level, dict(beta=0.1)), inplace=inplace)
+        loss_and_grad(grpo_loss, logits, ids, upstream, **call, **kwargs)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss_and_grad(grpo_loss, logits, ids, upstream, **call, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,301 @@
+"""The Triton kernels, and the fused objective of one token that stands between their sweeps (`_triton_rows`)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._triton_rows import (
+    INF,
+    LOG2E,
+    _end_elements,
+    _ends,
+    _expm1,
+    _load,
+    _merged_scores,
+    _narrow,
+    _part_state,
+    _row,
+    _row_grad,
+    _row_scores,
+    _store,
+    _zero,
+)
+
+# ---- objective
+
+
+@triton.jit
+def _objective(logp, d, ref, advantage, kind, clip_low, clip_high, delta, beta, bias_correction, tau_pos, tau_neg):
+    """(policy loss, its d/dlogp, kl, its d/dlogp, ratio) of one token; `TokenSpec` names the numbers, d = logp - old.
+
+    Ties split the derivative in halves, as torch.min does.
+    """
+    ratio = tl.exp2(d * LOG2E)
+    if kind == 0:
+        capped = tl.minimum(ratio, delta, propagate_nan=tl.PropagateNan.ALL)
+        clipped = tl.minimum(tl.maximum(ratio, clip_low, propagate_nan=tl.PropagateNan.ALL), clip_high,
+                             propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+        loss1 = capped * advantage
+        loss2 = clipped * advantage
+        slope = ratio * advantage
+        slope1 = tl.where(ratio <= delta, slope, 0.0)
+        slope2 = tl.where((clip_low <= ratio) & (ratio <= clip_high), slope, 0.0)
+        loss = -tl.minimum(loss1, loss2, propagate_nan=tl.PropagateNan.ALL)
+        dloss = -tl.where(loss1 < loss2, slope1, tl.where(loss1 > loss2, slope2, 0.5 * (slope1 + slope2)))
+    elif kind == 1:
+        capped = tl.minimum(ratio, clip_high, propagate_nan=tl.PropagateNan.ALL)
+        dloss = -capped * advantage
+        loss = dloss * logp
+    else:
+        tau = tl.where(advantage > 0.0, tau_pos, tau_neg)
+        gate = 1.0 / (1.0 + tl.exp2(-tau * (ratio - 1.0) * LOG2E))
+        loss = -advantage * gate * 4.0 / tau
+        dloss = -advantage * 4.0 * gate * (1.0 - gate) * ratio
+    kl = 0.0
+    dkl = 0.0
+    if beta != 0.0:
+        grown, kl = _expm1(ref - logp)
+        dkl = -grown
+        if bias_correction != 0.0:
+            dkl = (dkl + kl) * ratio
+            kl = kl * ratio
+    return loss, dloss, kl, dkl, ratio
+
+
+@triton.jit
+def _group_advantage(rewards, seq, group_size, scale_by_std, GROUP: tl.constexpr):
+    """The advantage of sequence `seq` within its group: (r - mean) / (std + 1e-4), NaN rewards left out."""
+    k = tl.arange(0, GROUP)
+    r = tl.load(rewards + (seq // group_size) * group_size + k, mask=k < group_size, other=float("nan"))
+    own = tl.load(rewards + seq)
+    valid = r == r
+    n = tl.sum(valid.to(tl.float32), axis=0)
+    # Counted from the group's best, so that the mean of large, nearly equal rewards keeps its digits.
+    best = tl.max(tl.where(valid, r, -INF), axis=0)
+    spread = best > tl.min(tl.where(valid, r, INF), axis=0)
+    r = tl.where(valid, r - best, 0.0)
+    mean = tl.sum(r, axis=0) / n
+    apart = tl.where(valid, r - mean, 0.0)
+    std = tl.sqrt(tl.sum(apart * apart, axis=0) / (n - 1.0))
+    advantage = own - best - mean
+    if scale_by_std != 0.0:
+        advantage = advantage / (std + 1e-4)
+    # A group without spread gives exactly 0, whatever the rounding of its mean.
+    return tl.where(spread & (advantage == advantage), advantage, 0.0)
+
+
+@triton.jit
+def _token(row, logp, entropy, advantage, weight, old, ref, policy_scale, h, loss_out, logp_out, lse_out, lse,
+           entropy_out, kl_out, ratio_out, g_out, kind, clip_low, clip_high, delta, beta, bias_correction, tau_pos,
+           tau_neg, ENTROPY: tl.constexpr):  # fmt: skip
+    """Write what one token gives, and return its (g, h)."""
+    d = tl.where(logp == logp, 0.0, logp)  # 0, or NaN
+    if old is not None:
+        d = logp - tl.load(old + row)
+    ref_logp = logp
+    if ref is not None:
+        ref_logp = tl.load(ref + row)
+    loss, dloss, kl, dkl, ratio = _objective(logp, d, ref_logp, advantage, kind, clip_low, clip_high, delta, beta,
+                                             bias_correction, tau_pos, tau_neg)  # fmt: skip
+    if policy_scale is not None:
+        scale = tl.load(policy_scale + row)
+        loss *= scale
+        dloss *= scale
+    factor = tl.load(weight + row)
+    if beta != 0.0:
+        loss += beta * kl
+        dloss += beta * dkl
+    loss *= factor
+    g = dloss * factor
+    dentropy = 0.0
+    if h is not None:
+        dentropy = tl.load(h + row)
+        loss += tl.where(dentropy != 0.0, dentropy * entropy, 0.0)
+    tl.store(loss_out + row, loss)
+    tl.store(logp_out + row, logp)
+    tl.store(lse_out + row, lse)
+    if ENTROPY:
+        tl.store(entropy_out + row, entropy)
+    tl.store(kl_out + row, kl)
+    tl.store(ratio_out + row, ratio)
+    tl.store(g_out + row, g)
+    return g, dentropy
+
+
+# ---- kernels; lengths, strides and numbers are run-time values, never specialised upon
+
+
+_kernel = triton.jit(do_not_specialize=[
+    "V", "T", "stride_b", "stride_t", "out_stride_b", "out_stride_t", "parts", "n_rows", "group_size", "span",
+])  # fmt: skip
+
+
+@_kernel
+def stats_kernel(logits, ids, mask, inv_temperature, logp_out, lse_out, entropy_out, V, T, stride_b, stride_t,
+                 K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr, ENTROPY: tl.constexpr,
+                 ):  # fmt: skip
+    """Grid (N,), one program per row. Reads V logits once, writes 2 or 3 numbers.
+
+    A row with mask False is not read; its outputs are 0.
+    """
+    row = tl.program_id(0)
+    logp = 0.0
+    lse = 0.0
+    entropy = 0.0
+    if tl.load(mask + row) != 0:
+        row_ptr = _row(logits, row, T, stride_b, stride_t)
+        logp, lse, entropy = _row_scores(row_ptr, tl.load(ids + row), V, tl.load(inv_temperature + row), K, LANES,
+                                         UNROLL, PART, ENTROPY)  # fmt: skip
+    tl.store(logp_out + row, logp)
+    tl.store(lse_out + row, lse)
+    if ENTROPY:
+        tl.store(entropy_out + row, entropy)
+
+
+@_kernel
+def part_kernel(logits, mask, inv_temperature, advantages, partial, V, T, stride_b, stride_t, parts, skip_zero,
+                K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr, ENTROPY: tl.constexpr,
+                ):  # fmt: skip
+    """Grid (N * parts,): the state of one part of a row, to partial (N, parts, 3, LANES) fp32.
+
+    Reads PART * 16 bytes, writes 12 * LANES. Rows that the merging kernel does not look at are not read.
+    """
+    pid = tl.program_id(0)
+    row = pid // parts
+    first = (pid % parts) * PART
+    row_ptr = _row(logits, row, T, stride_b, stride_t)
+    head, n_vec = _ends(row_ptr, V, K)
+    wanted = (tl.load(mask + row) != 0) & (first < n_vec)
+    if advantages is not None:
+        wanted = wanted & ((skip_zero == 0.0) | (tl.load(advantages + row) != 0.0))
+    if wanted:
+        body = tl.multiple_of(row_ptr + head + first * K, 16)
+        c = tl.load(inv_temperature + row) * LOG2E
+        m, s, w = _part_state(body, tl.minimum(n_vec - first, PART), c, K, LANES, UNROLL, ENTROPY)
+        state = partial + pid.to(tl.int64) * (3 * LANES) + tl.arange(0, LANES)
+        tl.store(state, m)
+        tl.store(state + LANES, s)
+        if ENTROPY:
+            tl.store(state + 2 * LANES, w)
+
+
+@_kernel
+def merge_kernel(logits, partial, ids, mask, inv_temperature, logp_out, lse_out, entropy_out, V, T, stride_b, stride_t,
+                 parts, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr,
+                 ENTROPY: tl.constexpr):  # fmt: skip
+    """Grid (N,): the second half of `stats_kernel` for a row cut by `part_kernel`; reads 12 * LANES bytes a part."""
+    row = tl.program_id(0)
+    logp = 0.0
+    lse = 0.0
+    entropy = 0.0
+    if tl.load(mask + row) != 0:
+        row_ptr = _row(logits, row, T, stride_b, stride_t)
+        logp, lse, entropy = _merged_scores(partial, row_ptr, row, parts, tl.load(ids + row), V,
+                                            tl.load(inv_temperature + row), K, LANES, PART, ENTROPY)  # fmt: skip
+    tl.store(logp_out + row, logp)
+    tl.store(lse_out + row, lse)
+    if ENTROPY:
+        tl.store(entropy_out + row, entropy)
+
+
+@_kernel
+def grad_kernel(logits, out, ids, mask, lse, entropy, g, h, inv_temperature, V, T, stride_b, stride_t, out_stride_b,
+                out_stride_t, parts, span, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+                SAME_PHASE: tl.constexpr):  # fmt: skip
+    """Grid (N * parts,): the gradient of `span` vectors of a row. Reads and writes span * 16 bytes.
+
+    SAME_PHASE: every row of `out` starts at the address of its logits modulo 16, so that stores are 128 bits wide too.
+    A row with mask False, or with g == 0 and h == 0, is zero-filled without being read.
+    """
+    pid = tl.program_id(0)
+    row = pid // parts
+    part = pid % parts
+    out_row = _row(out, row, T, out_stride_b, out_stride_t)
+    g_row = tl.load(g + row)
+    h_row = 0.0
+    entropy_row = 0.0
+    if h is not None:
+        h_row = tl.load(h + row)
+        entropy_row = tl.load(entropy + row)
+    idle = (g_row == 0.0) & (h_row == 0.0)
+    if mask is not None:
+        idle = idle | (tl.load(mask + row) == 0)
+    if idle:
+        _zero(out_row, V, part * span, span, part == 0, K, LANES, UNROLL)
+    else:
+        row_ptr = _row(logits, row, T, stride_b, stride_t)
+        _row_grad(row_ptr, out_row, tl.load(ids + row), V, tl.load(lse + row), entropy_row, g_row, h_row,
+                  tl.load(inv_temperature + row), part * span, span, part == 0, K, LANES, UNROLL, h is not None,
+                  SAME_PHASE)  # fmt: skip
+
+
+@_kernel
+def token_kernel(logits, partial, ids, mask, inv_temperature, advantages, rewards, seq, weight, old, ref, policy_scale,
+                 h, loss_out, logp_out, lse_out, entropy_out, kl_out, ratio_out, g_out, V, T, stride_b, stride_t,
+                 parts, n_rows, kind, clip_low, clip_high, delta, beta, bias_correction, tau_pos, tau_neg, group_size,
+                 scale_by_std, skip_zero, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+                 PART: tl.constexpr, ENTROPY: tl.constexpr, INPLACE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Grid (any,), programs stride over the rows: statistics, objective and, if INPLACE, the gradient over the row.
+
+    Reads V logits from memory, and again from the L2 cache when it writes V of gradient; how many rows are in flight
+    is the grid's choice. With `partial` given the statistics are merged from there and no gradient is written.
+    A row with mask False, or with skip_zero and no advantage, is not read; its outputs and gradient are 0.
+    """
+    for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        row_ptr = _row(logits, row, T, stride_b, stride_t)
+        wanted = tl.load(mask + row) != 0
+        if advantages is not None:
+            advantage = tl.load(advantages + row)
+        else:
+            advantage = _group_advantage(rewards, tl.load(seq + row), group_size, scale_by_std, GROUP)
+        wanted = wanted & ((skip_zero == 0.0) | (advantage != 0.0))
+        if wanted:
+            inv_t = tl.load(inv_temperature + row)
+            if partial is not None:
+                logp, lse, entropy = _merged_scores(partial, row_ptr, row, parts, tl.load(ids + row), V,
+                                                    inv_t, K, LANES, PART, ENTROPY)  # fmt: skip
+            else:
+                logp, lse, entropy = _row_scores(row_ptr, tl.load(ids + row), V, inv_t, K, LANES, UNROLL, PART,
+                                                 ENTROPY)  # fmt: skip
+            g, dentropy = _token(row, logp, entropy, advantage, weight, old, ref, policy_scale, h, loss_out, logp_out,
+                                 lse_out, lse, entropy_out, kl_out, ratio_out, g_out, kind, clip_low, clip_high, delta,
+                                 beta, bias_correction, tau_pos, tau_neg, ENTROPY)  # fmt: skip
+            if INPLACE:
+                if (g == 0.0) & (dentropy == 0.0):
+                    _zero(row_ptr, V, 0, V, True, K, LANES, UNROLL)
+                else:
+                    _row_grad(row_ptr, row_ptr, tl.load(ids + row), V, lse, entropy, g, dentropy, inv_t, 0, V, True, K,
+                              LANES, UNROLL, h is not None, True)  # fmt: skip
+        else:
+            tl.store(loss_out + row, 0.0)
+            tl.store(logp_out + row, 0.0)
+            tl.store(lse_out + row, 0.0)
+            if ENTROPY:
+                tl.store(entropy_out + row, 0.0)
+            tl.store(kl_out + row, 0.0)
+            tl.store(ratio_out + row, 0.0)
+            tl.store(g_out + row, 0.0)
+            if INPLACE:
+                _zero(row_ptr, V, 0, V, True, K, LANES, UNROLL)
+
+
+@_kernel
+def scale_kernel(x, factor, V, T, stride_b, stride_t, parts, span, K: tl.constexpr, LANES: tl.constexpr,
+                 UNROLL: tl.constexpr):  # fmt: skip
+    """Grid (N * parts,): x *= factor over `span` vectors of a row; touches nothing when the factor is 1."""
+    scale = tl.load(factor).to(tl.float32)
+    if scale != 1.0:
+        pid = tl.program_id(0)
+        first = (pid % parts) * span
+        row_ptr = _row(x, pid // parts, T, stride_b, stride_t)
+        head, n_vec = _ends(row_ptr, V, K)
+        n_here = tl.minimum(n_vec - first, span)
+        for start in range(0, n_here, UNROLL * LANES):
+            body = tl.multiple_of(row_ptr + head + (first + start) * K, 16)
+            y = _load(body, n_here - start, UNROLL, LANES, K, "evict_first") * scale
+            _store(body, y, n_here - start, UNROLL, LANES, K)
+        if first == 0:
+            j, inside = _end_elements(V, head, n_vec, K, LANES)
+            y = tl.load(row_ptr + j, mask=inside, other=0.0).to(tl.float32) * scale
+            tl.store(row_ptr + j, _narrow(y, x.dtype.element_ty), mask=inside)

@@ -1,0 +1,222 @@
+"""The Triton backend: NVIDIA, AMD and Intel GPUs from one source, and CPU tensors under Triton's interpreter.
+
+Here are the launchers: which geometry, which grid, which kernels. The kernels are in `_triton_kernels.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import TokenRows, TokenSpec
+
+try:
+    import triton
+
+    from . import _triton_kernels as kernels
+except ImportError as error:
+    kernels = None
+    _missing = f"Triton cannot be imported ({error})"
+
+# The interpreter is chosen when Triton is imported, by TRITON_INTERPRET; what became of the kernels is the evidence.
+_INTERPRETED = kernels is not None and not isinstance(kernels.stats_kernel, triton.JITFunction)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REGISTERS = 64  # a thread, on NVIDIA: 1024 threads per multiprocessor; left alone, ptxas takes up to 110
+
+
+def unavailable() -> str | None:
+    """None when this backend can run on this machine, else why not."""
+    if kernels is None:
+        return _missing
+    if _INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    return "there is no GPU (Triton's interpreter runs the kernels on a CPU when TRITON_INTERPRET=1 is set first)"
+
+
+def supports(device_type: str, dtype: torch.dtype) -> str | None:
+    """None when this backend can take logits of this kind, else why not."""
+    if device_type not in (("cpu", "cuda", "xpu") if _INTERPRETED else ("cuda", "xpu")):
+        return f"expected a GPU tensor, got one on {device_type}"
+    if dtype not in _DTYPES:
+        return f"expected float32, bfloat16 or float16, got {dtype}"
+    return None
+
+
+# ---- geometry: what a row's bits may depend on comes from V and the dtype alone
+
+
+class Geometry(NamedTuple):
+    K: int  # elements in 16 bytes
+    LANES: int  # threads of a program
+    UNROLL: int  # vectors of K elements per thread and tile of the statistics; the gradient's tiles are twice as large
+    PART: int  # vectors in a part, a multiple of LANES * UNROLL
+
+    def parts(self, V: int) -> int:
+        return max(1, -(-(V // self.K) // self.PART))
+
+
+def _geometry(V: int, dtype: torch.dtype) -> Geometry:
+    """512 threads for a long row, so that the few rows which fit into the L2 cache keep the memory busy."""
+    size = dtype.itemsize
+    lanes = 512 if V * size >= 65536 else 256 if V * size >= 16384 else 128
+    return Geometry(16 // size, lanes, 2, lanes * 16)
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[int, int, int]:
+    """(multiprocessors, bytes of L2 cache, threads of a warp) of a device."""
+    if device.type == "cpu":
+        return 1, 1 << 22, 32
+    module = getattr(torch, device.type)
+    with module.device(device):
+        warp = triton.runtime.driver.active.get_current_target().warp_size
+    properties = module.get_device_properties(device)
+    processors = getattr(properties, "multi_processor_count", None) or getattr(properties, "gpu_subslice_count", 64)
+    return processors, getattr(properties, "L2_cache_size", 0) or 1 << 25, warp
+
+
+def _split(n_rows: int, V: int, geometry: Geometry, device: torch.device) -> bool:
+    """Whether to cut rows into parts: when there are too few of them to keep every multiprocessor busy."""
+    return geometry.parts(V) > 1 and n_rows < _device(device)[0]
+
+
+def _rows_in_flight(n_rows: int, row_bytes: int, device: torch.device) -> int:
+    """Programs for a pass that reads its row twice, so that the second reading finds the L2 cache.
+
+    On average half of a row waits there for its second reading: 1.5 times the cache leaves a quarter to spare.
+    """
+    processors, cache, _ = _device(device)
+    return min(n_rows, processors * max(1, round(1.5 * cache / row_bytes / processors)))
+
+
+def _launch(kernel, programs: int, geometry: Geometry, device: torch.device, *args, **constants) -> None:
+    on = contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
+    options = {"num_warps": max(1, geometry.LANES // _device(device)[2])}
+    if device.type == "cuda" and torch.version.hip is None:
+        options["maxnreg"] = REGISTERS
+    with on:
+        kernel[(programs,)](*args, K=geometry.K, LANES=geometry.LANES, UNROLL=geometry.UNROLL, **constants, **options)
+
+
+def _layout(x: Tensor) -> tuple[int, int, int, int]:
+    """(V, T, stride_b, stride_t)."""
+    return x.shape[2], x.shape[1], x.stride(0), x.stride(1)
+
+
+def _same_phase(a: Tensor, b: Tensor) -> bool:
+    """Whether every row of b starts at the address of a's row modulo 16."""
+    apart = [b.data_ptr() - a.data_ptr()]
+    apart += [(b.stride(d) - a.stride(d)) * a.element_size() for d in (0, 1) if a.shape[d] > 1]
+    return all(n % 16 == 0 for n in apart)
+
+
+# ---- the backend's functions, as `fastgrpo.backends` describes them
+
+
+def row_stats(
+    logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, V = ids.numel(), logits.shape[2]
+    logp, lse = logits.new_empty(n, dtype=torch.float32), logits.new_empty(n, dtype=torch.float32)
+    entropy = logits.new_empty(n if want_entropy else 0, dtype=torch.float32)
+    if n == 0:
+        return logp, lse, entropy
+    geometry = _geometry(V, logits.dtype)
+    out = (logp, lse, entropy if want_entropy else None)
+    options = {"PART": geometry.PART, "ENTROPY": want_entropy}
+    if _split(n, V, geometry, logits.device):
+        partial, parts = _partial(logits, mask, inv_temperature, None, 0.0, want_entropy, geometry)
+        _launch(kernels.merge_kernel, n, geometry, logits.device, logits, partial, ids, mask, inv_temperature, *out,
+                *_layout(logits), parts, **options)  # fmt: skip
+    else:
+        _launch(kernels.stats_kernel, n, geometry, logits.device, logits, ids, mask, inv_temperature, *out,
+                *_layout(logits), **options)  # fmt: skip
+    return logp, lse, entropy
+
+
+def _partial(logits, mask, inv_temperature, advantages, skip_zero, want_entropy, geometry) -> tuple[Tensor, int]:
+    """The partial states of all parts of all rows, and the number of parts."""
+    n, parts = mask.numel(), geometry.parts(logits.shape[2])
+    partial = logits.new_empty((n, parts, 3, geometry.LANES), dtype=torch.float32)
+    _launch(kernels.part_kernel, n * parts, geometry, logits.device, logits, mask, inv_temperature, advantages,
+            partial, *_layout(logits), parts, float(skip_zero), PART=geometry.PART, ENTROPY=want_entropy)  # fmt: skip
+    return partial, parts
+
+
+def row_grad(
+    logits: Tensor,
+    ids: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    g: Tensor,
+    h: Tensor | None,
+    inv_temperature: Tensor,
+    out: Tensor,
+) -> None:
+    _row_grad(logits, ids, None, lse, entropy, g, h, inv_temperature, out)
+
+
+def _row_grad(logits, ids, mask, lse, entropy, g, h, inv_temperature, out) -> None:
+    """`row_grad`, with a mask of the rows where h counts."""
+    if ids.numel() == 0:
+        return
+    geometry = _geometry(logits.shape[2], logits.dtype)
+    parts = geometry.parts(logits.shape[2])
+    _launch(kernels.grad_kernel, ids.numel() * parts, geometry, logits.device, logits, out, ids, mask, lse,
+            None if h is None else entropy, g, h, inv_temperature, *_layout(logits), out.stride(0), out.stride(1),
+            parts, geometry.PART, SAME_PHASE=_same_phase(logits, out))  # fmt: skip
+
+
+def token_loss(
+    logits: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    inv_temperature: Tensor,
+    want_entropy: bool,
+    rows: TokenRows,
+    spec: TokenSpec,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, V = ids.numel(), logits.shape[2]
+    device = logits.device
+    with_entropy = want_entropy or rows.h is not None
+    loss, logp, lse, kl, ratio, g = (logits.new_empty(n, dtype=torch.float32) for _ in range(6))
+    entropy = logits.new_empty(n if with_entropy else 0, dtype=torch.float32)
+    if n > 0:
+        geometry = _geometry(V, logits.dtype)
+        split = _split(n, V, geometry, device)
+        partial, parts = None, 1
+        if split:
+            partial, parts = _partial(
+                logits, mask, inv_temperature, rows.advantages, spec.skip_zero, with_entropy, geometry
+            )
+        inplace = out is not None and not split
+        programs = _rows_in_flight(n, V * logits.element_size(), device) if inplace else n
+        numbers = [float(x) for x in (spec.kind, spec.clip_low, spec.clip_high, spec.delta, spec.beta,
+                   spec.bias_correction, spec.tau_pos, spec.tau_neg)]  # fmt: skip
+        by_group = rows.advantages is None
+        _launch(
+            kernels.token_kernel, programs, geometry, device, logits, partial, ids, mask, inv_temperature,
+            rows.advantages, rows.rewards if by_group else None, rows.seq if by_group else None, rows.weight, rows.old,
+            rows.ref if spec.beta else None, rows.policy_scale, rows.h, loss, logp, lse,
+            entropy if with_entropy else None, kl, ratio, g, *_layout(logits), parts, n, *numbers,
+            int(spec.group_size), float(spec.scale_by_std), float(spec.skip_zero), PART=geometry.PART,
+            ENTROPY=with_entropy, INPLACE=inplace,
+            GROUP=triton.next_power_of_2(max(2, int(spec.group_size))) if by_group else 1,
+        )  # fmt: skip
+        if split and out is not None:
+            _row_grad(logits, ids, mask, lse, entropy, g, rows.h, inv_temperature, out)
+    return loss, logp, lse, entropy if want_entropy else entropy.new_empty(0), kl, ratio, g
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    n = x.shape[0] * x.shape[1]
+    if n == 0:
+        return
+    geometry = _geometry(x.shape[2], x.dtype)
+    parts = geometry.parts(x.shape[2])
+    _launch(kernels.scale_kernel, n * parts, geometry, x.device, x, factor, *_layout(x), parts, geometry.PART)

@@ -1,0 +1,341 @@
+"""The Triton backend's own corners, run by Triton's interpreter where there is no GPU (tests/conftest.py turns it on).
+
+Truth is float64 in this file. A small geometry lets small rows cross several tiles and parts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgrpo.backends import TokenRows, TokenSpec
+from fastgrpo.backends import triton as backend
+
+if (_why := backend.unavailable()) is not None:
+    pytest.skip(_why, allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a gradient's largest
+
+
+@pytest.fixture(autouse=True)
+def small_geometry(monkeypatch):
+    """Tiles of 128 vectors and parts of 256: 4099 elements in bf16 are 3 parts, the last of one full tile or none."""
+    monkeypatch.setattr(backend, "_geometry", lambda V, dtype: backend.Geometry(16 // dtype.itemsize, 64, 2, 256))
+
+
+@pytest.fixture(params=["rows", "parts"])
+def path(request, monkeypatch):
+    """Both ways through a row: one program, or one program per part."""
+    monkeypatch.setattr(backend, "_split", lambda n, V, geometry, device: request.param == "parts")
+    return request.param
+
+
+def make(B, T, V, dtype=torch.float32, *, seed=0, stride_t=None, offset=0, scale=3.0):
+    """Logits (B, T, V), with rows `stride_t` apart and the first one `offset` elements from an aligned address."""
+    generator = torch.Generator().manual_seed(seed)
+    stride_t = V if stride_t is None else stride_t
+    store = torch.full((offset + B * T * stride_t + V,), float("nan"), dtype=dtype, device=DEVICE)
+    logits = store.as_strided((B, T, V), (T * stride_t, stride_t, 1), offset)
+    logits.copy_(torch.randn(B, T, V, generator=generator) * scale)
+    ids = torch.randint(0, V, (B * T,), generator=generator)
+    inv_temperature = 0.5 + torch.rand(B * T, generator=generator)
+    return logits, ids.to(DEVICE), torch.ones(B * T, dtype=torch.bool, device=DEVICE), inv_temperature.to(DEVICE)
+
+
+def truth(logits, ids, inv_temperature):
+    """(logp, lse, entropy, log p) in float64."""
+    z = logits.double().flatten(0, 1) * inv_temperature.double()[:, None]
+    log_p = z.log_softmax(-1)
+    p_log_p = torch.where(log_p == -math.inf, 0.0, log_p.exp() * log_p)
+    return log_p.gather(1, ids[:, None])[:, 0], z.logsumexp(-1), -p_log_p.sum(-1), log_p
+
+
+def true_grad(log_p, ids, entropy, g, h, inv_temperature):
+    p = log_p.exp()
+    grad = g.double()[:, None] * (F.one_hot(ids, p.shape[1]).double() - p)
+    if h is not None:
+        grad -= h.double()[:, None] * torch.where(p == 0, 0.0, p * (log_p + entropy.double()[:, None]))
+    return grad * inv_temperature.double()[:, None]
+
+
+def close(got, want, tolerance, name=""):
+    error = (got.double() - want).abs() / max(1e-30, float(want.abs().max()))
+    worst = int(error.argmax())
+    pair = f"{got.flatten()[worst]} for {want.flatten()[worst]}"
+    assert float(error.max()) <= tolerance, f"{name}: worst at {worst}: {pair}"
+
+
+def near(got, want, name="", atol=2e-6, rtol=1e-5):
+    torch.testing.assert_close(got.double(), want.double(), atol=atol, rtol=rtol, msg=lambda m: f"{name}: {m}")
+
+
+# 1 and 7: only ends; 130: no full tile; 1000: V % 8 == 0; 4099: odd, several parts.
+@pytest.mark.parametrize("V", [1, 7, 130, 1000, 4099])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_stats_and_gradient(V, dtype):
+    logits, ids, mask, inv_t = make(1, 2, V, dtype)
+    logp, lse, entropy = backend.row_stats(logits, ids, mask, inv_t, True)
+    want_logp, want_lse, want_entropy, log_p = truth(logits, ids, inv_t)
+    near(logp, want_logp, "logp")
+    near(lse, want_lse, "lse")
+    near(entropy, want_entropy, "entropy")
+    g, h = torch.tensor([1.5, -0.7], device=DEVICE), torch.tensor([0.2, -0.4], device=DEVICE)
+    for weight in (None, h):
+        out = torch.full_like(logits, float("nan"))
+        backend.row_grad(logits, ids, lse, entropy, g, weight, inv_t, out)
+        want = true_grad(log_p, ids, want_entropy, g, weight, inv_t)
+        if V > 1:
+            close(out.flatten(0, 1), want, TOLERANCE[dtype], f"gradient, h {weight}")
+        else:
+            assert float(out.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("stride_t", [4099, 4104, 5000])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_any_base_and_stride(offset, stride_t, path):
+    # Rows at odd addresses, in strided slices: nothing around a row is written, and what lies there (NaN) is not used.
+    logits, ids, mask, inv_t = make(1, 2, 4099, torch.bfloat16, offset=offset, stride_t=stride_t)
+    logp, lse, entropy = backend.row_stats(logits, ids, mask, inv_t, True)
+    want_logp, want_lse, want_entropy, log_p = truth(logits, ids, inv_t)
+    near(logp, want_logp)
+    near(entropy, want_entropy)
+    g = torch.tensor([1.0, -2.0], device=DEVICE)
+    want = true_grad(log_p, ids, None, g, None, inv_t)
+    fresh = torch.empty(1, 2, 4099, dtype=torch.bfloat16, device=DEVICE)  # mostly of another phase than the logits
+    backend.row_grad(logits, ids, lse, entropy, g, None, inv_t, fresh)
+    close(fresh.flatten(0, 1), want, 2**-8)
+    base = logits._base if logits._base is not None else logits
+    backend.row_grad(logits, ids, lse, entropy, g, None, inv_t, logits)
+    assert torch.equal(logits, fresh)
+    outside = torch.ones_like(base, dtype=torch.bool)
+    outside.as_strided(logits.shape, logits.stride(), offset).fill_(False)
+    assert base[outside].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_parts_give_the_bits_of_whole_rows(dtype, monkeypatch):
+    logits, ids, mask, inv_t = make(2, 2, 6000 if dtype == torch.bfloat16 else 3000, dtype)
+    logits[0, 0, :2500] = -math.inf  # an entropy that takes the second, careful sweep
+    results = []
+    for split in (False, True):
+        monkeypatch.setattr(backend, "_split", lambda *_, split=split: split)
+        for rows in (slice(0, 4), slice(2, 4)):  # and of fewer rows
+            part = logits.view(4, 1, -1)[rows]
+            for want_entropy in (True, False):
+                results.append([torch.full((4,), float("nan"), device=DEVICE) for _ in range(3)])
+                got = backend.row_stats(part, ids[rows], mask[rows], inv_t[rows], want_entropy)
+                for into, x in zip(results[-1], got, strict=True):
+                    into[rows] = x if x.numel() else float("nan")
+    logp, lse, entropy = results[0]
+    for other in results[1:]:
+        for a, b in zip((logp, lse, entropy), other, strict=True):
+            assert torch.equal(a[~b.isnan()], b[~b.isnan()])
+    assert torch.equal(logp, results[1][0]) and torch.equal(lse, results[1][1])
+
+
+def test_minus_infinity_and_huge_logits(path):
+    logits, ids, mask, inv_t = make(1, 8, 1500, torch.float32)
+    logits[0, 0, :1300] = -math.inf  # whole tiles and a whole part
+    logits[0, 1, ::2] = -math.inf
+    logits[0, 2] -= 1e4
+    logits[0, 3] += 1e4
+    logits[0, 4, :1300] = -1e30
+    logits[0, 5] *= 1e30
+    logits[0, 6] = -1e30
+    logits[0, 7, :1499] = torch.finfo(torch.float32).min
+    ids[:2], ids[5], ids[7] = 1499, logits[0, 5].argmax(), 1499
+    logp, lse, entropy = backend.row_stats(logits, ids, mask, inv_t, True)
+    want_logp, want_lse, want_entropy, log_p = truth(logits, ids, inv_t)
+    exact = torch.tensor([0, 1, 4, 5, 6])
+    near(logp[exact], want_logp[exact], "logp")
+    near(logp[2:4], want_logp[2:4], "logp", atol=2e-3)  # the interpreter's fma rounds z, about 1e4, first
+    near(lse[:7], want_lse[:7], "lse", rtol=1e-6)
+    near(entropy[exact], want_entropy[exact], "entropy")
+    near(entropy[2:4], want_entropy[2:4], "entropy", atol=2e-3)
+    near(logp[7], torch.zeros(()), "logp")
+    g, h = torch.ones(8, device=DEVICE), torch.full((8,), 0.5, device=DEVICE)
+    out = torch.full_like(logits, float("nan"))
+    backend.row_grad(logits, ids, lse, entropy, g, h, inv_t, out)
+    want = true_grad(log_p, ids, want_entropy, g, h, inv_t)
+    assert float(out[0, 7].abs().max()) < 1e-6
+    for row in (0, 1, 4, 5):
+        close(out[0, row], want[row], 1e-5, f"row {row}")
+    for row in (2, 3):  # p = exp(z - lse) knows lse to the last bit of 1e4
+        close(out[0, row], want[row], 2e-3, f"row {row}")
+
+
+def test_not_a_number(path):
+    logits, ids, mask, inv_t = make(1, 6, 1500, torch.bfloat16)
+    logits[0, 0, 700] = float("nan")
+    logits[0, 1, 3] = math.inf
+    logits[0, 2] = -math.inf
+    logits[0, 3] = float("nan")
+    logits[0, 4, int(ids[4])] = -math.inf
+    mask[3] = False
+    logp, lse, entropy = backend.row_stats(logits, ids, mask, inv_t, True)
+    assert logp[:3].isnan().all() and entropy[:3].isnan().all()
+    assert lse[0].isnan() and lse[1].isnan() and lse[2] == -math.inf
+    assert logp[3] == 0 and lse[3] == 0 and entropy[3] == 0
+    assert logp[4] == -math.inf and lse[4].isfinite() and entropy[4].isfinite()
+    assert logp[5].isfinite()
+    g = torch.tensor([1.0, 1.0, 1.0, 0.0, float("nan"), 1.0], device=DEVICE)
+    out = torch.full_like(logits, 7.0)
+    backend.row_grad(logits, ids, lse, entropy, g, torch.zeros_like(g), inv_t, out)
+    assert (out[0, 3] == 0).all() and out[0, 4].isnan().all() and out[0, 5].isfinite().all()
+    assert out[0, 0].isnan().all()
+
+
+def test_an_id_out_of_range_reads_nothing(path):
+    logits, ids, mask, inv_t = make(1, 4, 1500)
+    ids[0], ids[1], ids[2] = -100, 1500, 2**40
+    logp, lse, entropy = backend.row_stats(logits, ids, mask, inv_t, True)
+    assert logp[:3].isnan().all() and logp[3].isfinite() and lse.isfinite().all() and entropy.isfinite().all()
+
+
+def rows_of(n, **given):
+    empty = dict.fromkeys(TokenRows._fields)
+    return TokenRows(**{**empty, "weight": torch.full((n,), 0.25, device=DEVICE), **given})
+
+
+def objective(logp, entropy, rows, spec, advantages):
+    """The clipped objective of TokenSpec in torch float64, as (loss, kl, ratio)."""
+    ratio = (logp - (logp.detach() if rows.old is None else rows.old.double())).exp()
+    capped = ratio.clamp(max=spec.delta)
+    if spec.kind == 0:
+        loss = -torch.min(capped * advantages, ratio.clamp(spec.clip_low, spec.clip_high) * advantages)
+    elif spec.kind == 1:
+        loss = -ratio.clamp(max=spec.clip_high).detach() * advantages * logp
+    else:
+        tau = torch.where(advantages > 0, spec.tau_pos, spec.tau_neg)
+        loss = -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+    if rows.policy_scale is not None:
+        loss = loss * rows.policy_scale.double()
+    kl = torch.zeros_like(loss)
+    if spec.beta:
+        q = rows.ref.double() - logp
+        kl = (torch.expm1(q) - q) * (ratio if spec.bias_correction else 1)
+    loss = rows.weight.double() * (loss + spec.beta * kl)
+    if rows.h is not None:
+        loss = loss + rows.h.double() * entropy
+    return loss, kl, ratio
+
+
+SPECS = {
+    "clip": TokenSpec(),
+    "clip, delta, k3": TokenSpec(delta=1.1, beta=0.04),
+    "clip, corrected k3": TokenSpec(beta=0.04, bias_correction=1),
+    "cispo": TokenSpec(kind=1, clip_high=1.05),
+    "sapo": TokenSpec(kind=2, beta=0.1),
+}
+
+
+@pytest.mark.parametrize("name, split", [*((name, False) for name in SPECS), ("clip, corrected k3", True)])
+def test_token_loss(name, split, monkeypatch):
+    monkeypatch.setattr(backend, "_split", lambda *_: split)
+    spec = SPECS[name]
+    logits, ids, mask, inv_t = make(3, 2, 1100, torch.float32)
+    n = 6
+    mask[5] = False
+    logits[2, 1] = float("nan")
+    want_logp = truth(logits, ids, inv_t)[0]
+    shift = torch.tensor([0.3, -0.3, 0.05, 1e-4, 0.25, 0.0], device=DEVICE)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.3, -2.0, 1.0], device=DEVICE)
+    old = (want_logp + shift).float()
+    ref = (want_logp - 0.5 * shift + 1e-3).float()
+    rows = rows_of(n, advantages=advantages, old=old, ref=ref if spec.beta else None, policy_scale=1 + shift,
+                   h=0.01 * shift)  # fmt: skip
+    x = logits.double().requires_grad_()
+    log_p = (x.flatten(0, 1) * inv_t.double()[:, None]).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    loss, kl, ratio = objective(log_p.gather(1, ids[:, None])[:, 0], entropy, rows, spec, advantages.double())
+    loss[mask].sum().backward()
+    want = torch.where(mask[:, None], x.grad.flatten(0, 1), 0.0)
+    stats = backend.row_stats(logits, ids, mask, inv_t, True)
+    plain = backend.token_loss(logits, ids, mask, inv_t, True, rows, spec, None)
+    got = backend.token_loss(logits, ids, mask, inv_t, True, rows, spec, logits)
+    for a, b in zip(plain, got, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(stats, got[1:4], strict=True):
+        assert torch.equal(a, b)
+    for field, value, truth_of in (("loss", got[0], loss), ("kl", got[4], kl), ("ratio", got[5], ratio)):
+        near(value[mask], truth_of.detach()[mask], field, atol=1e-6)
+        assert value[5] == 0
+    assert (logits[2, 1] == 0).all()
+    close(logits.flatten(0, 1), want, 2e-5, "gradient")
+
+
+def test_on_policy_rows_and_rows_without_advantage(path):
+    logits, ids, mask, inv_t = make(1, 4, 1500, torch.bfloat16)
+    advantages = torch.tensor([1.0, 0.0, -2.0, 0.0], device=DEVICE)
+    rows, spec = rows_of(4, advantages=advantages), TokenSpec(skip_zero=1)
+    logp = backend.row_stats(logits, ids, mask, inv_t, False)[0]
+    want = true_grad(truth(logits, ids, inv_t)[3], ids, None, -0.25 * advantages, None, inv_t)
+    got = backend.token_loss(logits, ids, mask, inv_t, False, rows, spec, logits)
+    loss, got_logp, lse, entropy, kl, ratio, g = got
+    idle = advantages == 0
+    assert torch.equal(got_logp[~idle], logp[~idle]) and (got_logp[idle] == 0).all() and (ratio[idle] == 0).all()
+    assert entropy.shape == (0,) and (kl == 0).all() and (ratio[~idle] == 1).all()
+    assert torch.equal(g, -0.25 * advantages) and torch.equal(loss, -0.25 * advantages)
+    close(logits.flatten(0, 1), want, 2**-8)
+
+
+def test_ties_split_the_derivative(path):
+    # ratio 1 on the edge of [1, 1.2] and of delta 1: both branches equal, so each counts half where it moves at all.
+    logits, ids, mask, inv_t = make(1, 2, 64)
+    rows = rows_of(2, advantages=torch.tensor([1.0, -1.0], device=DEVICE))
+    for low, high, delta, share in ((1.0, 1.2, math.inf, 1.0), (0.5, 1.0, 1.0, 1.0), (0.5, 0.9, math.inf, 0.0)):
+        spec = TokenSpec(clip_low=low, clip_high=high, delta=delta)
+        g = backend.token_loss(logits, ids, mask, inv_t, False, rows, spec, None)[6]
+        assert g[0] == -0.25 * share
+        assert g[1] == 0.25
+
+
+def test_advantages_from_rewards(path):
+    groups = torch.tensor([[1.0, 2.0, 4.0], [0.1, 0.1, 0.1], [float("nan"), 1.0, 3.0], [5.0, *[float("nan")] * 2],
+                           [4096.0, 4096.0005, 4096.002]])  # fmt: skip
+    n, size = groups.numel(), groups.shape[1]
+    logits, ids, mask, inv_t = make(n, 1, 20)
+    for scale_by_std in (0, 1):
+        rows = rows_of(n, rewards=groups.flatten().to(DEVICE), seq=torch.arange(n, dtype=torch.int32, device=DEVICE))
+        spec = TokenSpec(group_size=size, scale_by_std=scale_by_std)
+        loss = backend.token_loss(logits, ids, mask, inv_t, False, rows, spec, None)[0]
+        want = groups.double() - groups.double().nanmean(1, keepdim=True)
+        if scale_by_std:
+            valid = [row[~row.isnan()] for row in groups.double()]
+            want = want / (torch.stack([row.std(correction=min(1, len(row) - 1)) for row in valid])[:, None] + 1e-4)
+        want = torch.nan_to_num(want)
+        want[1], want[3] = 0, 0
+        near(loss.cpu(), -0.25 * want.flatten(), atol=1e-7)
+        assert (loss[3:6] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_scale(dtype):
+    logits, *_ = make(1, 3, 1003, dtype, offset=1)
+    before = logits.clone()
+    backend.scale_(logits, torch.tensor(1.0, device=DEVICE))
+    assert torch.equal(logits, before)
+    backend.scale_(logits, torch.tensor(0.3, device=DEVICE))
+    assert torch.equal(logits, (before.float() * torch.tensor(0.3, device=DEVICE)).to(dtype))
+
+
+def test_nothing_to_do():
+    logits = torch.empty(2, 0, 50, device=DEVICE)
+    none = torch.empty(0, device=DEVICE)
+    ids, mask = none.long(), none.bool()
+    assert [x.shape for x in backend.row_stats(logits, ids, mask, none, True)] == [(0,)] * 3
+    backend.row_grad(logits, ids, none, none, none, None, none, logits)
+    rows = rows_of(0, advantages=none)
+    got = backend.token_loss(logits, ids, mask, none, True, rows, TokenSpec(), logits)
+    assert [x.shape for x in got] == [(0,)] * 7
+    backend.scale_(logits, torch.tensor(2.0, device=DEVICE))
+
+
+def test_what_it_takes():
+    assert backend.supports(DEVICE, torch.float64) is not None
+    assert backend.supports(DEVICE, torch.float32) is None
+    assert backend.supports("meta", torch.float32) is not None

@@ -1,0 +1,213 @@
+"""What the Triton kernels compile to, held by numbers: registers, spills, access width, instructions per logit.
+
+No GPU is needed: the kernels are compiled ahead of time, in a process of its own because Triton's interpreter, which
+other tests turn on, is chosen when Triton is imported. `pytest -s` prints the table.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+FORWARD, WITH_ENTROPY, GRADIENT = 6.0, 7.0, 7.0  # machine instructions per logit on sm_90, at most
+CASES = [
+    (target, dtype, kernel)
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942")
+    for dtype in (("bf16", "fp32", "fp16") if target == "sm_90" else ("bf16", "fp32"))
+    for kernel in ("stats", "stats_entropy", "grad", "token")
+]
+
+
+# ---- in the child process: compile, disassemble, count
+
+
+def compile_case(target: str, dtype: str, kernel: str) -> dict:
+    """Compile one kernel as its launcher would, and return what was found in the machine code."""
+    import torch
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastgrpo.backends import _triton_kernels as kernels
+    from fastgrpo.backends import triton as backend
+
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    # V is odd, and nothing is said of any run-time value: no width below can come from a lucky divisibility.
+    geometry = backend._geometry(151937, torch_dtype)
+    constants = {"K": geometry.K, "LANES": geometry.LANES, "UNROLL": geometry.UNROLL}
+    if kernel == "grad":
+        function = kernels.grad_kernel
+        constants |= {"SAME_PHASE": True, "mask": None, "entropy": None, "h": None}
+    elif kernel == "token":
+        function = kernels.token_kernel
+        constants |= {"PART": geometry.PART, "ENTROPY": True, "INPLACE": True, "GROUP": 1, "partial": None,
+                      "rewards": None, "seq": None, "policy_scale": None, "h": None}  # fmt: skip
+    else:
+        function = kernels.stats_kernel
+        constants |= {"PART": geometry.PART, "ENTROPY": kernel == "stats_entropy"}
+        if kernel == "stats":
+            constants["entropy_out"] = None
+    known = {"logits": f"*{dtype}", "out": f"*{dtype}", "ids": "*i64", "mask": "*i1", "V": "i32", "T": "i32",
+             "parts": "i32", "n_rows": "i32", "span": "i32", "group_size": "i32"}  # fmt: skip
+    numbers = ("kind", "clip_low", "clip_high", "delta", "beta", "bias_correction", "tau_pos", "tau_neg",
+               "scale_by_std", "skip_zero")  # fmt: skip
+    signature = {}
+    for name in function.arg_names:
+        default = "i64" if "stride" in name else "fp32" if name in numbers else "*fp32"
+        signature[name] = "constexpr" if name in constants else known.get(name, default)
+    source = ASTSource(function, signature=signature, constexprs=constants)
+    options = {"num_warps": geometry.LANES // gpu.warp_size}
+    if nvidia:
+        options["maxnreg"] = backend.REGISTERS
+    compiled = triton_compile(source, target=gpu, options=options)
+    found = read_sass(compiled.asm["cubin"]) if nvidia else read_amdgcn(compiled.asm["amdgcn"])
+    for loop in found["loops"]:
+        loop["per_logit"] = loop["instructions"] / (loop["loads"] * geometry.K)
+    return found
+
+
+def read_sass(cubin: bytes) -> dict:
+    import tempfile
+
+    from triton.backends import nvidia
+
+    tools = Path(nvidia.__file__).parent / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.check_output([tools / "cuobjdump", "--dump-resource-usage", file.name], text=True)
+        sass = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True)
+    labels, code = {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    number = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
+    return {
+        "registers": number["REG"],
+        "spilled": number["STACK"] + number["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "loops": loops(
+            code, labels, r"\bBRA\b.*`\((\.L\w+)\)", exp=r"MUFU\.EX2", load=r"\bLDGS?T?S?\b", store=r"\bSTG\b",
+            wide=r"\.128\b", pause=r"\bBAR\b", ignore=r"\bNOP\b",
+        ),
+    }  # fmt: skip
+
+
+def read_amdgcn(text: str) -> dict:
+    labels, code = {}, []
+    for line in text.splitlines():
+        line = line.split(";")[0].strip()
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(code)
+        elif re.match(r"[svbgd]\w*_\w+", line):
+            code.append(line)
+    number = {name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in
+              ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")}  # fmt: skip
+    return {
+        "registers": number["vgpr_count"],
+        "spilled": number["vgpr_spill_count"] + number["private_segment_fixed_size"] + text.count("scratch_"),
+        "loops": loops(
+            code, labels, r"s_c?branch\w*\s+(\.LBB\w+)", exp=r"v_exp_f32", load=r"(?:global|buffer)_load",
+            store=r"(?:global|buffer)_store", wide=r"dwordx4", pause=r"s_barrier", ignore=r"s_nop",
+        ),
+    }  # fmt: skip
+
+
+def loops(code, labels, branch, *, exp, load, store, wide, pause, ignore) -> list[dict]:
+    """The innermost loops with 128-bit loads and exponentials; a loop ends at the last branch back to its label."""
+    spans = {}
+    for end, instruction in enumerate(code):
+        if (target := re.search(branch, instruction)) and labels.get(target[1], end + 1) <= end:
+            spans[labels[target[1]]] = end
+    found = []
+    for start, end in sorted(spans.items()):
+        if any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans.items()):
+            continue
+        body = [x for x in code[start : end + 1] if not re.search(ignore, x)]
+        loads = [x for x in body if re.search(load, x)]
+        stores = [x for x in body if re.search(store, x)]
+        if any(re.search(wide, x) for x in loads) and any(re.search(exp, x) for x in body):
+            found.append({
+                "instructions": len(body),
+                "loads": sum(bool(re.search(wide, x)) for x in loads),
+                "stores": sum(bool(re.search(wide, x)) for x in stores),
+                "narrow": sum(not re.search(wide, x) for x in loads + stores),
+                "exponentials": sum(bool(re.search(exp, x)) for x in body),
+                "barriers": sum(bool(re.search(pause, x)) for x in body),
+            })  # fmt: skip
+    return found
+
+
+# ---- in pytest
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    """{case: what `compile_case` found}, from two child processes without the interpreter; prints the table."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+
+    def child(cases):
+        command = [sys.executable, __file__, json.dumps(cases)]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-4000:]
+        return json.loads(run.stdout.splitlines()[-1])
+
+    halves = CASES[::2], CASES[1::2]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = [pair for half, results in zip(halves, pool.map(child, halves), strict=True)
+                 for pair in zip(half, results, strict=True)]  # fmt: skip
+    found = dict(found)
+    print("\n| target | dtype | kernel | registers | instructions per logit | 128-bit loads, stores a loop |")
+    print("|---|---|---|---|---|---|")
+    for case in CASES:
+        kinds = hot(case, found[case])
+        counts = ", ".join(f"{kind} {x['per_logit']:.2f}" for kind, x in kinds.items())
+        widths = ", ".join(f"{x['loads']} {x['stores']}" for x in kinds.values())
+        print("| " + " | ".join([*case, str(found[case]["registers"]), counts, widths]) + " |")
+    return found
+
+
+def hot(case, found) -> dict[str, dict]:
+    """The hot loops of a kernel by what they do; where unrolling left a remainder loop, the one that does most."""
+    kinds = {"stats": "forward", "stats_entropy": "entropy", "grad": "gradient", "token": "entropy"}
+    chosen = {}
+    for loop in found["loops"]:
+        kind = "gradient" if loop["stores"] else kinds[case[2]]
+        if kind not in chosen or loop["exponentials"] > chosen[kind]["exponentials"]:
+            chosen[kind] = loop
+    return chosen
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_machine_code(case, machine_code):
+    target, _, kernel = case
+    found = machine_code[case]
+    assert found["spilled"] == 0, found
+    kinds = hot(case, found)
+    expected = {"stats": "forward", "stats_entropy": "entropy", "grad": "gradient", "token": "entropy gradient"}
+    assert set(kinds) == set(expected[kernel].split()), f"the hot loops were not found among {found['loops']}"
+    for kind, loop in kinds.items():
+        assert loop["narrow"] == 0, f"{kind}: accesses of less than 128 bits: {loop}"
+        assert loop["barriers"] == 0, f"{kind}: a barrier in the loop: {loop}"
+        assert loop["loads"] >= 4 and loop["stores"] == (loop["loads"] if kind == "gradient" else 0), f"{kind}: {loop}"
+        if target == "sm_90":
+            limit = {"forward": FORWARD, "entropy": WITH_ENTROPY, "gradient": GRADIENT}[kind]
+            assert loop["per_logit"] <= limit, f"{kind}: {loop}"
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_case(*case) for case in json.loads(sys.argv[1])]))
