@@ -1,8 +1,8 @@
 """Forward + backward of the loss from logits, paired: `pytest benchmarks`.
 
-The size is one micro-batch of 512 tokens at Qwen2.5's vocabulary. Both sides compute the same loss (beta > 0, old logps
-given) and the same gradient, which is checked before anything is timed; the interleaved test measures the ratio that
-the README quotes, within one process and alternating, because timings on a shared machine drift.
+The size is one micro-batch of 512 tokens at Qwen2.5's vocabulary. Both sides compute the same loss (beta > 0, old
+logps given) and the same gradient, which is checked before anything is timed. The ratio that the README quotes is
+measured within one process and alternating, because timings on a shared machine drift.
 """
 
 import statistics

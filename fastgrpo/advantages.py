@@ -16,7 +16,11 @@ def _nan_std(x: Tensor, mean: Tensor, count: Tensor) -> Tensor:
 
 
 def group_advantages(
-    rewards: Tensor, num_generations: int | None = None, *, scale_rewards: str = "group", group_ids: Tensor | None = None
+    rewards: Tensor,
+    num_generations: int | None = None,
+    *,
+    scale_rewards: str = "group",
+    group_ids: Tensor | None = None,
 ) -> Tensor:
     """A = (r - mean of the group) / (std + 1e-4), with the std of the group, of the batch, or none.
 
@@ -45,7 +49,8 @@ def group_advantages(
     rewards = rewards.double()  # B numbers: the rounding of a mean must not show in a small spread
     if group_ids is not None:
         if group_ids.shape != rewards.shape or group_ids.is_floating_point():
-            raise ValueError(f"group_ids: expected integers of shape {tuple(rewards.shape)}, got {_describe(group_ids)}")
+            shape = tuple(rewards.shape)
+            raise ValueError(f"group_ids: expected integers of shape {shape}, got {_describe(group_ids)}")
         index, columns = _columns(rewards, group_ids)
     else:
         check_groups(rewards, num_generations)

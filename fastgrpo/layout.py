@@ -93,12 +93,13 @@ class Batch:
         return torch.where(self.scored, x, fill)
 
     def num_items(self, mask: Tensor) -> Tensor | float:
-        """The denominator of dapo, cispo and vespo, at least 1."""
+        """The denominator of dapo, cispo and vespo; 1 in place of 0, where there is nothing to divide."""
         if self.num_items_in_batch is None:
             return mask.sum().clamp(min=1)
         if isinstance(self.num_items_in_batch, Tensor):
-            return self.num_items_in_batch.to(mask.device).clamp(min=1)
-        return max(self.num_items_in_batch, 1)
+            given = self.num_items_in_batch.to(mask)
+            return torch.where(given > 0, given, 1.0)
+        return self.num_items_in_batch if self.num_items_in_batch > 0 else 1
 
     def leave_out_inert(self, objective: Objective) -> None:
         """Do not score rows that are known to add nothing to loss and gradient, where the caller agreed to that."""

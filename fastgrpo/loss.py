@@ -59,8 +59,8 @@ def grpo_loss(
     backward pass makes the gradient in a new tensor.
 
     Args:
-        logits (B, T, V) or packed (N, V), fp32, bf16 or fp16: row t predicts completion_ids[:, t] (the caller drops the
-            last position; a strided slice is fine and is not copied). float64 works too, in plain torch.
+        logits (B, T, V) or packed (N, V), fp32, bf16 or fp16: row t predicts completion_ids[:, t] (the caller drops
+            the last position; a strided slice is fine and is not copied). float64 works too, in plain torch.
         completion_ids (B, T) or (N,) integer: the sampled tokens.
         advantages (B,) or (B, T), packed (S,) or (N,): or None, and then `rewards` with `num_generations`.
         completion_mask like completion_ids: the loss tokens (nonzero). What a masked row holds, NaN included, reaches
@@ -88,7 +88,7 @@ def grpo_loss(
         ValueError: names the argument, what was expected and what came.
         RuntimeError: a named backend cannot run here; a second backward after inplace=True; a double backward.
 
-    Equivalent to: TRL 1.16's `GRPOTrainer._compute_loss` after its forward pass (arXiv:2402.03300 and, for the options,
+    Equivalent to: TRL 1.16's `GRPOTrainer._compute_loss` after its forward pass (arXiv:2402.03300; for the options,
     the papers named in `Objective`).
     """
     check_rows(logits, completion_ids, "logits", "V")
@@ -250,7 +250,7 @@ class _InPlaceLoss(torch.autograd.Function):
 
 
 def _coefficients(objective: Objective, stats: tuple[Tensor, Tensor, Tensor], batch: Batch, want_entropy: bool):
-    """The objective's terms with g = dL/dlogp and h = dL/dentropy (or None) of each row, by autograd on (N,) vectors."""
+    """The objective's terms, and g = dL/dlogp and h = dL/dentropy (or None) of each row, by autograd on vectors."""
     with torch.enable_grad():
         logps = stats[0].detach().requires_grad_()
         entropies = stats[2].detach().requires_grad_(objective.entropy_coef != 0)
@@ -265,7 +265,7 @@ class GRPOLoss(nn.Module):
 
     Args:
         objective: the options of the loss.
-        **options: keyword arguments of `grpo_loss` that stay the same from call to call, such as inplace or temperature.
+        **options: keyword arguments of `grpo_loss` that stay the same from call to call, such as inplace.
     """
 
     def __init__(self, objective: Objective = Objective(), **options):  # noqa: B008 (frozen)
@@ -273,8 +273,10 @@ class GRPOLoss(nn.Module):
         self.objective = objective
         self.options = options
 
-    def forward(self, logits: Tensor, completion_ids: Tensor, advantages: Tensor | None = None, **kwargs) -> GRPOOutput:
-        return grpo_loss(logits, completion_ids, advantages, objective=self.objective, **{**self.options, **kwargs})
+    def forward(
+        self, logits: Tensor, completion_ids: Tensor, advantages: Tensor | None = None, **inputs
+    ) -> GRPOOutput:
+        return grpo_loss(logits, completion_ids, advantages, objective=self.objective, **{**self.options, **inputs})
 
     def extra_repr(self) -> str:
         return ", ".join([repr(self.objective), *(f"{k}={v!r}" for k, v in self.options.items())])

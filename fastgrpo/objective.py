@@ -26,7 +26,8 @@ _PRESETS = {
     "dapo": dict(loss_type="dapo", epsilon_high=0.28),  # arXiv:2503.14476
     "dr_grpo": dict(loss_type="dr_grpo"),  # arXiv:2503.20783; needs max_completion_length
     "bnpo": dict(loss_type="bnpo"),
-    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),  # 2507.18071
+    # arXiv:2507.18071
+    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
     "gspo-token": dict(loss_type="grpo", importance_sampling_level="sequence_token", epsilon=3e-4, epsilon_high=4e-4),
     "luspo": dict(loss_type="luspo", importance_sampling_level="sequence", epsilon=2e-3, epsilon_high=2.5e-3),
     "cispo": dict(loss_type="cispo", epsilon_high=5.0),  # arXiv:2506.13585
@@ -40,10 +41,10 @@ class Objective:
     """Every option of the objective, with TRL's names and defaults; checked on construction.
 
     Args:
-        loss_type: how tokens are scored and averaged: "grpo", "bnpo", "dr_grpo", "dapo", "luspo" (clipped ratio, five
-            averages), "cispo", "sapo", "vespo".
-        importance_sampling_level: the ratio of "token", "sequence" (GSPO) or "sequence_token" (GSPO-token: value of the
-            sequence's ratio, gradient of the token's).
+        loss_type: how tokens are scored and averaged: "grpo", "bnpo", "dr_grpo", "dapo", "luspo" (clipped ratio,
+            five averages), "cispo", "sapo", "vespo".
+        importance_sampling_level: the ratio of "token", "sequence" (GSPO) or "sequence_token" (GSPO-token: value of
+            the sequence's ratio, gradient of the token's).
         beta: coefficient of the k3 KL estimate to the reference policy; 0 needs no reference.
         epsilon: lower clip range, ratio >= 1 - epsilon.
         epsilon_high: upper clip range, ratio <= 1 + epsilon_high (None: epsilon). For "cispo" it is the cap itself.
@@ -112,7 +113,7 @@ class Objective:
 
     @classmethod
     def preset(cls, name: str, **overrides) -> Objective:
-        """The options that a paper uses: "grpo-paper", "dapo", "dr_grpo", "gspo", "cispo", …, with `overrides` on top."""
+        """The options that a paper uses, "grpo-paper", "dapo", "dr_grpo", "gspo", "cispo", …, with `overrides`."""
         if name not in _PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
         return cls(**{**_PRESETS[name], **overrides})
@@ -125,7 +126,7 @@ class Objective:
 
     @property
     def is_token_local(self) -> bool:
-        """Whether a token's loss and gradient need nothing of other tokens' logits, so that one pass over V is enough."""
+        """Whether a token's loss and gradient need nothing of other tokens' logits: then one pass over V is enough."""
         return (
             self.importance_sampling_level == "token"
             and self.loss_type != "vespo"
@@ -279,7 +280,7 @@ def compute_metrics(
     entropies: Tensor | None,
     phi: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """TRL's metrics as 0-dim tensors: means over the loss tokens, or over sequences for what is one number a sequence."""
+    """TRL's metrics, 0-dim tensors: means over the loss tokens, or over sequences for one number a sequence."""
     o, layout, mask, metrics = objective, batch.layout, batch.mask.to(batch.dtype), {}
     tokens = mask.sum().clamp(min=1)
     per_sequence = o.importance_sampling_level == "sequence" and not batch.advantages_per_token

@@ -157,10 +157,7 @@ def token_loss_(
     )
 
 
-def _token_loss_fake(
-    logits, ids, mask, inv_temperature, want_entropy, weight, advantages, rewards, seq, old, ref, policy_scale, h, spec,
-    backend,
-):  # fmt: skip
+def _token_loss_fake(logits, ids, mask, inv_temperature, want_entropy, *_):
     loss, logp, lse, entropy, kl, ratio, g = _rows_like(ids, inv_temperature, 7)
     return loss, logp, lse, entropy if want_entropy else entropy.new_empty(0), kl, ratio, g
 

@@ -71,7 +71,8 @@ def policy_loss(
         needs = objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
         check(not needs, "entropies", "a tensor with an entropy bonus or top_entropy_quantile < 1", None)
     else:
-        check(isinstance(entropies, Tensor) and entropies.shape == shape, "entropies", f"shape {tuple(shape)}", entropies)
+        ok = isinstance(entropies, Tensor) and entropies.shape == shape
+        check(ok, "entropies", f"shape {tuple(shape)}", entropies)
         entropies = entropies.to(dtype).reshape(-1)
     logps = per_token_logps.to(dtype).reshape(-1)
     terms = compute_objective(objective, logps, entropies, batch)

@@ -1,4 +1,4 @@
-"""The loss as a textbook would write it: full softmax, autograd, any float dtype. What the kernels are tested against."""
+"""The loss as a textbook would write it, with a full softmax and autograd: what the kernels are tested against."""
 
 from __future__ import annotations
 

@@ -30,9 +30,15 @@ BAD_CALLS = {
     "advantages-shape": (dict(advantages=torch.randn(B + 1)), r"advantages: .*\(4, 3\).*\(4,\).*\(5,\)"),
     "advantages-type": (dict(advantages=1.0), "advantages: .*tensor.*1.0"),
     "neither-advantages-nor-rewards": (dict(advantages=None), "advantages, rewards: expected exactly one"),
-    "both-advantages-and-rewards": (dict(rewards=torch.randn(B), num_generations=2), "advantages, rewards: .*exactly one"),
+    "both-advantages-and-rewards": (
+        dict(rewards=torch.randn(B), num_generations=2),
+        "advantages, rewards: .*exactly one",
+    ),
     "rewards-shape": (dict(advantages=None, rewards=torch.randn(B, 1), num_generations=2), r"rewards: .*\(4,\)"),
-    "rewards-cut-group": (dict(advantages=None, rewards=torch.randn(B), num_generations=3), "rewards: .*num_generations=3.*4"),
+    "rewards-cut-group": (
+        dict(advantages=None, rewards=torch.randn(B), num_generations=3),
+        "rewards: .*num_generations=3.*4",
+    ),
     "rewards-without-group": (dict(advantages=None, rewards=torch.randn(B)), "num_generations: .*None"),
     "num_generations-zero": (dict(advantages=None, rewards=torch.randn(B), num_generations=0), "num_generations: .*0"),
     "scale_rewards": (dict(scale_rewards="std"), "scale_rewards: .*group, batch, none.*'std'"),
@@ -56,7 +62,10 @@ BAD_CALLS = {
     "cu_seqlens-float": (dict(**packed, cu_seqlens=torch.tensor([0.0, 12.0])), "cu_seqlens: .*integer"),
     "objective-type": (dict(objective="dapo"), "objective: expected an Objective.*'dapo'"),
     "backend-name": (dict(backend="cuda9"), "backend: .*'cuda9'"),
-    "inplace-strides": (dict(logits=torch.randn(B, V, T).transpose(1, 2), inplace=True), "logits: .*unit stride.*inplace"),
+    "inplace-strides": (
+        dict(logits=torch.randn(B, V, T).transpose(1, 2), inplace=True),
+        "logits: .*unit stride.*inplace",
+    ),
     "device": (dict(completion_mask=torch.ones(B, T, device="meta")), "completion_mask: .*device cpu.*meta"),
     "device-advantages": (dict(advantages=torch.ones(B, device="meta")), "advantages: .*cpu.*meta"),
 }
@@ -97,11 +106,23 @@ OTHER_CALLS = {
     "advantages-rank": (lambda: group_advantages(torch.ones(2, 2), 2), r"rewards: .*\(B,\).*\(2, 2\)"),
     "advantages-list": (lambda: group_advantages([1.0, 2.0], 2), r"rewards: .*tensor"),
     "advantages-scale": (lambda: group_advantages(torch.ones(4), 2, scale_rewards="all"), "scale_rewards: .*'all'"),
-    "advantages-ids": (lambda: group_advantages(torch.ones(4), group_ids=torch.zeros(3)), r"group_ids: .*\(4,\).*\(3,\)"),
+    "advantages-ids": (
+        lambda: group_advantages(torch.ones(4), group_ids=torch.zeros(3)),
+        r"group_ids: .*\(4,\).*\(3,\)",
+    ),
     "advantages-size": (lambda: group_advantages(torch.ones(4), 2.0), "num_generations: .*2.0"),
-    "logps-ids": (lambda: selective_logps(torch.zeros(2, 3, 4), torch.full((2, 3), 4)), "completion_ids: .*mask is set.*4"),
-    "logps-mask": (lambda: selective_logps(torch.zeros(2, 4), ids.view(-1)[:2], mask=torch.ones(3)), r"mask: .*\(2,\)"),
-    "logps-temperature": (lambda: selective_logps(torch.zeros(2, 4), ids.view(-1)[:2], temperature=0), "temperature: .*0"),
+    "logps-ids": (
+        lambda: selective_logps(torch.zeros(2, 3, 4), torch.full((2, 3), 4)),
+        "completion_ids: .*mask is set.*4",
+    ),
+    "logps-mask": (
+        lambda: selective_logps(torch.zeros(2, 4), ids.view(-1)[:2], mask=torch.ones(3)),
+        r"mask: .*\(2,\)",
+    ),
+    "logps-temperature": (
+        lambda: selective_logps(torch.zeros(2, 4), ids.view(-1)[:2], temperature=0),
+        "temperature: .*0",
+    ),
     "policy-rank": (lambda: policy_loss(torch.zeros(1, 1, 1), torch.zeros(1)), r"per_token_logps: .*\(B, T\)"),
     "policy-type": (lambda: policy_loss(ids, torch.zeros(B)), "per_token_logps: .*floating"),
     "policy-entropies": (

@@ -124,7 +124,7 @@ def test_all_masked_batch(backend, device):
 
 
 def test_slices_and_strides(backend, device):
-    """logits[:, :-1], every other token, transposed batches: same numbers, and nothing outside the slice is written."""
+    """logits[:, :-1], every other token, transposed batches: same numbers, nothing outside the slice is written."""
     full, ids, kwargs = make_inputs(("old",), length=8, vocab=67, device=device)
     want, want_grad = loss_and_grad(grpo_loss, full, ids, backend=backend, **kwargs)
     ways = {

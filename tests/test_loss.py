@@ -62,7 +62,15 @@ def test_options(loss_type, option, backend, device):
     want, want_grad = truth(logits, ids, upstream=2.5, objective=objective, loss_scale=0.5, **kwargs)
     for inplace in (False, True) if objective.is_token_local or backend != "triton" else (True,):
         got, grad = loss_and_grad(
-            grpo_loss, logits, ids, 2.5, objective=objective, backend=backend, inplace=inplace, loss_scale=0.5, **kwargs
+            grpo_loss,
+            logits,
+            ids,
+            2.5,
+            objective=objective,
+            backend=backend,
+            inplace=inplace,
+            loss_scale=0.5,
+            **kwargs,
         )
         assert_close(got.loss, want.loss, 1e-5, "loss")
         assert_close(grad, want_grad, 1e-5, "gradient")
@@ -70,7 +78,9 @@ def test_options(loss_type, option, backend, device):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("loss_type, level", [("dapo", "token"), ("grpo", "sequence"), ("cispo", "token"), ("sapo", "token")])
+@pytest.mark.parametrize(
+    "loss_type, level", [("dapo", "token"), ("grpo", "sequence"), ("cispo", "token"), ("sapo", "token")]
+)
 def test_half_precision_error_is_at_most_twice_plain_torchs(loss_type, level, dtype, inplace, backend, device):
     objective = objective_for(loss_type, level, dict(beta=0.1, entropy_coef=0.01))
     logits, ids, kwargs = make_inputs(("old", "ref"), vocab=130, dtype=dtype, device=device)
@@ -135,7 +145,9 @@ def test_packed_equals_padded(level, backend, device):
     packed = {k: v[mask] if v.shape == mask.shape else v for k, v in kwargs.items()}
     for loss_type in LOSS_TYPES:
         objective = objective_for(
-            loss_type, level, dict(beta=0.1, entropy_coef=0.1, top_entropy_quantile=0.5, off_policy_mask_threshold=0.02)
+            loss_type,
+            level,
+            dict(beta=0.1, entropy_coef=0.1, top_entropy_quantile=0.5, off_policy_mask_threshold=0.02),
         )
         call = dict(objective=objective, backend=backend)
         want, want_grad = loss_and_grad(grpo_loss, logits, ids, completion_mask=mask, **call, **kwargs)

@@ -97,7 +97,9 @@ def test_on_policy_gradient_is_alive():
 def test_delta_below_the_clip_range_keeps_the_gradient_of_negative_advantages():
     logps = torch.tensor([[math.log(1.15)]], requires_grad=True)  # delta 1.1 < ratio 1.15 < 1.2
     objective = Objective(loss_type="bnpo", delta=1.1)
-    policy_loss(logps, torch.tensor([-1.0]), old_per_token_logps=torch.zeros(1, 1), objective=objective).loss.backward()
+    policy_loss(
+        logps, torch.tensor([-1.0]), old_per_token_logps=torch.zeros(1, 1), objective=objective
+    ).loss.backward()
     assert logps.grad.item() == pytest.approx(1.15, rel=1e-5)
 
 

@@ -14,11 +14,13 @@ from ._triton_rows import (
     _load,
     _merged_scores,
     _narrow,
-    _part_state,
+    _part_sums,
+    _reference,
     _row,
     _row_grad,
     _row_scores,
     _store,
+    _target,
     _zero,
 )
 
@@ -154,37 +156,34 @@ def stats_kernel(logits, ids, mask, inv_temperature, logp_out, lse_out, entropy_
 
 
 @_kernel
-def part_kernel(logits, mask, inv_temperature, advantages, partial, V, T, stride_b, stride_t, parts, skip_zero,
+def part_kernel(logits, ids, mask, inv_temperature, advantages, partial, V, T, stride_b, stride_t, parts, skip_zero,
                 K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr, ENTROPY: tl.constexpr,
                 ):  # fmt: skip
-    """Grid (N * parts,): the state of one part of a row, to partial (N, parts, 3, LANES) fp32.
+    """Grid (N * parts,): the sums of one part of a row, to partial (N, parts, 2) fp32.
 
-    Reads PART * 16 bytes, writes 12 * LANES. Rows that the merging kernel does not look at are not read.
+    Reads PART * 16 bytes. Rows that the merging kernel does not look at are not read.
     """
     pid = tl.program_id(0)
     row = pid // parts
-    first = (pid % parts) * PART
-    row_ptr = _row(logits, row, T, stride_b, stride_t)
-    head, n_vec = _ends(row_ptr, V, K)
-    wanted = (tl.load(mask + row) != 0) & (first < n_vec)
+    start = (pid % parts) * (PART * K)
+    wanted = tl.load(mask + row) != 0
     if advantages is not None:
         wanted = wanted & ((skip_zero == 0.0) | (tl.load(advantages + row) != 0.0))
     if wanted:
-        body = tl.multiple_of(row_ptr + head + first * K, 16)
+        row_ptr = _row(logits, row, T, stride_b, stride_t)
         c = tl.load(inv_temperature + row) * LOG2E
-        m, s, w = _part_state(body, tl.minimum(n_vec - first, PART), c, K, LANES, UNROLL, ENTROPY)
-        state = partial + pid.to(tl.int64) * (3 * LANES) + tl.arange(0, LANES)
-        tl.store(state, m)
-        tl.store(state + LANES, s)
-        if ENTROPY:
-            tl.store(state + 2 * LANES, w)
+        ref = _reference(_target(row_ptr, tl.load(ids + row), V), c)
+        s, w = _part_sums(row_ptr + start, tl.minimum(V - start, PART * K), c, ref, K, LANES, UNROLL, ENTROPY)
+        sums = partial + pid.to(tl.int64) * 2
+        tl.store(sums, s)
+        tl.store(sums + 1, w)
 
 
 @_kernel
 def merge_kernel(logits, partial, ids, mask, inv_temperature, logp_out, lse_out, entropy_out, V, T, stride_b, stride_t,
                  parts, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr,
                  ENTROPY: tl.constexpr):  # fmt: skip
-    """Grid (N,): the second half of `stats_kernel` for a row cut by `part_kernel`; reads 12 * LANES bytes a part."""
+    """Grid (N,): the second half of `stats_kernel` for a row cut by `part_kernel`."""
     row = tl.program_id(0)
     logp = 0.0
     lse = 0.0
@@ -192,7 +191,7 @@ def merge_kernel(logits, partial, ids, mask, inv_temperature, logp_out, lse_out,
     if tl.load(mask + row) != 0:
         row_ptr = _row(logits, row, T, stride_b, stride_t)
         logp, lse, entropy = _merged_scores(partial, row_ptr, row, parts, tl.load(ids + row), V,
-                                            tl.load(inv_temperature + row), K, LANES, PART, ENTROPY)  # fmt: skip
+                                            tl.load(inv_temperature + row), K, LANES, ENTROPY)  # fmt: skip
     tl.store(logp_out + row, logp)
     tl.store(lse_out + row, lse)
     if ENTROPY:
@@ -254,7 +253,7 @@ def token_kernel(logits, partial, ids, mask, inv_temperature, advantages, reward
             inv_t = tl.load(inv_temperature + row)
             if partial is not None:
                 logp, lse, entropy = _merged_scores(partial, row_ptr, row, parts, tl.load(ids + row), V,
-                                                    inv_t, K, LANES, PART, ENTROPY)  # fmt: skip
+                                                    inv_t, K, LANES, ENTROPY)  # fmt: skip
             else:
                 logp, lse, entropy = _row_scores(row_ptr, tl.load(ids + row), V, inv_t, K, LANES, UNROLL, PART,
                                                  ENTROPY)  # fmt: skip

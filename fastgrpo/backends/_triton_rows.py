@@ -1,17 +1,15 @@
 """How Triton programs walk a row of logits: statistics and gradient, without a word on the objective.
 
-A row's first and last few elements, outside the 16-byte aligned vectors of K elements, are its "ends": one element
-per lane, handled apart. The vectors between are its "body". A tile is [UNROLL, LANES, K] with one lane per thread, so
-every access of the body is 128 bits wide whatever V and the base address are, and reductions over the axes UNROLL and
-K stay inside a thread. The statistics are kept per lane as (m, s, w): the running maximum, negated to be an addend,
-the sum of e = 2^t and the sum of e*t, with t = z*log2(e) + m. Lanes meet once, at the end of the row.
+Accesses are 128 bits wide whatever V and the base address are: tiles start at multiples of 16 bytes, one vector of K
+elements per lane, and what of a tile lies outside the row is masked. The statistics are Σe and Σe·t with e = 2^t and
+t = (z - z_target)·log2(e), from one FMA. The target's own exponent is 0, so no running maximum is needed: fp32 holds
+the sums unless some logit is 70 above the target's. Rows where that happens, where |z| leaves RANGE, or where the
+target is ruled out (-inf), are swept again by `_careful_row`.
 
-The fast sweep takes t from one FMA, fma(x, c, m), m scaled. The FMA keeps the rounding error of m, which is harmless
-while |m| < RANGE; m starts at RANGE, so that logits below -RANGE vanish and m is never infinite. A row whose maximum
-lies outside, or whose -inf logits made 0*inf in the entropy, is swept again by `_careful_row`.
-
-A body is cut into parts of PART vectors, each reduced from a fresh state and merged lane by lane in order. So one
-program per row, and one program per part with a merge after it, give the same bits.
+The bits of a row's statistics depend on its values alone. Logits LANES·K apart are a class. A class has one
+accumulator, which takes its elements in the order of the row, wherever the row starts modulo 16 bytes (that only
+renames the classes); and the classes are summed as integers, for which order is nothing. A row is cut into parts of
+PART vectors, whose sums are added in order, so that one program per row and one per part give the same bits too.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)  # log2(e) minus its fp32 value
 LN2 = tl.constexpr(0.6931471805599453)
-RANGE = tl.constexpr(131072.0)
+RANGE = tl.constexpr(4096.0)
 LOWEST = tl.constexpr(-3.0e38)
 INF = tl.constexpr(float("inf"))
 # Of two equally contiguous axes Triton gives the first to the threads of a warp up to 3.6, and the last from 3.7 on.
@@ -140,93 +138,123 @@ def _store(body, y, left, UNROLL: tl.constexpr, LANES: tl.constexpr, K: tl.const
 
 
 @triton.jit
-def _fresh(LANES: tl.constexpr):
-    """The state of no element."""
-    zero = tl.zeros([LANES], tl.float32)
-    return zero + RANGE, zero, zero
+def _no_sums(LANES: tl.constexpr, K: tl.constexpr):
+    zero = tl.zeros([1, LANES, K], tl.float32)
+    return zero, zero
 
 
 @triton.jit
-def _fold(x, m, s, w, c, ENTROPY: tl.constexpr, CAREFUL: tl.constexpr):
-    """Take a tile x [UNROLL, LANES, K] fp32 into the lanes' state. m is scaled by c, or raw where CAREFUL."""
-    top = tl.max(tl.max(x, axis=2), axis=0)
-    if CAREFUL:
-        new = tl.minimum(m, -top)
-        t = (x + new[None, :, None]) * c
-        # Bounded, because 0 * (an overflowed difference) would be NaN below.
-        d = tl.maximum((new - m) * c, -RANGE)
-    else:
-        new = tl.minimum(m, top * -c)
-        t = tl.fma(x, c, new[None, :, None])
-        d = new - m
+def _max_of_pairs(a0, a1, b0, b1):
+    return tl.maximum(a0, b0), tl.maximum(a1, b1)
+
+
+@triton.jit
+def _max_over_classes(x, y):
+    """The maxima of a pair of tiles [1, LANES, K]; within a thread first, then once between them."""
+    x, y = tl.reduce((x, y), 2, _max_of_pairs)
+    x, y = tl.reduce((x, y), 1, _max_of_pairs)
+    return tl.reduce((x, y), 0, _max_of_pairs)
+
+
+@triton.jit
+def _add(x, s, w, c, ref, ENTROPY: tl.constexpr):
+    """Every class takes its element of a tile x [1, LANES, K] fp32, in the order of the row: s += e, w += e*t."""
+    t = tl.fma(x, c, -ref)
     e = tl.exp2(t)
-    scale = tl.exp2(d)
+    s += e
     if ENTROPY:
-        et = e * t
-        if CAREFUL:
-            et = tl.where(e == 0.0, 0.0, et)
-        w = tl.fma(tl.fma(s, d, w), scale, tl.sum(tl.sum(et, axis=2), axis=0))
-    s = tl.fma(s, scale, tl.sum(tl.sum(e, axis=2), axis=0))
-    return new, s, w
+        # Bounded, because e is 0 at a -inf logit and 0 * -inf would be NaN.
+        w = tl.fma(e, tl.maximum(t, -1000.0), w)
+    return s, w
 
 
 @triton.jit
-def _merge(m, s, w, m1, s1, w1, ENTROPY: tl.constexpr):
-    """The state of two disjoint pieces of a row, lane by lane, in this order."""
-    new = tl.minimum(m, m1)
-    d = new - m
-    d1 = new - m1
-    scale = tl.exp2(d)
-    scale1 = tl.exp2(d1)
-    if ENTROPY:
-        w = tl.fma(tl.fma(s, d, w), scale, tl.fma(s1, d1, w1) * scale1)
-    s = tl.fma(s, scale, s1 * scale1)
-    return new, s, w
+def _add_some(base, lead, end, s, w, c, ref, LANES: tl.constexpr, K: tl.constexpr, ENTROPY: tl.constexpr):
+    """`_add` for the elements [lead, end) of the tile at `base`; the others add 0 and are not read."""
+    lane = tl.arange(0, LANES)[None, :, None] * K
+    k = tl.arange(0, K)[None, None, :]
+    # bounds per lane beside a constant k: 2 registers, where an index per element would take K
+    inside = (k >= lead - lane) & (k < end - lane)
+    x = tl.load((base + lane) + k, mask=inside, other=-INF).to(tl.float32)
+    return _add(x, s, w, c, ref, ENTROPY)
 
 
 @triton.jit
-def _part_state(body, n_vec, c, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-                ENTROPY: tl.constexpr):  # fmt: skip
-    """State of n_vec vectors from the 16-byte aligned address `body`. Its loop is the hot one: no mask, no barrier."""
-    TILE: tl.constexpr = UNROLL * LANES
-    m, s, w = _fresh(LANES)
-    full = n_vec // TILE
-    # Two tiles an iteration, and so their loads side by side; a tile of twice the size would take more registers.
-    for i in tl.range(full, loop_unroll_factor=2):
-        x = _load(tl.multiple_of(body + i * (TILE * K), 16), None, UNROLL, LANES, K, "")
-        m, s, w = _fold(x, m, s, w, c, ENTROPY, False)
-    if full * TILE < n_vec:
-        left = n_vec - full * TILE
-        x = _load(tl.multiple_of(body + full * (TILE * K), 16), left, UNROLL, LANES, K, "")
-        # Lowest rather than -inf: what is not there must not look like a -inf logit to the entropy.
-        x = tl.where(_tile(UNROLL, LANES) < left, x, LOWEST / tl.maximum(c, 1.0))
-        m, s, w = _fold(x, m, s, w, c, ENTROPY, False)
-    return m, s, w
+def _power_of_two(top):
+    """(2^k, 2^-k) such that top * 2^k is just below 2^44, so that 2^13 classes sum to less than 2^57."""
+    exponent = tl.maximum((top.to(tl.int32, bitcast=True) >> 23) & 255, 44)
+    return ((297 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 43) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _end_state(row_ptr, V, head, n_vec, c, K: tl.constexpr, LANES: tl.constexpr):
-    """State of the ends of a row."""
-    j, inside = _end_elements(V, head, n_vec, K, LANES)
-    x = tl.load(row_ptr + j, mask=inside, other=0.0).to(tl.float32)
-    m = tl.minimum(tl.where(inside, x * -c, RANGE), RANGE)
-    t = tl.fma(x, c, m)
-    e = tl.where(inside, tl.exp2(t), 0.0)
-    return m, e, tl.where(e == 0.0, 0.0, e * t)
+def _totals(s, w):
+    """Sums over the classes [1, LANES, K], in 64-bit integers, for which order is nothing. inf where one is NaN."""
+    s_top, w_top = _max_over_classes(tl.where(s == s, s, INF), tl.where(w == w, tl.abs(w), INF))
+    s_up, s_down = _power_of_two(s_top)
+    w_up, w_down = _power_of_two(w_top)
+    # one after the other: together they would hold twice the registers
+    s_sum = tl.sum(tl.sum(tl.sum((s * s_up).to(tl.int64), axis=2), axis=1), axis=0)
+    w_sum = tl.sum(tl.sum(tl.sum((w * w_up).to(tl.int64), axis=2), axis=1), axis=0)
+    s_sum = tl.where(s_top < INF, s_sum.to(tl.float32) * s_down, INF)
+    return s_sum, tl.where(w_top < INF, w_sum.to(tl.float32) * w_down, INF)
+
+
+@triton.jit
+def _part_sums(part_ptr, count, c, ref, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+               ENTROPY: tl.constexpr):  # fmt: skip
+    """(Σe, Σe·t) over `count` logits. The first loop is the hot one: no mask, no barrier, no running maximum."""
+    TILE: tl.constexpr = LANES * K
+    lead = (part_ptr.to(tl.int64) & 15).to(tl.int32) // (16 // K)  # elements since the last 16-byte boundary
+    base = tl.multiple_of(part_ptr - lead, 16)
+    end = lead + count
+    s, w = _no_sums(LANES, K)
+    first = 0
+    if lead > 0:
+        s, w = _add_some(base, lead, end, s, w, c, ref, LANES, K, ENTROPY)
+        first = 1
+    full = end // TILE
+    unrolled = tl.maximum(full - first, 0) // (2 * UNROLL)
+    for i in range(unrolled):
+        tiles = base + (first + i * (2 * UNROLL)) * TILE
+        for u in tl.static_range(2 * UNROLL):
+            x = _load(tl.multiple_of(tiles + u * TILE, 16), None, 1, LANES, K, "")
+            s, w = _add(x, s, w, c, ref, ENTROPY)
+    for i in range(first + unrolled * (2 * UNROLL), full):
+        x = _load(tl.multiple_of(base + i * TILE, 16), None, 1, LANES, K, "")
+        s, w = _add(x, s, w, c, ref, ENTROPY)
+    if (full * TILE < end) & (full >= first):
+        s, w = _add_some(base + full * TILE, 0, end - full * TILE, s, w, c, ref, LANES, K, ENTROPY)
+    return _totals(s, w)
+
+
+@triton.jit
+def _reference(target, c):
+    """What exponents are taken relative to: the target's own, or 0 where that is no fit number (`_scores` then redoes
+    the row)."""
+    ref = target * c
+    return tl.where(tl.abs(ref) < RANGE, ref, 0.0)
 
 
 @triton.jit
 def _careful_row(row_ptr, V, c, K: tl.constexpr, LANES: tl.constexpr):
-    """State of a whole row for any finite magnitude, m raw; element by element, for it is rare."""
+    """(top, log2 Σe, Σe·t / Σe) with t = (x - top) * c: any finite magnitude, by a running maximum, for it is rare."""
     BLOCK: tl.constexpr = LANES * K
-    offset = tl.reshape(tl.arange(0, BLOCK), [1, LANES, K])
-    m = tl.full([LANES], -LOWEST, tl.float32)
-    s = tl.zeros([LANES], tl.float32)
-    w = tl.zeros([LANES], tl.float32)
+    j = tl.arange(0, BLOCK)
+    top = LOWEST
+    s = 0.0
+    w = 0.0
     for start in range(0, V, BLOCK):
-        x = tl.load(row_ptr + start + offset, mask=offset < V - start, other=-INF).to(tl.float32)
-        m, s, w = _fold(x, m, s, w, c, True, True)
-    return m, s, w
+        x = tl.load(row_ptr + start + j, mask=j < V - start, other=-INF).to(tl.float32)
+        new = tl.maximum(top, tl.max(x, axis=0))
+        # Bounded, because 0 * (an overflowed difference) would be NaN.
+        drop = tl.maximum((top - new) * c, -RANGE)
+        t = (x - new) * c
+        e = tl.exp2(t)
+        scale = tl.exp2(drop)
+        w = tl.fma(s, drop, w) * scale + tl.sum(tl.where(e == 0.0, 0.0, e * t), axis=0)
+        s = s * scale + tl.sum(e, axis=0)
+        top = new
+    return top, tl.log2(s), w / s
 
 
 @triton.jit
@@ -237,35 +265,25 @@ def _target(row_ptr, id, V):
 
 
 @triton.jit
-def _scores(row_ptr, target, V, m, s, w, c, inv_temperature, K: tl.constexpr, LANES: tl.constexpr,
+def _scores(row_ptr, target, V, total, weighted, c, inv_temperature, K: tl.constexpr, LANES: tl.constexpr,
             ENTROPY: tl.constexpr):  # fmt: skip
-    """(logp, lse, entropy) of a row from its lanes' state: the only meeting of the lanes."""
-    top = -tl.min(m, axis=0)
-    d = -top - m
-    scale = tl.exp2(d)
-    total = tl.sum(s * scale, axis=0)
+    """(logp, lse, entropy) of a row from its Σe and Σe·t."""
+    ref = target * c
     log_total = tl.log2(total)
-    logp = (tl.fma(target, c, -top) - log_total) * LN2
-    lse = tl.fma(log_total, LN2, top * LN2)
+    logp = (tl.fma(target, c, -ref) - log_total) * LN2
+    lse = tl.fma(log_total, LN2, ref * LN2)
     entropy = 0.0
-    usable = tl.abs(top) < RANGE
+    usable = (tl.abs(ref) < RANGE) & (total < INF)
     again = ~usable
     if ENTROPY:
-        spread = tl.sum(tl.fma(s, d, w) * scale, axis=0)
-        entropy = (log_total - spread / total) * LN2
-        again = again | (spread != spread)
+        entropy = (log_total - weighted / total) * LN2
+        again = again | ~(tl.abs(weighted) < INF)
     if again:
-        m, s, w = _careful_row(row_ptr, V, c, K, LANES)
-        top = -tl.min(m, axis=0)
-        d = tl.maximum((-top - m) * c, -RANGE)
-        scale = tl.exp2(d)
-        total = tl.sum(s * scale, axis=0)
-        log_total = tl.log2(total)
-        if ENTROPY:
-            entropy = (log_total - tl.sum(tl.fma(s, d, w) * scale, axis=0) / total) * LN2
+        top, log_sum, mean = _careful_row(row_ptr, V, c, K, LANES)
+        entropy = (log_sum - mean) * LN2
         # A row swept again for its entropy alone keeps the logp that it has without one.
-        logp = tl.where(usable, logp, (target - top) * inv_temperature - log_total * LN2)
-        lse = tl.where(usable, lse, tl.fma(log_total, LN2, top * inv_temperature))
+        logp = tl.where(usable, logp, (target - top) * inv_temperature - log_sum * LN2)
+        lse = tl.where(usable, lse, tl.fma(log_sum, LN2, top * inv_temperature))
     return logp, lse, entropy
 
 
@@ -275,32 +293,28 @@ def _row_scores(row_ptr, id, V, inv_temperature, K: tl.constexpr, LANES: tl.cons
     """(logp, lse, entropy) of one whole row by one program."""
     c = inv_temperature * LOG2E
     target = _target(row_ptr, id, V)
-    head, n_vec = _ends(row_ptr, V, K)
-    body = tl.multiple_of(row_ptr + head, 16)
-    m, s, w = _end_state(row_ptr, V, head, n_vec, c, K, LANES)
-    for first in range(0, n_vec, PART):
-        part = tl.multiple_of(body + first * K, 16)
-        m1, s1, w1 = _part_state(part, tl.minimum(n_vec - first, PART), c, K, LANES, UNROLL, ENTROPY)
-        m, s, w = _merge(m, s, w, m1, s1, w1, ENTROPY)
-    return _scores(row_ptr, target, V, m, s, w, c, inv_temperature, K, LANES, ENTROPY)
+    ref = _reference(target, c)
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, V, PART * K):
+        s, w = _part_sums(row_ptr + start, tl.minimum(V - start, PART * K), c, ref, K, LANES, UNROLL, ENTROPY)
+        total += s
+        weighted += w
+    return _scores(row_ptr, target, V, total, weighted, c, inv_temperature, K, LANES, ENTROPY)
 
 
 @triton.jit
 def _merged_scores(partial, row_ptr, row, parts, id, V, inv_temperature, K: tl.constexpr, LANES: tl.constexpr,
-                   PART: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
-    """(logp, lse, entropy) of one row from the partial states that `part_kernel` left; the bits of `_row_scores`."""
-    c = inv_temperature * LOG2E
+                   ENTROPY: tl.constexpr):  # fmt: skip
+    """(logp, lse, entropy) of one row from the partial sums that `part_kernel` left; the bits of `_row_scores`."""
+    sums = partial + parts.to(tl.int64) * 2 * row
+    total = 0.0
+    weighted = 0.0
+    for part in range(parts):
+        total += tl.load(sums + 2 * part)
+        weighted += tl.load(sums + 2 * part + 1)
     target = _target(row_ptr, id, V)
-    head, n_vec = _ends(row_ptr, V, K)
-    m, s, w = _end_state(row_ptr, V, head, n_vec, c, K, LANES)
-    states = partial + parts.to(tl.int64) * (3 * LANES) * row + tl.arange(0, LANES)
-    for part in range(tl.cdiv(n_vec, PART)):
-        state = states + part * (3 * LANES)
-        w1 = tl.zeros([LANES], tl.float32)
-        if ENTROPY:
-            w1 = tl.load(state + 2 * LANES)
-        m, s, w = _merge(m, s, w, tl.load(state), tl.load(state + LANES), w1, ENTROPY)
-    return _scores(row_ptr, target, V, m, s, w, c, inv_temperature, K, LANES, ENTROPY)
+    return _scores(row_ptr, target, V, total, weighted, inv_temperature * LOG2E, inv_temperature, K, LANES, ENTROPY)
 
 
 # ---- gradient

@@ -52,11 +52,11 @@ def supports(device_type: str, dtype: torch.dtype) -> str | None:
 class Geometry(NamedTuple):
     K: int  # elements in 16 bytes
     LANES: int  # threads of a program
-    UNROLL: int  # vectors of K elements per thread and tile of the statistics; the gradient's tiles are twice as large
+    UNROLL: int  # half the vectors of K elements that a thread has on their way at once
     PART: int  # vectors in a part, a multiple of LANES * UNROLL
 
     def parts(self, V: int) -> int:
-        return max(1, -(-(V // self.K) // self.PART))
+        return -(-V // (self.K * self.PART))
 
 
 def _geometry(V: int, dtype: torch.dtype) -> Geometry:
@@ -129,7 +129,7 @@ def row_stats(
     out = (logp, lse, entropy if want_entropy else None)
     options = {"PART": geometry.PART, "ENTROPY": want_entropy}
     if _split(n, V, geometry, logits.device):
-        partial, parts = _partial(logits, mask, inv_temperature, None, 0.0, want_entropy, geometry)
+        partial, parts = _partial(logits, ids, mask, inv_temperature, None, 0.0, want_entropy, geometry)
         _launch(kernels.merge_kernel, n, geometry, logits.device, logits, partial, ids, mask, inv_temperature, *out,
                 *_layout(logits), parts, **options)  # fmt: skip
     else:
@@ -138,11 +138,11 @@ def row_stats(
     return logp, lse, entropy
 
 
-def _partial(logits, mask, inv_temperature, advantages, skip_zero, want_entropy, geometry) -> tuple[Tensor, int]:
-    """The partial states of all parts of all rows, and the number of parts."""
+def _partial(logits, ids, mask, inv_temperature, advantages, skip_zero, want_entropy, geometry) -> tuple[Tensor, int]:
+    """The partial sums of all parts of all rows, and the number of parts."""
     n, parts = mask.numel(), geometry.parts(logits.shape[2])
-    partial = logits.new_empty((n, parts, 3, geometry.LANES), dtype=torch.float32)
-    _launch(kernels.part_kernel, n * parts, geometry, logits.device, logits, mask, inv_temperature, advantages,
+    partial = logits.new_empty((n, parts, 2), dtype=torch.float32)
+    _launch(kernels.part_kernel, n * parts, geometry, logits.device, logits, ids, mask, inv_temperature, advantages,
             partial, *_layout(logits), parts, float(skip_zero), PART=geometry.PART, ENTROPY=want_entropy)  # fmt: skip
     return partial, parts
 
@@ -192,7 +192,7 @@ def token_loss(
         partial, parts = None, 1
         if split:
             partial, parts = _partial(
-                logits, mask, inv_temperature, rows.advantages, spec.skip_zero, with_entropy, geometry
+                logits, ids, mask, inv_temperature, rows.advantages, spec.skip_zero, with_entropy, geometry
             )
         inplace = out is not None and not split
         programs = _rows_in_flight(n, V * logits.element_size(), device) if inplace else n

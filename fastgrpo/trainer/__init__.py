@@ -1,0 +1,6 @@
+"""GRPO training of Hugging Face models with the fused loss."""
+
+from fastgrpo.trainer.config import GRPOConfig
+from fastgrpo.trainer.grpo_trainer import GRPOTrainer
+
+__all__ = ["GRPOConfig", "GRPOTrainer"]

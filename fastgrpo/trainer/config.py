@@ -1,0 +1,185 @@
+"""GRPOConfig: transformers' training arguments plus the options of GRPO, under TRL's names and with TRL's defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from fastgrpo.advantages import SCALE_REWARDS
+from fastgrpo.objective import Objective
+
+_DEFAULT = Objective()  # the one home of the objective's defaults
+
+# transformers 5.2x renamed the option and warns at the old name
+_FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
+
+
+@dataclass
+class GRPOConfig(TrainingArguments):
+    """Options of `GRPOTrainer`.
+
+    Everything of `transformers.TrainingArguments`, with other defaults for learning_rate (1e-6), logging_steps (10),
+    activation or gradient checkpointing (True), bf16 (True unless fp16) and remove_unused_columns (False, since reward
+    functions read the columns).
+
+    Args:
+        model_init_kwargs: for `from_pretrained` when the model is given as a path or id; dtype is float32 by default.
+        trust_remote_code: allow models and tokenizers that bring their own code.
+        disable_dropout: set every dropout of the policy to 0.
+        num_generations: G, completions per prompt.
+        num_generations_eval: the same in evaluation (None: num_generations).
+        max_completion_length: most tokens that are sampled for a completion.
+        shuffle_dataset: visit the prompts in random order.
+        temperature, top_p, top_k, min_p, repetition_penalty: how completions are sampled.
+        cache_implementation: of `generate`.
+        generation_kwargs: more options for `GenerationConfig`; they win over the ones above.
+        chat_template_kwargs: for `apply_chat_template`, when prompts are conversations.
+        steps_per_generation: micro-batches that one round of sampling feeds (None: gradient_accumulation_steps).
+        generation_batch_size: completions per round of sampling, over all processes; instead of the former.
+        num_iterations: μ, passes over the completions of a round.
+        reward_weights: one factor per reward function (None: 1 each).
+        multi_objective_aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO: each function is normalised
+            within its group, then the weighted sum is normalised over the batch).
+        scale_rewards: "group", "batch" or "none": the std that advantages are divided by. True and False are read as
+            "group" and "none".
+        mask_truncated_completions: leave completions without an end token out of the loss.
+        log_completions: write prompts, completions and rewards of each logging step to
+            `output_dir/completions/completions_<step>.parquet`.
+        backend: of the fused loss, "auto" or one of `fastgrpo.backends.NAMES`.
+
+    The remaining fields are those of `fastgrpo.Objective`, which explains them, holds their defaults and checks them.
+    """
+
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    # model
+    model_init_kwargs: dict[str, Any] | str | None = None
+    trust_remote_code: bool = False
+    disable_dropout: bool = False
+
+    # data and sampling
+    remove_unused_columns: bool | None = False
+    shuffle_dataset: bool = True
+    num_generations: int = 8
+    num_generations_eval: int | None = None
+    max_completion_length: int = 512
+    steps_per_generation: int | None = None
+    generation_batch_size: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    cache_implementation: str | None = None
+    generation_kwargs: dict[str, Any] | str | None = None
+    chat_template_kwargs: dict[str, Any] | str | None = None
+
+    # rewards
+    reward_weights: list[float] | None = None
+    multi_objective_aggregation: str = "sum_then_normalize"
+    scale_rewards: str = "group"
+
+    # objective
+    num_iterations: int = 1
+    mask_truncated_completions: bool = False
+    loss_type: str = _DEFAULT.loss_type
+    importance_sampling_level: str = _DEFAULT.importance_sampling_level
+    beta: float = _DEFAULT.beta
+    epsilon: float = _DEFAULT.epsilon
+    epsilon_high: float | None = _DEFAULT.epsilon_high
+    delta: float | None = _DEFAULT.delta
+    use_bias_correction_kl: bool = _DEFAULT.use_bias_correction_kl
+    entropy_coef: float = _DEFAULT.entropy_coef
+    top_entropy_quantile: float = _DEFAULT.top_entropy_quantile
+    off_policy_mask_threshold: float | None = _DEFAULT.off_policy_mask_threshold
+    sapo_temperature_pos: float = _DEFAULT.sapo_temperature_pos
+    sapo_temperature_neg: float = _DEFAULT.sapo_temperature_neg
+    vespo_k_pos: float = _DEFAULT.vespo_k_pos
+    vespo_lambda_pos: float = _DEFAULT.vespo_lambda_pos
+    vespo_k_neg: float = _DEFAULT.vespo_k_neg
+    vespo_lambda_neg: float = _DEFAULT.vespo_lambda_neg
+    backend: str = "auto"
+
+    # training arguments with another default
+    learning_rate: float = 1e-6
+    logging_steps: float = 10
+    gradient_checkpointing: bool | None = None
+    bf16: bool | None = field(default=None, metadata={"help": "Train in bfloat16; the default is not fp16."})
+    log_completions: bool = False
+
+    def __post_init__(self):
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        if self.gradient_checkpointing is None and getattr(self, CHECKPOINTING) is None:
+            setattr(self, CHECKPOINTING, True)
+        super().__post_init__()
+        if self.checkpoints_activations and CHECKPOINTING == "gradient_checkpointing":
+            # the reentrant kind, once the default, needs inputs that require grad
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        self._check_choices()
+        self._size_generation()
+        self.objective()  # so that a bad option is refused here rather than at the first step
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether activations are recomputed in the backward pass, under whichever name transformers has for it."""
+        return bool(getattr(self, CHECKPOINTING))
+
+    def objective(self) -> Objective:
+        """The `Objective` of these options."""
+        return Objective(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Objective)})
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("scale_rewards", SCALE_REWARDS),
+            ("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, least in (("num_generations", 2), ("num_iterations", 1), ("max_completion_length", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: expected a number > 0, got {self.temperature}")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size: expected False, since a smaller batch would cut through the groups"
+            )
+
+    def _size_generation(self) -> None:
+        """Derive steps_per_generation and generation_batch_size from each other, and check that groups stay whole."""
+        per_step = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            raise ValueError("steps_per_generation and generation_batch_size: expected one of them, got both")
+        if self.generation_batch_size is not None:
+            if self.generation_batch_size % per_step:
+                raise ValueError(
+                    f"generation_batch_size: expected a multiple of the {per_step} completions of one micro-batch "
+                    f"over all processes, got {self.generation_batch_size}"
+                )
+            self.steps_per_generation = self.generation_batch_size // per_step
+        elif self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        self.generation_batch_size = per_step * self.steps_per_generation
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations: expected a divisor of the {self.generation_batch_size} completions of one round of "
+                "sampling (per_device_train_batch_size x processes x steps_per_generation), got "
+                f"{self.num_generations}"
+            )
+        if self.eval_strategy != "no":
+            generations, batch = self.num_generations_eval or self.num_generations, self.per_device_eval_batch_size
+            if (batch * self.world_size) % generations:
+                raise ValueError(
+                    f"per_device_eval_batch_size: expected {self.world_size} processes to hold whole groups of "
+                    f"{generations}, got {batch}"
+                )

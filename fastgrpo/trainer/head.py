@@ -1,0 +1,148 @@
+"""The language-model head: from hidden states at the completion's positions to logits, inside the model's own forward.
+
+`model(..., completion_fn=fn, completion_length=T)` runs the backbone once and returns `fn(hidden, head)`, where hidden
+(B, T, H) predicts the last T tokens and `head` says how logits come from it. The work happens inside the forward, so
+that DDP, FSDP and accelerate's autocast wrap it as they wrap the model's own head.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class Head(NamedTuple):
+    """logits = softcap(logit_scale · (hidden @ weightᵀ + bias)), with softcap(x) = c·tanh(x/c)."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, V), in a buffer of its own that nothing in the graph needs again."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def unwrap_peft(model: nn.Module) -> PreTrainedModel:
+    """The transformers model under a PEFT wrapper, adapters included; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def read_head(model: PreTrainedModel) -> Head:
+    """The head of a causal language model, read off its output embeddings and its config.
+
+    Raises:
+        ValueError: no output embeddings, or an adapter on them that the weight alone does not show.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None or getattr(layer, "weight", None) is None:
+        raise ValueError(f"model: expected one with a language-model head, got {type(model).__name__} without one")
+    if hasattr(layer, "modules_to_save"):  # PEFT trains a copy of the whole head
+        layer = layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapter]
+    elif hasattr(layer, "base_layer"):
+        raise ValueError(
+            "model: a PEFT adapter on the language-model head is not supported, since logits are made from its "
+            "weight; take it out of target_modules, or name it in modules_to_save"
+        )
+    scale, softcap = _logit_options(model)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
+
+
+def _logit_options(model: PreTrainedModel) -> tuple[float, float | None]:
+    """(logit_scale, softcap). The families name the factor differently, and Granite's divides."""
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse; Falcon-H1
+        if getattr(config, name, None) is not None:
+            scale = float(getattr(config, name))
+            break
+    else:
+        if getattr(config, "logits_scaling", None) is not None:  # Granite, MiniCPM3; HyperCLOVA X multiplies
+            factor = float(config.logits_scaling)
+            scale = factor if config.model_type == "hyperclovax" else 1.0 / factor
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and later
+    return scale, None if not softcap else float(softcap)
+
+
+def add_completion_head(model: PreTrainedModel) -> None:
+    """Teach `model.forward` the keywords `completion_fn` and `completion_length`; without them it is what it was.
+
+    Call it before the model is wrapped (PEFT's wrapper may be there already: pass what is inside).
+    """
+    if hasattr(model.forward, "completion_head"):
+        return
+    if model.base_model is model:
+        raise ValueError(f"model: expected a causal language model with a backbone, got {type(model).__name__}")
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # generate() reads the signature
+    def forward(self, *args, completion_fn: Callable | None = None, completion_length: int | None = None, **kwargs):
+        if completion_fn is None:
+            return original(*args, **kwargs)
+        # PEFT's wrapper fills in labels=None and the like, which a backbone need not know
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        if "position_ids" not in inspect.signature(self.base_model.forward).parameters:  # ALiBi models have none
+            kwargs.pop("position_ids", None)
+        # backbone and head are looked up now, since wrappers may replace them after this function was made
+        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
+        return completion_fn(hidden[:, -completion_length - 1 : -1], read_head(self))
+
+    forward.completion_head = True
+    model.forward = types.MethodType(forward, model)
+
+
+def run_completion_head(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, length: int, fn: Callable[[Tensor, Head], Any]
+) -> Any:
+    """fn(hidden, head) for the last `length` tokens of input_ids (B, P + T); `model` may be wrapped."""
+    # counted over real tokens, as generate() does: learned positions must not start at the padding
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        completion_fn=fn,
+        completion_length=length,
+    )
+
+
+@torch.no_grad()
+def check_completion_head(model: nn.Module) -> None:
+    """Compare the logits made here with the model's own on a few tokens.
+
+    Raises:
+        ValueError: they differ, so this model transforms its logits in a way that is not read off its config.
+    """
+    device = unwrap_peft(model).get_input_embeddings().weight.device
+    vocabulary = unwrap_peft(model).get_input_embeddings().weight.shape[0]
+    ids = torch.linspace(0, vocabulary - 1, 6, device=device).long()[None]
+    mask, training = torch.ones_like(ids), model.training
+    model.eval()
+    try:
+        own = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        ours = run_completion_head(
+            model, ids, mask, ids.shape[1] - 1, lambda hidden, head: head.logits(hidden)
+        ).float()
+    finally:
+        model.train(training)
+    tolerance = 1e-3 if unwrap_peft(model).dtype in (torch.float32, torch.float64) else 2e-2
+    if own.shape != ours.shape or not (own - ours).abs().max() <= tolerance * own.abs().max():
+        raise ValueError(
+            f"model: the logits of {type(unwrap_peft(model)).__name__} are not softcap(logit_scale · (hidden @ "
+            "weightᵀ + bias)) with the options read off its config, so the fused loss would be computed from other "
+            "logits than the model's; this architecture is not supported"
+        )

@@ -1,0 +1,242 @@
+"""What `fastgrpo train` does: load, measure, train, measure again, and write it all down."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from fastgrpo.trainer import embedded, rewards
+from fastgrpo.trainer.config import CHECKPOINTING, GRPOConfig
+from fastgrpo.trainer.evaluate import sampled_accuracy
+from fastgrpo.trainer.grpo_trainer import GRPOTrainer
+
+_FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+class UsageError(ValueError):
+    """A mistake in the command's arguments or files: shown without a traceback."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run `fastgrpo train`; the last line on stdout is `accuracy 0.xx -> 0.yy`.
+
+    With a reward function of the user's own it is `reward x -> y`, its mean over the held-out prompts.
+    """
+    is_embedded = options.model is None
+    reward_func = _checked(rewards.resolve, options.reward)
+    if is_embedded and options.dataset is not None:
+        raise UsageError("--dataset needs --model: the model of the embedded task knows digits only")
+    args = _checked(_make_config, options, is_embedded)
+    output = Path(options.output_dir)
+    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if options.resume and checkpoint is None:
+        raise UsageError(f"--resume: no checkpoint in {output}")
+
+    needs_answer = options.reward in rewards.BUILT_IN
+    if options.dataset is None:
+        count = embedded.HELD_OUT if options.held_out is None else options.held_out
+        if not 0 < count <= 500:
+            raise UsageError(f"--held-out: expected between 1 and 500 of the embedded questions, got {count}")
+        train_set, held_out = embedded.make_datasets(options.seed, count)
+    else:
+        train_set, held_out = _split(_load_rows(options, needs_answer), options.held_out, options.seed)
+    if is_embedded:
+        if args.device.type == "cpu":
+            # a second thread saves a model this small nothing, and costs a lot where other work shares the cores
+            torch.set_num_threads(1)
+        tokenizer = embedded.make_tokenizer()
+        model = embedded.make_model(tokenizer, options.seed).to(args.device)
+        embedded.warm_start(model, tokenizer, train_set, options.seed)
+    else:
+        model, tokenizer = _load_model(options.model)
+        model.to(args.device)
+
+    def measure() -> float:
+        return sampled_accuracy(
+            model,
+            tokenizer,
+            held_out,
+            reward_func,
+            args.max_completion_length,
+            temperature=options.temperature,
+            samples=2 if is_embedded else 1,
+            batch_size=512 if is_embedded else args.per_device_train_batch_size,
+            seed=options.seed,
+        )
+
+    what = "accuracy" if needs_answer else "reward"
+    before = measure()
+    print(f"{what} before, on {len(held_out)} held-out prompts: {before:.2f}", flush=True)
+
+    trainer = GRPOTrainer(model, reward_func, args, train_set, processing_class=tokenizer)
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    log = RunLog(output / "metrics.jsonl")
+    trainer.add_callback(log)
+    trainer.train(resume_from_checkpoint=checkpoint if options.resume else None)
+    after = measure()
+
+    trainer.save_model(str(output / "model"))
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(str(output / "model"))
+        plot_rewards(trainer.state.log_history, output / "reward.png", what, before, after)
+        print(f"model, metrics.jsonl and reward.png are in {output}")
+        print(f"{what} {before:.2f} -> {after:.2f}", flush=True)
+
+
+def _checked(function, *args: Any) -> Any:
+    """function(*args), with its complaints about what it was given turned into a UsageError."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _make_config(options: argparse.Namespace, is_embedded: bool) -> GRPOConfig:
+    def choose(value: Any, embedded_default: Any, default: Any) -> Any:
+        return value if value is not None else embedded_default if is_embedded else default
+
+    on_gpu = torch.cuda.is_available()
+    return GRPOConfig(
+        output_dir=options.output_dir,
+        use_cpu=not on_gpu,
+        bf16=on_gpu and not is_embedded,
+        report_to="none",
+        loss_type=options.loss_type,
+        beta=options.beta,
+        num_generations=options.num_generations,
+        num_iterations=options.num_iterations,
+        max_completion_length=choose(options.max_completion_length, embedded.MAX_COMPLETION_LENGTH, 256),
+        temperature=options.temperature,
+        max_steps=choose(options.steps, 120, 100),
+        learning_rate=choose(options.learning_rate, 3e-4, 1e-6),
+        warmup_steps=5 if is_embedded else 0,
+        per_device_train_batch_size=choose(options.batch_size, 512, 8),
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        logging_steps=1,
+        save_strategy="steps" if options.save_steps > 0 else "no",
+        save_steps=options.save_steps,
+        save_total_limit=1,
+        seed=options.seed,
+        backend=options.backend,
+        dataloader_pin_memory=on_gpu,
+        **{CHECKPOINTING: on_gpu and not is_embedded},
+    )
+
+
+def _load_rows(options: argparse.Namespace, needs_answer: bool) -> Dataset:
+    """The dataset with its columns renamed to `prompt` and `answer`."""
+    name, path = options.dataset, Path(options.dataset)
+    kind = _FILE_TYPES.get(path.suffix)
+    if kind is not None and not path.is_file():
+        raise UsageError(f"--dataset: no such file: {name}")
+    try:
+        if kind is not None:
+            data = load_dataset(kind, data_files=str(path), split="train")
+        else:
+            data = load_dataset(name, options.dataset_config, split=options.split)
+    except Exception as error:  # of many types: a broken file, an unknown id, no network
+        raise UsageError(f"--dataset: {name} cannot be loaded: {error}") from error
+    for column, wanted in ((options.prompt_column, "prompt"), (options.answer_column, "answer")):
+        if column in data.column_names:
+            data = data if column == wanted else data.rename_column(column, wanted)
+        elif wanted == "prompt" or needs_answer:
+            reason = "" if wanted == "prompt" else f" (for --reward {options.reward})"
+            raise UsageError(
+                f"--dataset: {name} has no column {column!r}{reason}; its columns are {', '.join(data.column_names)}"
+            )
+    return data
+
+
+def _split(data: Dataset, held_out: int | None, seed: int) -> tuple[Dataset, Dataset]:
+    """(training rows, held-out rows), drawn at random."""
+    count = min(128, len(data) // 10) if held_out is None else held_out
+    if not 0 < count < len(data):
+        raise UsageError(f"--held-out: expected between 1 and {len(data) - 1} of the dataset's rows, got {count}")
+    order = random.Random(seed).sample(range(len(data)), len(data))
+    return data.select(order[count:]), data.select(order[:count])
+
+
+def _load_model(name: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not os.path.isdir(os.path.expanduser(name)):
+        raise UsageError(f"--model: no such folder: {name}")
+    try:
+        # fp32 weights: at GRPO's learning rates most updates would round away in bf16
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model: {name} cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+class RunLog(TrainerCallback):
+    """A progress bar with the reward, and every logged step as a line of metrics.jsonl."""
+
+    def __init__(self, path: Path):
+        self.path, self.bar = path, None
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # a resumed run continues the file up to its checkpoint; a new one starts it afresh
+            kept = [json.dumps(entry) for entry in state.log_history]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="GRPO", unit="step")
+
+    def on_log(self, args, state, control, logs=None, **_) -> None:
+        if self.bar is None:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({**logs, "step": state.global_step}) + "\n")
+        if logs.get("reward") is not None:
+            self.bar.set_postfix(reward=f"{logs['reward']:.2f}", refresh=False)
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_train_end(self, args, state, control, **_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def plot_rewards(history: list[dict], path: Path, what: str, before: float, after: float) -> None:
+    """The reward of each step, its running mean, and the held-out figure before and after, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points = [(entry["step"], entry["reward"]) for entry in history if entry.get("reward") is not None]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    window = max(1, len(values) // 20)
+    running = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)  # no display is asked for, whatever the environment's default
+    axes = figure.subplots()
+    axes.plot(steps, values, color="tab:blue", alpha=0.3, label="reward, each step")
+    axes.plot(steps, running, color="tab:blue", label=f"reward, mean of {window} steps")
+    axes.axhline(before, color="tab:grey", linestyle=":", label=f"held-out {what} before: {before:.2f}")
+    axes.axhline(after, color="tab:green", linestyle="--", label=f"held-out {what} after: {after:.2f}")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("mean reward")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

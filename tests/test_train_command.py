@@ -1,0 +1,138 @@
+"""`fastgrpo train`: the run without arguments, a small real run from local files, and mistakes in the arguments."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset
+
+from fastgrpo.cli import main
+from fastgrpo.trainer import embedded
+
+
+def run_command(*arguments, timeout):
+    return subprocess.run(
+        [sys.executable, "-m", "fastgrpo", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_default_run_learns(tmp_path):
+    """The demonstration itself: accuracy on held-out sums rises by 0.3 or more and ends above 0.8."""
+    output = tmp_path / "run"
+    result = run_command("train", "--output-dir", output, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    last = result.stdout.rstrip("\n").splitlines()[-1]
+    match = re.fullmatch(r"accuracy (\d\.\d\d) -> (\d\.\d\d)", last)
+    assert match, last
+    before, after = map(float, match.groups())
+    assert after >= before + 0.3
+    assert after > 0.8
+    assert "warm start" in result.stderr and "GRPO" in result.stderr  # progress bars
+
+    metrics = [entry for entry in read_metrics(output) if "reward" in entry]
+    assert [entry["step"] for entry in metrics] == list(range(1, len(metrics) + 1))
+    assert {"loss", "grad_norm", "entropy", "completions/mean_length", "rewards/exact/mean"} <= set(metrics[0])
+    assert (output / "reward.png").read_bytes().startswith(b"\x89PNG")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    assert tokenizer.decode(tokenizer("1+2+3=")["input_ids"]) == "1+2+3="
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_embedded_questions_are_disjoint():
+    train, held_out = embedded.make_datasets(seed=3)
+    assert len(held_out) == embedded.HELD_OUT
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    assert all(sum(map(int, row["prompt"].rstrip("=").split("+"))) == int(row["answer"]) for row in held_out)
+
+
+@pytest.fixture(scope="module")
+def local_files(tmp_path_factory):
+    """A model folder, and one dataset as JSONL and Parquet."""
+    folder = tmp_path_factory.mktemp("local")
+    tokenizer = embedded.make_tokenizer()
+    embedded.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    data = Dataset.from_list([{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(40)])
+    data.to_json(folder / "data.jsonl")
+    data.to_parquet(folder / "data.parquet")
+    return folder
+
+
+def small_run(local_files, output, *arguments):
+    sizes = ["--steps", 2, "--batch-size", 8, "--num-generations", 4, "--max-completion-length", 4]
+    files = ["--model", local_files / "model", "--output-dir", output]
+    return main(["train", *map(str, [*files, *sizes, *arguments])])
+
+
+@pytest.mark.parametrize("file", ["data.jsonl", "data.parquet"])
+def test_local_model_and_dataset(local_files, tmp_path, capsys, file):
+    arguments = ["--dataset", local_files / file, "--reward", "numeric", "--beta", 0.1, "--loss-type", "grpo"]
+    assert small_run(local_files, tmp_path / "out", *arguments) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"accuracy \d\.\d\d -> \d\.\d\d", last)
+    assert [entry["step"] for entry in read_metrics(tmp_path / "out") if "kl" in entry] == [1, 2]
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+
+
+def test_resume(local_files, tmp_path, capsys):
+    data = ["--dataset", local_files / "data.jsonl", "--save-steps", 1]
+    assert small_run(local_files, tmp_path / "out", *data) == 0
+    assert small_run(local_files, tmp_path / "out", *data, "--steps", 4, "--resume") == 0
+    steps = [entry["step"] for entry in read_metrics(tmp_path / "out") if "reward" in entry]
+    assert steps == [1, 2, 3, 4]
+
+
+def count_threes(completions, **_):
+    return [float(completion.count("3")) for completion in completions]
+
+
+def test_reward_of_ones_own(local_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    assert small_run(local_files, tmp_path / "out", "--reward", "test_train_command:count_threes") == 0
+    assert re.fullmatch(r"reward \d\.\d\d -> \d\.\d\d", capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dataset", "{data}/data.jsonl"], "--dataset needs --model"),
+        (["--model", "{data}/nowhere"], "no such folder"),
+        (["--model", "{data}/model", "--dataset", "{data}/nowhere.jsonl"], "no such file"),
+        (["--model", "{data}/model", "--dataset", "{data}/data.jsonl", "--answer-column", "x"], "no column 'x'"),
+        (["--model", "{data}/model", "--dataset", "{data}/data.jsonl", "--prompt-column", "q"], "no column 'q'"),
+        (["--model", "{data}/model", "--dataset", "{data}/data.jsonl", "--held-out", "40"], "--held-out"),
+        (["--held-out", "1000"], "--held-out: expected between 1 and 500"),
+        (["--reward", "nothing"], "reward: expected one of exact, numeric, contains"),
+        (["--reward", "no.such.module:f"], "cannot be imported"),
+        (["--loss-type", "ppo"], "loss_type: expected one of"),
+        (["--num-generations", "3"], "num_generations: expected a divisor"),
+        (["--resume"], "no checkpoint"),
+    ],
+)
+def test_mistakes_are_named(local_files, tmp_path, capsys, arguments, message):
+    arguments = [argument.format(data=local_files) for argument in arguments]
+    assert main(["train", "--output-dir", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_env_names_every_backend(capsys):
+    from fastgrpo import backends
+
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"backend {name}: " in out for name in backends.NAMES)
