@@ -34,8 +34,16 @@ def objective_for(loss_type: str, level: str, options: dict) -> Objective:
     return Objective(**{**defaults, **options})
 
 
-def make_inputs(extras=(), *, batch=4, length=7, vocab=61, dtype=torch.float32, seed=0, device="cpu", scale=3.0):
-    """(logits, ids, kwargs of a loss call) with a realistic spread: ratios around 1, some beyond the clip range."""
+def make_inputs(
+    extras=(), *, batch=None, length=None, vocab=61, dtype=torch.float32, seed=0, device="cpu", scale=3.0, backend=None
+):
+    """(logits, ids, kwargs of a loss call) with a realistic spread: ratios around 1, some beyond the clip range.
+
+    Fewer rows for Triton's interpreter, which takes some 20 ms for each.
+    """
+    interpreted = backend == "triton" and device == "cpu"
+    batch = batch or (3 if interpreted else 4)
+    length = length or (3 if interpreted else 7)
     gen = torch.Generator().manual_seed(seed)
 
     def noise(*shape):

@@ -18,7 +18,7 @@ def test_parity(loss_type, level, option, backend, device):
     """Loss type x level x beta x (old given or not), fp32, both ways of making the gradient."""
     options, extras = OPTIONS[option]
     objective = objective_for(loss_type, level, options)
-    logits, ids, kwargs = make_inputs(extras, length=4, seed=3, device=device)
+    logits, ids, kwargs = make_inputs(extras, seed=3, device=device, backend=backend)
     want, want_grad = truth(logits, ids, objective=objective, **kwargs)
     if level != "sequence_token":
         _assert_trl_agrees(want, want_grad, logits, ids, objective, kwargs)
@@ -58,7 +58,7 @@ def _assert_trl_agrees(want, want_grad, logits, ids, objective, kwargs):
 def test_options(loss_type, option, backend, device):
     options, extras = OPTIONS[option]
     objective = objective_for(loss_type, "token", options)
-    logits, ids, kwargs = make_inputs(extras, length=4, seed=5, device=device)
+    logits, ids, kwargs = make_inputs(extras, seed=5, device=device, backend=backend)
     want, want_grad = truth(logits, ids, upstream=2.5, objective=objective, loss_scale=0.5, **kwargs)
     for inplace in (False, True) if objective.is_token_local or backend != "triton" else (True,):
         got, grad = loss_and_grad(
@@ -72,8 +72,9 @@ def test_options(loss_type, option, backend, device):
             loss_scale=0.5,
             **kwargs,
         )
-        assert_close(got.loss, want.loss, 1e-5, "loss")
-        assert_close(grad, want_grad, 1e-5, "gradient")
+        rel = 3e-5 if loss_type == "vespo" else 1e-5  # exp(k log w - λ w) multiplies the rounding of the logps
+        assert_close(got.loss, want.loss, rel, "loss")
+        assert_close(grad, want_grad, rel, "gradient")
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -83,7 +84,7 @@ def test_options(loss_type, option, backend, device):
 )
 def test_half_precision_error_is_at_most_twice_plain_torchs(loss_type, level, dtype, inplace, backend, device):
     objective = objective_for(loss_type, level, dict(beta=0.1, entropy_coef=0.01))
-    logits, ids, kwargs = make_inputs(("old", "ref"), vocab=130, dtype=dtype, device=device)
+    logits, ids, kwargs = make_inputs(("old", "ref"), vocab=130, dtype=dtype, device=device, backend=backend)
     want, want_grad = truth(logits, ids, objective=objective, **kwargs)
 
     def plain(x, ids, **kw):  # what a careful eager user writes: fp32 inside, autograd's cast at the end
@@ -97,9 +98,9 @@ def test_half_precision_error_is_at_most_twice_plain_torchs(loss_type, level, dt
 
 
 def test_temperature(backend, device):
-    logits, ids, kwargs = make_inputs(("old", "ref"), device=device)
+    logits, ids, kwargs = make_inputs(("old", "ref"), device=device, backend=backend)
     objective = Objective(beta=0.1, entropy_coef=0.01)
-    for temperature in (0.7, torch.tensor([0.5, 0.9, 1.3, 2.0]), torch.rand(ids.shape) + 0.5, torch.tensor(1.7)):
+    for temperature in (0.7, torch.linspace(0.5, 2.0, len(ids)), torch.rand(ids.shape) + 0.5, torch.tensor(1.7)):
         on_device = temperature.to(device) if isinstance(temperature, torch.Tensor) else temperature
         want, want_grad = truth(logits, ids, objective=objective, temperature=temperature, **kwargs)
         got, grad = loss_and_grad(
@@ -111,7 +112,7 @@ def test_temperature(backend, device):
 
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 def test_rewards_are_normalised_in_the_pass(scale_rewards, backend, device):
-    logits, ids, kwargs = make_inputs(("old",), batch=6, device=device)
+    logits, ids, kwargs = make_inputs(("old",), batch=6, device=device, backend=backend)
     del kwargs["advantages"]
     rewards = torch.tensor([1.0, 0.25, torch.nan, 0.7, 0.7, 0.7], device=device)
     advantages = group_advantages(rewards, 3, scale_rewards=scale_rewards)
@@ -138,7 +139,8 @@ def test_rewards_are_normalised_in_the_pass(scale_rewards, backend, device):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_packed_equals_padded(level, backend, device):
-    logits, ids, kwargs = make_inputs(("old", "ref", "is_sequence", "sampling"), length=4, device=device)
+    extras = ("old", "ref", "is_sequence", "sampling")
+    logits, ids, kwargs = make_inputs(extras, device=device, backend=backend)
     mask = kwargs.pop("completion_mask").bool()
     lengths = mask.sum(-1)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
@@ -162,8 +164,8 @@ def test_packed_equals_padded(level, backend, device):
 
 def test_without_stats_rows_that_cannot_learn_are_not_scored(backend, device):
     """Their logits may even be NaN: they are not read. And the loss and gradient of the others are the same."""
-    logits, ids, kwargs = make_inputs(("old",), device=device)
-    kwargs["advantages"] = torch.tensor([1.0, 0.0, -1.0, 2.0], device=device)
+    logits, ids, kwargs = make_inputs(("old",), device=device, backend=backend)
+    kwargs["advantages"][1] = 0
     for level, inplace in itertools.product(LEVELS, (False, True)):
         call = dict(objective=objective_for("grpo", level, {}), backend=backend, inplace=inplace)
         want, want_grad = loss_and_grad(grpo_loss, logits, ids, **call, **kwargs)
@@ -176,7 +178,7 @@ def test_without_stats_rows_that_cannot_learn_are_not_scored(backend, device):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_upstream_gradients(inplace, backend, device):
-    logits, ids, kwargs = make_inputs(("old", "ref"), device=device)
+    logits, ids, kwargs = make_inputs(("old", "ref"), device=device, backend=backend)
     for level in ("token", "sequence"):
         objective = objective_for("grpo", level, dict(beta=0.1))
         for upstream in (1.0, 0.0, -3.5, 65536.0, torch.tensor(0.25, device=device)):
@@ -189,7 +191,7 @@ def test_upstream_gradients(inplace, backend, device):
 
 def test_grad_scaler_keeps_small_fp16_gradients(backend, device):
     """With a loss scale of 2^16, gradients far below fp16's smallest number arrive, in place too."""
-    logits, ids, kwargs = make_inputs(("old",), dtype=torch.float16, device=device)
+    logits, ids, kwargs = make_inputs(("old",), dtype=torch.float16, device=device, backend=backend)
     kwargs["num_items_in_batch"] = 1e6
     _, want = truth(logits, ids, 65536.0, **kwargs)
     for inplace in (False, True):
@@ -198,7 +200,7 @@ def test_grad_scaler_keeps_small_fp16_gradients(backend, device):
 
 
 def test_retained_graph_gives_the_gradient_again(backend, device):
-    logits, ids, kwargs = make_inputs(("old",), device=device)
+    logits, ids, kwargs = make_inputs(("old",), device=device, backend=backend)
     leaf = logits.clone().requires_grad_()
     loss = grpo_loss(leaf, ids, backend=backend, **kwargs).loss
     first = torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone()
@@ -207,7 +209,7 @@ def test_retained_graph_gives_the_gradient_again(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_inplace_refuses_a_second_backward(dtype, backend, device):
-    logits, ids, kwargs = make_inputs(("old",), dtype=dtype, device=device)
+    logits, ids, kwargs = make_inputs(("old",), dtype=dtype, device=device, backend=backend)
     leaf = logits.clone().requires_grad_()
     loss = grpo_loss(leaf * 1, ids, inplace=True, backend=backend, **kwargs).loss
     torch.autograd.grad(loss, leaf, retain_graph=True)
@@ -217,7 +219,7 @@ def test_inplace_refuses_a_second_backward(dtype, backend, device):
 
 def test_inplace_is_seen_by_autograd(backend, device):
     """Someone else who saved the logits gets autograd's error, not a gradient computed from a gradient."""
-    logits, ids, kwargs = make_inputs(("old",), device=device)
+    logits, ids, kwargs = make_inputs(("old",), device=device, backend=backend)
     x = logits.clone().requires_grad_() * 1
     other = x.exp().sum() + x.pow(2).sum()  # pow saves its input
     loss = grpo_loss(x, ids, inplace=True, backend=backend, **kwargs).loss
@@ -226,7 +228,7 @@ def test_inplace_is_seen_by_autograd(backend, device):
 
 
 def test_inplace_writes_the_gradient_over_the_logits(backend, device):
-    logits, ids, kwargs = make_inputs(("old",), device=device)
+    logits, ids, kwargs = make_inputs(("old",), device=device, backend=backend)
     x = logits.clone().requires_grad_()
     y = x * 1
     grpo_loss(y, ids, inplace=True, backend=backend, **kwargs).loss.backward()
@@ -239,7 +241,7 @@ def test_inplace_writes_the_gradient_over_the_logits(backend, device):
 
 
 def test_double_backward_is_refused(backend, device):
-    logits, ids, kwargs = make_inputs(("old",), device=device)
+    logits, ids, kwargs = make_inputs(("old",), device=device, backend=backend)
     for inplace in (False, True):
         leaf = logits.clone().requires_grad_()
         loss = grpo_loss(leaf * 1, ids, inplace=inplace, backend=backend, **kwargs).loss
@@ -250,14 +252,14 @@ def test_double_backward_is_refused(backend, device):
 
 def test_first_update_has_ratio_one_exactly(backend, device):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        logits, ids, kwargs = make_inputs(vocab=1037, dtype=dtype, device=device)
+        logits, ids, kwargs = make_inputs(vocab=1037, dtype=dtype, device=device, backend=backend)
         old = selective_logps(logits, ids, mask=kwargs["completion_mask"], backend=backend)
         output = grpo_loss(logits, ids, old_per_token_logps=old, backend=backend, **kwargs)
         assert torch.equal(output.per_token_logps, old)
 
 
 def test_autocast_changes_nothing(backend, device):
-    logits, ids, kwargs = make_inputs(("old", "ref"), device=device)
+    logits, ids, kwargs = make_inputs(("old", "ref"), device=device, backend=backend)
     objective = Objective(beta=0.1)
     want, want_grad = loss_and_grad(grpo_loss, logits, ids, objective=objective, backend=backend, **kwargs)
     with torch.autocast(device, torch.bfloat16):
@@ -266,7 +268,7 @@ def test_autocast_changes_nothing(backend, device):
 
 
 def test_module_holds_objective_and_options(backend, device):
-    logits, ids, kwargs = make_inputs(("old",), device=device)
+    logits, ids, kwargs = make_inputs(("old",), device=device, backend=backend)
     module = GRPOLoss(Objective(loss_type="grpo"), temperature=0.8, backend=backend)
     want = grpo_loss(logits, ids, objective=Objective(loss_type="grpo"), temperature=0.8, backend=backend, **kwargs)
     assert torch.equal(module(logits, ids, **kwargs).loss, want.loss)

@@ -11,7 +11,7 @@ from fastgrpo.loss import token_inputs
 
 
 def _arguments(backend, device, extras=("old", "ref")):
-    logits, ids, kwargs = make_inputs(extras, vocab=37, device=device)
+    logits, ids, kwargs = make_inputs(extras, vocab=37, device=device, backend=backend)
     objective = Objective(beta=0.1, entropy_coef=0.1)
     batch = make_batch(ids, kwargs.pop("advantages"), objective=objective, dtype=torch.float32, **kwargs)
     return logits, batch, objective
@@ -43,7 +43,7 @@ def test_compile_fullgraph(loss_type, level, inplace, backend, device):
     if inplace and (backend == "torch" or level == "sequence" or loss_type == "vespo"):
         pytest.skip("inplace=True compiles for token-level objectives on kernel backends; the rest say so")
     objective = objective_for(loss_type, level, dict(beta=0.1, entropy_coef=0.01, delta=1.5))
-    logits, ids, kwargs = make_inputs(("old", "ref"), device=device)
+    logits, ids, kwargs = make_inputs(("old", "ref"), device=device, backend=backend)
 
     def step(x, ids, **kwargs):
         out = grpo_loss(x * 1, ids, objective=objective, temperature=0.9, backend=backend, inplace=inplace, **kwargs)
@@ -59,7 +59,7 @@ def test_compile_fullgraph(loss_type, level, inplace, backend, device):
 
 
 def test_compile_selective_logps(backend, device):
-    logits, ids, _ = make_inputs(device=device)
+    logits, ids, _ = make_inputs(device=device, backend=backend)
 
     def entropy_regularised(x):
         logps, entropies = selective_logps(x, ids, return_entropy=True, backend=backend)

@@ -18,7 +18,6 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parent.parent
 FORWARD, WITH_ENTROPY, GRADIENT = 6.0, 7.0, 7.0  # machine instructions per logit on sm_90, at most
 CASES = [
     (target, dtype, kernel)
@@ -158,7 +157,6 @@ def loops(code, labels, branch, *, exp, load, store, wide, pause, ignore) -> lis
 def machine_code():
     """{case: what `compile_case` found}, from two child processes without the interpreter; prints the table."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
 
     def child(cases):
         command = [sys.executable, __file__, json.dumps(cases)]
