@@ -1,0 +1,32 @@
+"""What the layouts promise, and that the functions which take a batch agree on its arguments."""
+
+import inspect
+
+import torch
+from cases import assert_close
+
+from fastgrpo import grpo_loss, policy_loss
+from fastgrpo.layout import make_batch, make_layout
+
+
+def test_every_default_is_the_same_wherever_it_stands():
+    """One list of arguments in three signatures: a default that differs would be a silent disagreement."""
+    signatures = [inspect.signature(f).parameters for f in (grpo_loss, policy_loss, make_batch)]
+    batch_options = set(signatures[2]) - {"completion_ids", "dtype", "vocab_size", "objective"}
+    assert batch_options <= set(signatures[0]) and batch_options - {"temperature"} <= set(signatures[1])
+    for name in batch_options - {"advantages"}:
+        assert len({repr(s[name].default) for s in signatures if name in s}) == 1, name
+    assert signatures[0]["objective"].default == signatures[1]["objective"].default
+
+
+def test_packed_reductions_equal_padded_ones():
+    lengths = torch.tensor([3, 0, 5, 1])
+    x = torch.randn(9, dtype=torch.float64)
+    packed = make_layout(torch.Size([9]), torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(), x.device)
+    parts = x.split(lengths.tolist())
+    assert_close(packed.seq_sum(x), torch.stack([p.sum() for p in parts]), 1e-12)
+    assert_close(packed.seq_mean(x)[0], parts[0].mean(), 1e-12)
+    assert packed.to_rows(torch.arange(4)).tolist() == [0] * 3 + [2] * 5 + [3]
+    padded = make_layout(torch.Size([3, 3]), None, x.device)
+    assert_close(padded.seq_sum(x), x.view(3, 3).sum(1), 1e-12)
+    assert padded.to_rows(torch.arange(3)).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
