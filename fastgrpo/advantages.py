@@ -48,7 +48,8 @@ def group_advantages(
     dtype = rewards.dtype if rewards.dtype in (torch.float32, torch.float64) else torch.float32
     rewards = rewards.double()  # B numbers: the rounding of a mean must not show in a small spread
     if group_ids is not None:
-        if group_ids.shape != rewards.shape or group_ids.is_floating_point():
+        same_shape = isinstance(group_ids, Tensor) and group_ids.shape == rewards.shape
+        if not same_shape or group_ids.is_floating_point():
             shape = tuple(rewards.shape)
             raise ValueError(f"group_ids: expected integers of shape {shape}, got {_describe(group_ids)}")
         index, columns = _columns(rewards, group_ids)

@@ -6,6 +6,7 @@ sequence, and a number per sequence put back on its rows.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ class Batch:
     def advantages(self) -> Tensor:  # (N,)
         if self.given_advantages is None:
             per_sequence = group_advantages(self.rewards, self.num_generations, scale_rewards=self.scale_rewards)
-            self.given_advantages = self.layout.to_rows(per_sequence)
+            self.given_advantages = self.layout.to_rows(per_sequence.to(self.dtype))
         return self.given_advantages
 
     @property
@@ -97,8 +98,7 @@ class Batch:
         if self.num_items_in_batch is None:
             return mask.sum().clamp(min=1)
         if isinstance(self.num_items_in_batch, Tensor):
-            given = self.num_items_in_batch.to(mask)
-            return torch.where(given > 0, given, 1.0)
+            return torch.where(self.num_items_in_batch > 0, self.num_items_in_batch, 1.0)
         return self.num_items_in_batch if self.num_items_in_batch > 0 else 1
 
     def leave_out_inert(self, objective: Objective) -> None:
@@ -163,21 +163,23 @@ def make_mask(mask: Tensor | None, shape: torch.Size, device: torch.device, name
 
 
 def make_inv_temperature(
-    temperature: float | Tensor, layout: Padded | Packed, shape: torch.Size, device: torch.device, dtype: torch.dtype
+    temperature: float | Tensor, layout: Padded | Packed, shape: torch.Size, mask: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """(N,) 1/temperature from a number, a value per sequence or a value per token."""
+    """(N,) 1/temperature from a number, a value per sequence or a value per token; rows outside `mask` get 1."""
+    device = mask.device
     expected = "a number > 0, or a tensor per sequence or per token"
     if not isinstance(temperature, Tensor):
         number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
         check(number and 0 < temperature < float("inf"), "temperature", expected, temperature)
         return torch.full((shape.numel(),), 1.0 / temperature, dtype=dtype, device=device)
-    check(temperature.device == device or temperature.dim() == 0, "temperature", f"device {device}", temperature)
+    temperature = temperature.detach()
     if temperature.dim() == 0:
         rows = temperature.to(device, dtype).expand(shape.numel())
     else:
         rows, _ = _to_rows("temperature", temperature, layout, shape, device, dtype)
-    if _values_can_be_checked(temperature):
-        check(bool((rows > 0).all()), "temperature", "values > 0", temperature)
+    rows = torch.where(mask, rows, 1.0)
+    if _values_can_be_checked(rows):
+        check(bool(((rows > 0) & rows.isfinite()).all()), "temperature", "finite values > 0", temperature)
     return rows.reciprocal()
 
 
@@ -208,10 +210,20 @@ def _to_rows(
     sequences = layout.num_sequences
     expected = f"shape {tuple(shape)} (per token) or ({sequences},) (per sequence) on {device}"
     check(isinstance(x, Tensor) and x.device == device, name, expected, x)
+    check(x.is_floating_point(), name, "a floating point dtype", x)
     if x.shape in ((sequences,), (sequences, 1)):
         return layout.to_rows(x.to(dtype).reshape(-1)).contiguous(), True
     check(x.shape == shape, name, expected, x)
     return x.to(dtype).reshape(-1).contiguous(), False
+
+
+def _scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor | float:
+    if isinstance(value, Tensor):
+        check(value.dim() == 0, name, "a number or a 0-dim tensor", value)
+        return value.detach().to(device, dtype)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    check(number, name, "a number or a 0-dim tensor", value)
+    return value
 
 
 def make_batch(
@@ -249,6 +261,7 @@ def make_batch(
             return None
         check(isinstance(x, Tensor) and x.shape == shape, name, f"shape {tuple(shape)}", x)
         check(x.device == device, name, f"device {device}", x)
+        check(x.is_floating_point(), name, "a floating point dtype", x)
         return x.detach().to(dtype).reshape(-1).contiguous()
 
     check((advantages is None) != (rewards is None), "advantages, rewards", "exactly one of the two", advantages)
@@ -266,7 +279,7 @@ def make_batch(
         check(per_sequence, "rewards", f"shape ({layout.num_sequences},)", rewards)
         check(rewards.device == device, "rewards", f"device {device}", rewards)
         check_groups(rewards, num_generations)
-        rewards = rewards.detach().to(dtype).contiguous()
+        rewards = rewards.detach().contiguous()
 
     ref = per_token("ref_per_token_logps", ref_per_token_logps)
     if objective.beta != 0:
@@ -277,12 +290,11 @@ def make_batch(
             "importance_sampling_ratio", importance_sampling_ratio, layout, shape, device, dtype
         )
         ratio = ratio.detach()
-    for name, value in (("num_items_in_batch", num_items_in_batch), ("loss_scale", loss_scale)):
-        scalar = value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, (int, float))
-        scalar = scalar or (value is None and name == "num_items_in_batch")
-        check(scalar, name, "a number or a 0-dim tensor", value)
-    if isinstance(loss_scale, Tensor):
-        loss_scale = loss_scale.detach().to(device, dtype)
+    loss_scale = _scalar("loss_scale", loss_scale, device, dtype)
+    if num_items_in_batch is not None:
+        num_items_in_batch = _scalar("num_items_in_batch", num_items_in_batch, device, dtype)
+        negative = not isinstance(num_items_in_batch, Tensor) and num_items_in_batch < 0
+        check(not negative, "num_items_in_batch", "a number >= 0", num_items_in_batch)
 
     return Batch(
         layout=layout,
@@ -291,7 +303,7 @@ def make_batch(
         ids=ids,
         mask=mask,
         scored=mask,
-        inv_temperature=make_inv_temperature(temperature, layout, shape, device, dtype),
+        inv_temperature=make_inv_temperature(temperature, layout, shape, mask, dtype),
         given_advantages=advantages,
         advantages_per_token=advantages_per_token,
         rewards=rewards,

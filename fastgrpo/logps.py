@@ -47,7 +47,7 @@ def selective_logps(
     check_ids(ids, scored, logits.size(-1), mask_name="mask")
     layout = Padded(*shape) if len(shape) == 2 else Padded(shape[0], 1)  # rows of their own: per token is per sequence
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    inv_temperature = make_inv_temperature(temperature, layout, shape, device, dtype)
+    inv_temperature = make_inv_temperature(temperature, layout, shape, scored, dtype)
     backend = backends.select(logits, backend)
     logps, _, entropies = ops.row_stats(as_rows(logits), ids, scored, inv_temperature, return_entropy, backend)
     return (logps.view(shape), entropies.view(shape)) if return_entropy else logps.view(shape)

@@ -21,12 +21,15 @@ from fastgrpo.objective import (
 
 
 class GRPOOutput(NamedTuple):
-    """What a loss call returns. Only `loss` is differentiable; with return_stats=False only `loss` is filled."""
+    """What a loss call returns. Only `loss` is differentiable; with return_stats=False only `loss` is filled.
 
-    loss: Tensor  # 0-dim fp32
-    per_token_logps: Tensor | None = None  # like completion_ids, fp32; 0 where masked
-    entropies: Tensor | None = None  # like completion_ids, fp32, nats; 0 where masked
-    kl: Tensor | None = None  # like completion_ids, fp32; None when beta is 0
+    fp32; from float64 inputs the statistics are float64.
+    """
+
+    loss: Tensor  # 0-dim
+    per_token_logps: Tensor | None = None  # like completion_ids; 0 where masked
+    entropies: Tensor | None = None  # like completion_ids, nats; 0 where masked
+    kl: Tensor | None = None  # like completion_ids; None when beta is 0
     metrics: dict[str, Tensor] | None = None  # 0-dim tensors under TRL's names; reading one is the caller's sync
 
 
@@ -78,7 +81,9 @@ def grpo_loss(
         cu_seqlens (S+1,) integer: the sequence boundaries of a packed batch.
         objective: every option of the loss.
         return_stats: fill per_token_logps, entropies, kl and metrics; without, rows that cannot learn are not scored.
-        inplace: overwrite `logits` with their gradient (only when they require one). One backward call is allowed.
+        inplace: overwrite `logits` with their gradient, when they require one: use them for nothing else afterwards (a
+            leaf's .grad then shares its memory). One backward call is allowed. torch.compile(fullgraph=True) takes it
+            on the kernel backends, in fp32 and bf16, at token level.
         backend: "auto", "cpu", "triton" or "torch"; a named one that cannot run raises.
 
     Returns:
@@ -119,16 +124,16 @@ def grpo_loss(
     want_entropy = return_stats or objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
 
     call = _InPlaceLoss.apply if inplace else _loss
-    loss, logps, entropies, ratio, kl, phi = call(logits, objective, batch, want_entropy, backend)
+    loss, *stats = call(logits, objective, batch, want_entropy, backend)
     loss = loss.to(torch.float32)
-    if not return_stats:
-        return GRPOOutput(loss)
-    return make_output(objective, batch, loss, logps, entropies, ratio, kl, phi)
+    return make_output(objective, batch, loss, *stats) if return_stats else GRPOOutput(loss)
 
 
-def make_output(objective: Objective, batch: Batch, loss, logps, entropies, ratio, kl, phi) -> GRPOOutput:
-    """The public result from row vectors."""
+def make_output(objective: Objective, batch: Batch, loss, logps, entropies, ratio, kl, phi, bonus) -> GRPOOutput:
+    """The public result from row vectors and the entropy bonus."""
     metrics = compute_metrics(objective, batch, ratio, kl, entropies, phi)
+    if bonus is not None:
+        metrics["policy_loss"] = loss.detach() - bonus
     logps, entropies, kl = (None if x is None else x.detach().view(batch.shape) for x in (logps, entropies, kl))
     return GRPOOutput(loss, logps, entropies, kl, metrics)
 
@@ -139,17 +144,23 @@ def as_rows(logits: Tensor, inplace: bool = False) -> Tensor:
         if inplace:
             raise ValueError(f"logits: expected unit stride in V with inplace=True, got strides {logits.stride()}")
         logits = logits.contiguous()
-    return logits if logits.dim() == 3 else logits.unsqueeze(0)
+    rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
+    if inplace and ops.row_span(rows) is None:
+        raise ValueError(
+            f"logits: expected rows that share no memory with inplace=True, got shape {tuple(logits.shape)} and strides "
+            f"{logits.stride()}"
+        )
+    return rows
 
 
 def _loss(logits: Tensor, objective: Objective, batch: Batch, want_entropy: bool, backend: str):
-    """Forward now, gradient when asked: (loss, logps, entropies, ratio, kl, phi)."""
+    """Forward now, gradient when asked: (loss, logps, entropies, ratio, kl, phi, bonus)."""
     if backend != "torch" and objective.is_token_local:
         return _token_loss(ops.token_loss, logits, objective, batch, want_entropy, backend)
     batch.leave_out_inert(objective)
     logps, _, entropies = ops.row_stats(logits, batch.ids, batch.scored, batch.inv_temperature, want_entropy, backend)
     terms = _objective_of_stats(objective, logps, entropies, batch, want_entropy)
-    return terms.loss, logps.detach(), entropies.detach() if want_entropy else None, terms.ratio, terms.kl, terms.phi
+    return terms.loss, logps.detach(), entropies.detach() if want_entropy else None, *terms[1:]
 
 
 def _objective_of_stats(
@@ -166,17 +177,20 @@ def _token_loss(op, logits: Tensor, objective: Objective, batch: Batch, want_ent
     loss, logps, _, entropies, kl, ratio, _ = op(
         logits, batch.ids, batch.scored, batch.inv_temperature, want_entropy, *rows, list(spec), backend
     )
-    return loss.sum(), logps, entropies if want_entropy else None, ratio, kl if objective.beta != 0 else None, None
+    bonus = None if rows.h is None else (rows.h * entropies).sum()
+    kl = kl if objective.beta != 0 else None
+    return loss.sum(), logps, entropies if want_entropy else None, ratio, kl, None, bonus
 
 
 def token_inputs(objective: Objective, batch: Batch) -> tuple[TokenRows, TokenSpec]:
     """The fused objective's view of a batch."""
     o = objective
-    in_pass = batch.rewards is not None and batch.scale_rewards != "batch"
+    # not in the pass: what it cannot do, a std over the batch and float64
+    in_pass = batch.rewards is not None and batch.scale_rewards != "batch" and batch.rewards.dtype != torch.float64
     rows = TokenRows(
         weight=row_weight(o, batch),
         advantages=None if in_pass else batch.advantages,
-        rewards=batch.rewards if in_pass else None,
+        rewards=batch.rewards.float() if in_pass else None,
         seq=batch.seq if in_pass else None,
         old=batch.old,
         ref=batch.ref if o.beta != 0 else None,
@@ -216,7 +230,7 @@ class _InPlaceLoss(torch.autograd.Function):
             batch.leave_out_inert(objective)
             stats = ops.row_stats(buffer, batch.ids, batch.scored, batch.inv_temperature, want_entropy, backend)
             terms, g, h = _coefficients(objective, stats, batch, want_entropy)
-            results = (terms.loss, stats[0], stats[2] if want_entropy else None, terms.ratio, terms.kl, terms.phi)
+            results = (terms.loss, stats[0], stats[2] if want_entropy else None, *terms[1:])
             saved = (buffer, batch.ids, stats[1], stats[2], g, h, batch.inv_temperature)
             if not ctx.wait:
                 ops.row_grad_(*saved, backend)
@@ -270,6 +284,10 @@ class GRPOLoss(nn.Module):
 
     def __init__(self, objective: Objective = Objective(), **options):  # noqa: B008 (frozen)
         super().__init__()
+        if not isinstance(objective, Objective):
+            raise ValueError(f"objective: expected an Objective, got {objective!r}")
+        if unknown := set(options) - set(grpo_loss.__kwdefaults__):
+            raise ValueError(f"{unknown.pop()}: expected a keyword argument of grpo_loss")
         self.objective = objective
         self.options = options
 

@@ -92,7 +92,10 @@ class Objective:
         )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("loss_type", "importance_sampling_level", "use_bias_correction_kl"):
+            if field.name in ("loss_type", "importance_sampling_level"):
+                continue
+            if isinstance(field.default, bool):
+                check(field.name, isinstance(value, bool), "True or False")
                 continue
             if value is None and field.default is None:
                 continue
@@ -147,6 +150,7 @@ class Terms(NamedTuple):
     ratio: Tensor  # before the delta clamp; constant within a sequence at sequence level
     kl: Tensor | None
     phi: Tensor | None  # VESPO's weight, constant within a sequence
+    bonus: Tensor | None  # the entropy bonus as it stands in the loss; None without one
 
 
 def row_weight(objective: Objective, batch: Batch) -> Tensor:
@@ -195,7 +199,7 @@ def compute_objective(objective: Objective, logps: Tensor, entropies: Tensor | N
 
     Rows that were not scored may hold anything in any input; they add exactly 0.
     """
-    o, layout, advantages = objective, batch.layout, batch.advantages
+    o, layout, advantages = objective, batch.layout, batch.scored_only(batch.advantages)
     weight = row_weight(o, batch)
     mask = batch.mask.to(batch.dtype)
     logps = batch.scored_only(logps)
@@ -248,9 +252,11 @@ def compute_objective(objective: Objective, logps: Tensor, entropies: Tensor | N
 
     total = (loss * weight).sum()
     h = entropy_weight(o, batch, entropy_mask)
+    bonus = None
     if h is not None:
-        total = total + (h * batch.scored_only(entropies)).sum()
-    return Terms(total, ratio.detach(), None if kl is None else kl.detach(), phi)
+        bonus = (h * batch.scored_only(entropies)).sum()
+        total, bonus = total + bonus, bonus.detach()
+    return Terms(total, ratio.detach(), None if kl is None else kl.detach(), phi, bonus)
 
 
 @torch.no_grad()
@@ -293,8 +299,11 @@ def compute_metrics(
     if entropies is not None:
         metrics["entropy"] = token_mean(entropies)
 
+    def sequence_mean(x: Tensor) -> Tensor:
+        return layout.seq_mean(x).sum() / max(layout.num_sequences, 1)
+
     def mean(x: Tensor) -> Tensor:
-        return layout.seq_mean(x).mean() if per_sequence else token_mean(x)
+        return sequence_mean(x) if per_sequence else token_mean(x)
 
     if o.loss_type in CLIPPED_LOSS_TYPES:
         ratio = ratio if o.delta is None else ratio.clamp(max=o.delta)
@@ -318,5 +327,5 @@ def compute_metrics(
     elif o.loss_type == "cispo":
         metrics["cispo_clip_ratio"] = mean(((ratio > o.clip_high) & (batch.advantages > 0)).to(batch.dtype))
     elif o.loss_type == "vespo":
-        metrics["vespo/phi_seq_mean"] = token_mean(phi) if batch.advantages_per_token else layout.seq_mean(phi).mean()
+        metrics["vespo/phi_seq_mean"] = token_mean(phi) if batch.advantages_per_token else sequence_mean(phi)
     return metrics

@@ -18,12 +18,21 @@ def empty_gradient(logits: Tensor) -> Tensor:
 
     Equal strides mean equal alignment of every row, which the kernels' wide accesses like.
     """
-    batch, length, vocab = logits.shape
-    by_batch, by_token, _ = logits.stride()
-    rows_apart = by_token >= vocab and (batch <= 1 or by_batch >= length * by_token)
-    if rows_apart and batch * by_batch <= 1.25 * logits.numel():
+    span = row_span(logits)
+    if span is not None and span <= 1.25 * logits.numel():
         return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def row_span(logits: Tensor) -> int | None:
+    """Elements from the first to the last of (B, T, V) logits; None where rows share memory, as expanded ones do."""
+    span = logits.size(-1)
+    for stride, size in sorted(zip(logits.stride()[:2], logits.shape[:2], strict=True)):
+        if size > 1:
+            if stride < span:
+                return None
+            span += stride * (size - 1)
+    return span
 
 
 def _rows_like(ids: Tensor, inv_temperature: Tensor, count: int) -> list[Tensor]:

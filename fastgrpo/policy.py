@@ -71,12 +71,12 @@ def policy_loss(
         needs = objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
         check(not needs, "entropies", "a tensor with an entropy bonus or top_entropy_quantile < 1", None)
     else:
-        ok = isinstance(entropies, Tensor) and entropies.shape == shape
-        check(ok, "entropies", f"shape {tuple(shape)}", entropies)
+        ok = isinstance(entropies, Tensor) and entropies.shape == shape and entropies.is_floating_point()
+        check(ok, "entropies", f"a floating point tensor of shape {tuple(shape)}", entropies)
         entropies = entropies.to(dtype).reshape(-1)
     logps = per_token_logps.to(dtype).reshape(-1)
     terms = compute_objective(objective, logps, entropies, batch)
     if not return_stats:
         return GRPOOutput(terms.loss)
     logps, entropies = (None if x is None else batch.scored_only(x.detach()) for x in (logps, entropies))
-    return make_output(objective, batch, terms.loss, logps, entropies, terms.ratio, terms.kl, terms.phi)
+    return make_output(objective, batch, terms.loss, logps, entropies, *terms[1:])

@@ -39,4 +39,4 @@ def grpo_loss_reference(
     if not return_stats:
         return GRPOOutput(terms.loss)
     logps, entropies = (batch.scored_only(x.detach()) for x in (logps, entropies))
-    return make_output(objective, batch, terms.loss, logps, entropies, terms.ratio, terms.kl, terms.phi)
+    return make_output(objective, batch, terms.loss, logps, entropies, *terms[1:])

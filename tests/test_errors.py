@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgrpo import Objective, group_advantages, grpo_loss, policy_loss, selective_logps
+from fastgrpo import GRPOLoss, Objective, group_advantages, grpo_loss, policy_loss, selective_logps
 
 B, T, V = 4, 3, 11
 
@@ -66,6 +66,13 @@ BAD_CALLS = {
         dict(logits=torch.randn(B, V, T).transpose(1, 2), inplace=True),
         "logits: .*unit stride.*inplace",
     ),
+    "inplace-overlap": (dict(logits=torch.randn(1, T, V).expand(B, T, V), inplace=True), "logits: .*share no memory"),
+    "old-integer": (dict(old_per_token_logps=ids), "old_per_token_logps: .*floating point.*int64"),
+    "advantages-complex": (dict(advantages=torch.ones(B, dtype=torch.complex64)), "advantages: .*floating point"),
+    "num_items-negative": (dict(num_items_in_batch=-3), "num_items_in_batch: .*>= 0.*-3"),
+    "num_items-bool": (dict(num_items_in_batch=True), "num_items_in_batch: .*True"),
+    "loss_scale-nan": (dict(loss_scale=float("nan")), "loss_scale: .*nan"),
+    "temperature-tensor-inf": (dict(temperature=torch.tensor(float("inf"))), "temperature: .*finite"),
     "device": (dict(completion_mask=torch.ones(B, T, device="meta")), "completion_mask: .*device cpu.*meta"),
     "device-advantages": (dict(advantages=torch.ones(B, device="meta")), "advantages: .*cpu.*meta"),
 }
@@ -86,6 +93,7 @@ BAD_OBJECTIVES = {
     "beta-type": (dict(beta="0.1"), "beta: .*number.*'0.1'"),
     "epsilon": (dict(epsilon=-0.2), "epsilon: .*>= 0.*-0.2"),
     "epsilon_high": (dict(epsilon_high=-0.2), "epsilon_high: .*>= 0"),
+    "bias-correction": (dict(use_bias_correction_kl="no"), "use_bias_correction_kl: .*True or False.*'no'"),
     "delta": (dict(delta=0.0), "delta: .*> 0"),
     "entropy_coef": (dict(entropy_coef=None), "entropy_coef: .*number.*None"),
     "quantile": (dict(top_entropy_quantile=1.5), "top_entropy_quantile: .*between 0 and 1.*1.5"),
@@ -109,6 +117,13 @@ OTHER_CALLS = {
     "advantages-ids": (
         lambda: group_advantages(torch.ones(4), group_ids=torch.zeros(3)),
         r"group_ids: .*\(4,\).*\(3,\)",
+    ),
+    "advantages-id-list": (lambda: group_advantages(torch.ones(2), group_ids=[0, 1]), r"group_ids: .*\[0, 1\]"),
+    "module-objective": (lambda: GRPOLoss("dapo"), "objective: .*'dapo'"),
+    "module-option": (lambda: GRPOLoss(completion_maks=1), "completion_maks"),
+    "policy-entropies-integer": (
+        lambda: policy_loss(torch.zeros(B, T), torch.zeros(B), entropies=ids),
+        "entropies: .*floating point",
     ),
     "advantages-size": (lambda: group_advantages(torch.ones(4), 2.0), "num_generations: .*2.0"),
     "logps-ids": (

@@ -19,14 +19,17 @@ def supports(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _chunks(logits: Tensor):
-    """Slices of rows, and the (n, V) view or copy of the logits that each is about."""
-    batch, length, vocab = logits.shape
+def _chunks(*tensors: Tensor):
+    """(slice of rows, (n, V) views of the tensors (B, T, V) there), over all rows, few enough at a time."""
+    batch, length, vocab = tensors[0].shape
+    if all(batch == 1 or length == 1 or x.stride(0) == length * x.stride(1) for x in tensors):
+        tensors = [x.flatten(0, 1)[None] for x in tensors]  # rows evenly apart: batches need no step of their own
+        batch, length = 1, batch * length
     step = max(1, _BYTES // (4 * vocab))
     for b in range(batch):
         for start in range(0, length, step):
             stop = min(start + step, length)
-            yield slice(b * length + start, b * length + stop), (b, slice(start, stop))
+            yield slice(b * length + start, b * length + stop), *(x[b, start:stop] for x in tensors)
 
 
 def row_stats(
@@ -35,22 +38,24 @@ def row_stats(
     dtype, vocab = inv_temperature.dtype, logits.size(-1)
     logp, lse = (torch.zeros(ids.shape, dtype=dtype, device=logits.device) for _ in range(2))
     entropy = torch.zeros_like(logp) if want_entropy else logp.new_empty(0)
-    for rows, at in _chunks(logits):
+    for rows, x in _chunks(logits):
         scored = mask[rows]
         # masked rows are overwritten, not multiplied by 0: they may hold NaN
-        z = torch.where(scored[:, None], logits[at].to(dtype), 0.0) * inv_temperature[rows, None]
+        z = torch.where(scored[:, None], x.to(dtype), 0.0) * inv_temperature[rows, None]
         highest = z.amax(-1)
-        z -= highest[:, None]  # what follows is exact also where |z| is large
+        z = z - highest[:, None]  # what follows is exact also where |z| is large
+        if len(z) == 1:
+            z = z.repeat(2, 1)  # torch would split a lone sum over threads: other bits than among other rows
         p = z.exp()
-        total = p.sum(-1)
+        total = p.sum(-1)[: len(highest)]
         log_sum = total.log()
         lse[rows] = torch.where(scored, highest + log_sum, 0.0)
         inside = (ids[rows] >= 0) & (ids[rows] < vocab)
-        target = z.gather(-1, ids[rows].clamp(0, vocab - 1)[:, None])[:, 0]
+        target = z[: len(highest)].gather(-1, ids[rows].clamp(0, vocab - 1)[:, None])[:, 0]
         value = torch.where(inside, target - log_sum, torch.nan)
         logp[rows] = torch.where(scored, value, 0.0)
         if want_entropy:
-            expected = torch.where(p == 0, 0.0, p * z).sum(-1) / total  # p = 0 at z = -inf
+            expected = torch.where(p == 0, 0.0, p * z).sum(-1)[: len(highest)] / total  # p = 0 at z = -inf
             entropy[rows] = torch.where(scored, log_sum - expected, 0.0)
     return logp, lse, entropy
 
@@ -66,9 +71,9 @@ def row_grad(
     out: Tensor,
 ) -> None:
     dtype, vocab = inv_temperature.dtype, logits.size(-1)
-    for rows, at in _chunks(logits):
+    for rows, x, gradient in _chunks(logits, out):
         active = g[rows] != 0 if h is None else (g[rows] != 0) | (h[rows] != 0)
-        z = torch.where(active[:, None], logits[at].to(dtype), 0.0) * inv_temperature[rows, None]
+        z = torch.where(active[:, None], x.to(dtype), 0.0) * inv_temperature[rows, None]
         logp = z - lse[rows, None]
         p = logp.exp()
         coefficient = -g[rows, None]
@@ -79,7 +84,7 @@ def row_grad(
         grad.scatter_add_(
             -1, ids[rows].clamp(0, vocab - 1)[:, None], torch.where(inside, g[rows], 0.0)[:, None].to(dtype)
         )
-        out[at] = torch.where(active[:, None], grad * inv_temperature[rows, None], 0.0).to(out.dtype)
+        gradient.copy_(torch.where(active[:, None], grad * inv_temperature[rows, None], 0.0))
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

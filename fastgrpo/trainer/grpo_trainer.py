@@ -69,7 +69,8 @@ class GRPOTrainer(Trainer):
     With beta > 0 the reference policy is a frozen copy of the model as it was passed; for a PEFT model it is the base
     model, with the adapter switched off. The model's `forward` learns one keyword (see `head.py`).
 
-    Equivalent to: TRL's GRPOTrainer, with the same metrics, for what `GRPOConfig` offers.
+    Equivalent to: TRL's GRPOTrainer, with the same metrics, for what `GRPOConfig` offers. One difference: with several
+    processes, top_entropy_quantile takes its quantile over a process's own micro-batch, not over all of them.
     """
 
     _tag_names = ["grpo", "fastgrpo"]
@@ -415,11 +416,8 @@ class GRPOTrainer(Trainer):
     def _log_loss(self, output: GRPOOutput, mask: Tensor, mode: str, accumulation: int) -> None:
         """Average this micro-batch's metrics over processes: by tokens, or by sequences for one number a sequence."""
         values = {name: value.detach().float() for name, value in output.metrics.items()}
-        if self.objective.entropy_coef != 0:
-            # without the bonus; as in TRL a share of the window for dapo and the like, else the micro-batch's own
-            bonus = self.objective.entropy_coef * values["entropy"] / accumulation
-            share = self.objective.loss_type in ("dapo", "cispo", "vespo")
-            values["policy_loss"] = (output.loss.detach() + bonus) * (1 if share else accumulation)
+        if "policy_loss" in values and self.objective.loss_type not in ("dapo", "cispo", "vespo"):
+            values["policy_loss"] *= accumulation  # as in TRL: those log their share of the window, others their own
         packed = torch.stack([*values.values(), mask.sum().float()])
         *columns, tokens = self.accelerator.gather(packed).view(-1, len(packed)).T
         per_sequence = self.objective.importance_sampling_level == "sequence"
@@ -429,7 +427,7 @@ class GRPOTrainer(Trainer):
                 metrics[name].append(column.nan_to_num(nan=math.inf).min())
             elif name.endswith("_max"):
                 metrics[name].append(column.nan_to_num(nan=-math.inf).max())
-            elif name.startswith(("vespo/", "policy_loss")) or (per_sequence and name.startswith("clip_ratio/")):
+            elif name.startswith(("vespo/", "policy_loss")) or (per_sequence and "clip_ratio" in name):
                 metrics[name].append(column.mean())
             else:
                 metrics[name].append((column * tokens).sum() / tokens.sum().clamp(min=1))
