@@ -147,8 +147,8 @@ def as_rows(logits: Tensor, inplace: bool = False) -> Tensor:
     rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
     if inplace and ops.row_span(rows) is None:
         raise ValueError(
-            f"logits: expected rows that share no memory with inplace=True, got shape {tuple(logits.shape)} and strides "
-            f"{logits.stride()}"
+            "logits: expected rows that share no memory with inplace=True, got shape "
+            f"{tuple(logits.shape)} and strides {logits.stride()}"
         )
     return rows
 
