@@ -1,13 +1,10 @@
-.PHONY: install test slow bench check format
+.PHONY: install test bench check format
 
 install: ## the package with its test tools, from this checkout
 	pip install -c constraints.txt ".[test]"
 
 test:
 	pytest
-
-slow: ## also what takes minutes or many gigabytes
-	pytest --slow
 
 bench: ## paired timings; compare across commits with --benchmark-autosave --benchmark-compare
 	pytest benchmarks

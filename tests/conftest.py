@@ -10,17 +10,6 @@ import pytest
 from fastgrpo import backends
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-
-
 @pytest.fixture(params=["torch", "cpu", "triton"])
 def backend(request):
     why = backends.get(request.param).unavailable()

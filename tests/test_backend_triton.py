@@ -73,8 +73,8 @@ def near(got, want, name="", atol=2e-6, rtol=1e-5):
     torch.testing.assert_close(got.double(), want.double(), atol=atol, rtol=rtol, msg=lambda m: f"{name}: {m}")
 
 
-# 1 and 7: only ends; 130: no full tile; 1000: V % 8 == 0; 4099: odd, several parts.
-@pytest.mark.parametrize("V", [1, 7, 130, 1000, 4099])
+# 1 and 7: only ends; 130: no full tile; 1000: V % 8 == 0; 2049: a part without a vector; 4099: odd, several parts.
+@pytest.mark.parametrize("V", [1, 7, 130, 1000, 2049, 4099])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_stats_and_gradient(V, dtype):
     logits, ids, mask, inv_t = make(1, 2, V, dtype)
@@ -94,18 +94,19 @@ def test_stats_and_gradient(V, dtype):
             assert float(out.abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("stride_t", [4099, 4104, 5000])
+# 2050: behind a head of 7 elements the second part holds no vector, and the first is one short.
+@pytest.mark.parametrize("V, stride_t", [(4099, 4099), (4099, 4104), (4099, 5000), (2050, 2056)])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_any_base_and_stride(offset, stride_t, path):
+def test_any_base_and_stride(offset, V, stride_t, path):
     # Rows at odd addresses, in strided slices: nothing around a row is written, and what lies there (NaN) is not used.
-    logits, ids, mask, inv_t = make(1, 2, 4099, torch.bfloat16, offset=offset, stride_t=stride_t)
+    logits, ids, mask, inv_t = make(1, 2, V, torch.bfloat16, offset=offset, stride_t=stride_t)
     logp, lse, entropy = backend.row_stats(logits, ids, mask, inv_t, True)
     want_logp, want_lse, want_entropy, log_p = truth(logits, ids, inv_t)
     near(logp, want_logp)
     near(entropy, want_entropy)
     g = torch.tensor([1.0, -2.0], device=DEVICE)
     want = true_grad(log_p, ids, None, g, None, inv_t)
-    fresh = torch.empty(1, 2, 4099, dtype=torch.bfloat16, device=DEVICE)  # mostly of another phase than the logits
+    fresh = torch.empty(1, 2, V, dtype=torch.bfloat16, device=DEVICE)  # mostly of another phase than the logits
     backend.row_grad(logits, ids, lse, entropy, g, None, inv_t, fresh)
     close(fresh.flatten(0, 1), want, 2**-8)
     base = logits._base if logits._base is not None else logits

@@ -55,7 +55,7 @@ def compile_case(target: str, dtype: str, kernel: str) -> dict:
                       "rewards": None, "seq": None, "policy_scale": None, "h": None}  # fmt: skip
     else:
         function = kernels.stats_kernel
-        constants |= {"PART": geometry.PART, "ENTROPY": kernel == "stats_entropy"}
+        constants |= {"PART": geometry.PART, "ENTROPY": kernel == "stats_entropy", "partial": None}
         if kernel == "stats":
             constants["entropy_out"] = None
     known = {"logits": f"*{dtype}", "out": f"*{dtype}", "ids": "*i64", "mask": "*i1", "V": "i32", "T": "i32",

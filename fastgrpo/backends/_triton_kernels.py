@@ -134,10 +134,10 @@ _kernel = triton.jit(do_not_specialize=[
 
 
 @_kernel
-def stats_kernel(logits, ids, mask, inv_temperature, logp_out, lse_out, entropy_out, V, T, stride_b, stride_t,
-                 K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr, ENTROPY: tl.constexpr,
-                 ):  # fmt: skip
-    """Grid (N,), one program per row. Reads V logits once, writes 2 or 3 numbers.
+def stats_kernel(logits, partial, ids, mask, inv_temperature, logp_out, lse_out, entropy_out, V, T, stride_b, stride_t,
+                 parts, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr,
+                 ENTROPY: tl.constexpr):  # fmt: skip
+    """Grid (N,), one program per row. Reads V logits once, or with `partial` given its sums; writes 2 or 3 numbers.
 
     A row with mask False is not read; its outputs are 0.
     """
@@ -147,8 +147,13 @@ def stats_kernel(logits, ids, mask, inv_temperature, logp_out, lse_out, entropy_
     entropy = 0.0
     if tl.load(mask + row) != 0:
         row_ptr = _row(logits, row, T, stride_b, stride_t)
-        logp, lse, entropy = _row_scores(row_ptr, tl.load(ids + row), V, tl.load(inv_temperature + row), K, LANES,
-                                         UNROLL, PART, ENTROPY)  # fmt: skip
+        inv_t = tl.load(inv_temperature + row)
+        if partial is not None:
+            logp, lse, entropy = _merged_scores(partial, row_ptr, row, parts, tl.load(ids + row), V, inv_t, K, LANES,
+                                                ENTROPY)  # fmt: skip
+        else:
+            logp, lse, entropy = _row_scores(row_ptr, tl.load(ids + row), V, inv_t, K, LANES, UNROLL, PART,
+                                             ENTROPY)  # fmt: skip
     tl.store(logp_out + row, logp)
     tl.store(lse_out + row, lse)
     if ENTROPY:
@@ -161,7 +166,7 @@ def part_kernel(logits, ids, mask, inv_temperature, advantages, partial, V, T, s
                 ):  # fmt: skip
     """Grid (N * parts,): the sums of one part of a row, to partial (N, parts, 2) fp32.
 
-    Reads PART * 16 bytes. Rows that the merging kernel does not look at are not read.
+    Reads PART * 16 bytes. Rows that the kernel which adds them up does not look at are not read.
     """
     pid = tl.program_id(0)
     row = pid // parts
@@ -177,25 +182,6 @@ def part_kernel(logits, ids, mask, inv_temperature, advantages, partial, V, T, s
         sums = partial + pid.to(tl.int64) * 2
         tl.store(sums, s)
         tl.store(sums + 1, w)
-
-
-@_kernel
-def merge_kernel(logits, partial, ids, mask, inv_temperature, logp_out, lse_out, entropy_out, V, T, stride_b, stride_t,
-                 parts, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr,
-                 ENTROPY: tl.constexpr):  # fmt: skip
-    """Grid (N,): the second half of `stats_kernel` for a row cut by `part_kernel`."""
-    row = tl.program_id(0)
-    logp = 0.0
-    lse = 0.0
-    entropy = 0.0
-    if tl.load(mask + row) != 0:
-        row_ptr = _row(logits, row, T, stride_b, stride_t)
-        logp, lse, entropy = _merged_scores(partial, row_ptr, row, parts, tl.load(ids + row), V,
-                                            tl.load(inv_temperature + row), K, LANES, ENTROPY)  # fmt: skip
-    tl.store(logp_out + row, logp)
-    tl.store(lse_out + row, lse)
-    if ENTROPY:
-        tl.store(entropy_out + row, entropy)
 
 
 @_kernel

@@ -126,15 +126,12 @@ def row_stats(
     if n == 0:
         return logp, lse, entropy
     geometry = _geometry(V, logits.dtype)
-    out = (logp, lse, entropy if want_entropy else None)
-    options = {"PART": geometry.PART, "ENTROPY": want_entropy}
+    partial, parts = None, 1
     if _split(n, V, geometry, logits.device):
         partial, parts = _partial(logits, ids, mask, inv_temperature, None, 0.0, want_entropy, geometry)
-        _launch(kernels.merge_kernel, n, geometry, logits.device, logits, partial, ids, mask, inv_temperature, *out,
-                *_layout(logits), parts, **options)  # fmt: skip
-    else:
-        _launch(kernels.stats_kernel, n, geometry, logits.device, logits, ids, mask, inv_temperature, *out,
-                *_layout(logits), **options)  # fmt: skip
+    _launch(kernels.stats_kernel, n, geometry, logits.device, logits, partial, ids, mask, inv_temperature, logp, lse,
+            entropy if want_entropy else None, *_layout(logits), parts, PART=geometry.PART,
+            ENTROPY=want_entropy)  # fmt: skip
     return logp, lse, entropy
 
 
