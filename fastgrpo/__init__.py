@@ -1,21 +1,26 @@
 """fastgrpo: the GRPO loss as fused kernels. Importing it compiles nothing and touches no GPU."""
 
 from fastgrpo.advantages import group_advantages
-from fastgrpo.logps import selective_logps
+from fastgrpo.linear import LinearGRPOLoss, linear_grpo_loss
+from fastgrpo.logps import linear_logps, selective_logps
 from fastgrpo.loss import GRPOLoss, GRPOOutput, grpo_loss
 from fastgrpo.objective import Objective
 from fastgrpo.policy import policy_loss
-from fastgrpo.reference import grpo_loss_reference
+from fastgrpo.reference import grpo_loss_reference, linear_grpo_loss_reference
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GRPOLoss",
     "GRPOOutput",
+    "LinearGRPOLoss",
     "Objective",
     "group_advantages",
     "grpo_loss",
     "grpo_loss_reference",
+    "linear_grpo_loss",
+    "linear_grpo_loss_reference",
+    "linear_logps",
     "policy_loss",
     "selective_logps",
 ]

@@ -6,6 +6,7 @@ sequence, and a number per sequence put back on its rows.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -75,7 +76,11 @@ class Batch:
     importance_ratio_per_sequence: bool
     num_items_in_batch: Tensor | float | None
     loss_scale: Tensor | float
+    masked: bool = True  # whether there was a mask at all: without one every row is scored
     skip_inert: bool = False  # the caller wants no statistics: rows that cannot learn need not be scored
+    # of a part of a batch, whose averages are the whole batch's: what `row_weight` and `entropy_weight` gave there
+    weight: Tensor | None = None  # (N,)
+    h: Tensor | None = None  # (N,)
 
     @property
     def advantages(self) -> Tensor:  # (N,)
@@ -103,9 +108,20 @@ class Batch:
 
     def leave_out_inert(self, objective: Objective) -> None:
         """Do not score rows that are known to add nothing to loss and gradient, where the caller agreed to that."""
-        local = objective.is_token_local or not self.advantages_per_token
-        if self.skip_inert and objective.zero_advantage_is_inert and local:
+        if self.skip_inert and self.may_be_inert(objective):
             self.scored = self.mask & (self.advantages != 0)
+
+    def may_be_inert(self, objective: Objective) -> bool:
+        """Whether a row of advantage 0 is known to add nothing to loss and gradient."""
+        local = objective.is_token_local or not self.advantages_per_token
+        return objective.zero_advantage_is_inert and local
+
+    def take(self, rows: slice | Tensor, layout: Padded | Packed) -> Batch:
+        """Some rows, as a batch of their own that `layout` describes; `weight` and `h` must be given."""
+        vectors = ("ids", "mask", "scored", "inv_temperature", "given_advantages", "old", "ref", "sampling")
+        vectors = {name: getattr(self, name) for name in (*vectors, "importance_ratio", "weight", "h")}
+        taken = {name: None if x is None else x[rows] for name, x in vectors.items()}
+        return dataclasses.replace(self, layout=layout, shape=taken["ids"].shape, rewards=None, **taken)
 
 
 def describe(x: object) -> str:
@@ -303,6 +319,7 @@ def make_batch(
         ids=ids,
         mask=mask,
         scored=mask,
+        masked=completion_mask is not None,
         inv_temperature=make_inv_temperature(temperature, layout, shape, mask, dtype),
         given_advantages=advantages,
         advantages_per_token=advantages_per_token,

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from fastgrpo import backends, ops
 from fastgrpo.layout import Padded, check_ids, check_rows, make_inv_temperature, make_mask
+from fastgrpo.linear import check_head, head_options
+from fastgrpo.linear_ops import linear_stats
 from fastgrpo.loss import as_rows
+from fastgrpo.projection import wide
 
 
 def selective_logps(
@@ -45,9 +48,66 @@ def selective_logps(
     ids = completion_ids.reshape(-1).long().contiguous()
     scored = make_mask(mask, shape, device, "mask")
     check_ids(ids, scored, logits.size(-1), mask_name="mask")
-    layout = Padded(*shape) if len(shape) == 2 else Padded(shape[0], 1)  # rows of their own: per token is per sequence
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    inv_temperature = make_inv_temperature(temperature, layout, shape, scored, dtype)
+    inv_temperature = make_inv_temperature(temperature, _layout(shape), shape, scored, dtype)
     backend = backends.select(logits, backend)
     logps, _, entropies = ops.row_stats(as_rows(logits), ids, scored, inv_temperature, return_entropy, backend)
     return (logps.view(shape), entropies.view(shape)) if return_entropy else logps.view(shape)
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    return_entropy: bool = False,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_logps` from hidden states, a chunk of logits at a time; for old and reference policies too.
+
+    2NHV FLOPs; the backward pass projects again the rows whose upstream gradient is not 0, and those alone, 6NHV for
+    each. The logps agree with those inside `linear_grpo_loss` to the rounding of the library's GEMM, which may sum in
+    another order for another number of rows.
+
+    Args:
+        hidden (B, T, H) or (N, H), fp32, bf16 or fp16: row t predicts completion_ids[:, t]. Any strides.
+        weight (V, H): the language-model head, of hidden's dtype; under autocast both are cast, the weight once.
+        completion_ids (B, T) or (N,) integer.
+        mask like completion_ids: rows to score (nonzero); others enter no GEMM and give 0.
+        temperature: number > 0, or a tensor per sequence (B,) or per token (B, T) / (N,).
+        return_entropy: also return the entropies, in nats (of the distribution at that temperature).
+        bias, logit_scale, softcap, vocab_size, chunk_size: as in `linear_grpo_loss`.
+        backend: "auto", "cpu", "triton" or "torch".
+
+    Returns:
+        logps like completion_ids, fp32; or (logps, entropies). Differentiable in hidden, weight and bias.
+
+    Raises:
+        ValueError: names the argument, what was expected and what came.
+
+    Equivalent to: `selective_logps` of softcap(logit_scale · (hidden @ weightᵀ + bias)) in hidden's dtype.
+    """
+    check_rows(hidden, completion_ids, "hidden", "H")
+    dtype, vocab = check_head(hidden, weight, bias, logit_scale, softcap, vocab_size, chunk_size)
+    shape, device = completion_ids.shape, completion_ids.device
+    ids = completion_ids.reshape(-1).long().contiguous()
+    scored = make_mask(mask, shape, device, "mask")
+    check_ids(ids, scored, vocab, mask_name="mask")
+    inv_temperature = make_inv_temperature(temperature, _layout(shape), shape, scored, wide(dtype)) * logit_scale
+    options = head_options(hidden, vocab, logit_scale, softcap, chunk_size, dtype, backend)
+    rows = hidden if hidden.dim() == 3 else hidden[None]
+    scored = None if mask is None else scored
+    logps, _, entropies = linear_stats(rows, weight, bias, ids, scored, inv_temperature, return_entropy, *options)
+    return (logps.view(shape), entropies.view(shape)) if return_entropy else logps.view(shape)
+
+
+def _layout(shape: torch.Size) -> Padded:
+    """Packed rows stand on their own here: per token is per sequence."""
+    return Padded(*shape) if len(shape) == 2 else Padded(shape[0], 1)

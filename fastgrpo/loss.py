@@ -159,11 +159,11 @@ def _loss(logits: Tensor, objective: Objective, batch: Batch, want_entropy: bool
         return _token_loss(ops.token_loss, logits, objective, batch, want_entropy, backend)
     batch.leave_out_inert(objective)
     logps, _, entropies = ops.row_stats(logits, batch.ids, batch.scored, batch.inv_temperature, want_entropy, backend)
-    terms = _objective_of_stats(objective, logps, entropies, batch, want_entropy)
+    terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
     return terms.loss, logps.detach(), entropies.detach() if want_entropy else None, *terms[1:]
 
 
-def _objective_of_stats(
+def objective_of_stats(
     objective: Objective, logps: Tensor, entropies: Tensor, batch: Batch, want_entropy: bool
 ) -> Terms:
     if objective.entropy_coef == 0:
@@ -229,7 +229,7 @@ class _InPlaceLoss(torch.autograd.Function):
         else:
             batch.leave_out_inert(objective)
             stats = ops.row_stats(buffer, batch.ids, batch.scored, batch.inv_temperature, want_entropy, backend)
-            terms, g, h = _coefficients(objective, stats, batch, want_entropy)
+            terms, g, h = coefficients(objective, stats, batch, want_entropy)
             results = (terms.loss, stats[0], stats[2] if want_entropy else None, *terms[1:])
             saved = (buffer, batch.ids, stats[1], stats[2], g, h, batch.inv_temperature)
             if not ctx.wait:
@@ -263,12 +263,12 @@ class _InPlaceLoss(torch.autograd.Function):
         return buffer, None, None, None, None
 
 
-def _coefficients(objective: Objective, stats: tuple[Tensor, Tensor, Tensor], batch: Batch, want_entropy: bool):
+def coefficients(objective: Objective, stats: tuple[Tensor, Tensor, Tensor], batch: Batch, want_entropy: bool):
     """The objective's terms, and g = dL/dlogp and h = dL/dentropy (or None) of each row, by autograd on vectors."""
     with torch.enable_grad():
         logps = stats[0].detach().requires_grad_()
         entropies = stats[2].detach().requires_grad_(objective.entropy_coef != 0)
-        terms = _objective_of_stats(objective, logps, entropies, batch, want_entropy)
+        terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
         wanted = [logps, entropies] if objective.entropy_coef != 0 else [logps]
         g, *h = torch.autograd.grad(terms.loss, wanted, materialize_grads=True)
     return terms._replace(loss=terms.loss.detach()), g, h[0] if h else None
@@ -282,12 +282,14 @@ class GRPOLoss(nn.Module):
         **options: keyword arguments of `grpo_loss` that stay the same from call to call, such as inplace.
     """
 
+    function = staticmethod(grpo_loss)
+
     def __init__(self, objective: Objective = Objective(), **options):  # noqa: B008 (frozen)
         super().__init__()
         if not isinstance(objective, Objective):
             raise ValueError(f"objective: expected an Objective, got {objective!r}")
-        if unknown := set(options) - set(grpo_loss.__kwdefaults__):
-            raise ValueError(f"{unknown.pop()}: expected a keyword argument of grpo_loss")
+        if unknown := set(options) - set(self.function.__kwdefaults__):
+            raise ValueError(f"{unknown.pop()}: expected a keyword argument of {self.function.__name__}")
         self.objective = objective
         self.options = options
 

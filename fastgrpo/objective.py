@@ -155,6 +155,8 @@ class Terms(NamedTuple):
 
 def row_weight(objective: Objective, batch: Batch) -> Tensor:
     """(N,) factor of each row's loss: mask, aggregation and loss_scale in one number."""
+    if batch.weight is not None:
+        return batch.weight
     o, layout, mask = objective, batch.layout, batch.mask.to(batch.dtype)
     if o.loss_type in ("grpo", "sapo"):
         weight = mask / layout.to_rows(layout.seq_sum(mask).clamp(min=1)) / max(layout.num_sequences, 1)
@@ -174,9 +176,11 @@ def entropy_weight(objective: Objective, batch: Batch, entropy_mask: Tensor | No
     if objective.entropy_coef == 0:
         return None
     mask = batch.mask.to(batch.dtype)
+    tokens = mask.sum().clamp(min=1)
+    h = mask * (-objective.entropy_coef * batch.loss_scale) / tokens if batch.h is None else batch.h
     if entropy_mask is not None:
-        mask = mask * entropy_mask
-    return mask * (-objective.entropy_coef * batch.loss_scale) / mask.sum().clamp(min=1)
+        h = h * entropy_mask * (tokens / (mask * entropy_mask).sum().clamp(min=1))
+    return h
 
 
 def high_entropy_mask(entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:

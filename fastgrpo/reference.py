@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrpo.layout import check_rows, make_batch
@@ -40,3 +41,32 @@ def grpo_loss_reference(
         return GRPOOutput(terms.loss)
     logps, entropies = (batch.scored_only(x.detach()) for x in (logps, entropies))
     return make_output(objective, batch, terms.loss, logps, entropies, *terms[1:])
+
+
+def linear_grpo_loss_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    **options,
+) -> GRPOOutput:
+    """`linear_grpo_loss` in plain torch: all logits, in the dtype of hidden and weight, then `grpo_loss_reference`.
+
+    Takes the arguments of `linear_grpo_loss`, less `chunk_size` and `backend`.
+    """
+    check_rows(hidden, completion_ids, "hidden", "H")
+    logits = project(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], logit_scale, softcap)
+    return grpo_loss_reference(logits, completion_ids, advantages, **options)
+
+
+def project(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """(B, T, H) or (N, H) to logits with V in H's place: softcap(logit_scale · (hidden @ weightᵀ + bias))."""
+    logits = F.linear(hidden, weight, bias) * logit_scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap

@@ -206,20 +206,11 @@ void for_each_row(const Args& args, F f) {
   for (std::thread& helper : helpers) helper.join();
 }
 
-// A new buffer is mapped page by page as it is written; with large pages that costs a fraction.
-void prefer_large_pages(const Args& args) {
-#ifdef __linux__
-  const int64_t bytes = args.batch * args.tokens * args.vocab * element_size(args.dtype);
+void prefer_large_pages_out(const Args& args) {
   const bool contiguous = (args.tokens == 1 || args.out_stride[1] == args.vocab) &&
                           (args.batch == 1 || args.out_stride[0] == args.tokens * args.vocab);
-  if (args.out == nullptr || args.out == args.logits || bytes < 8 << 20 || !contiguous) return;
-  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-  const uintptr_t begin = ((uintptr_t)args.out + page - 1) / page * page;
-  const uintptr_t end = ((uintptr_t)args.out + bytes) / page * page;
-  madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#else
-  (void)args;
-#endif
+  if (args.out == nullptr || args.out == args.logits || !contiguous) return;
+  fastgrpo_cpu_prefer_large_pages(args.out, args.batch * args.tokens * args.vocab * element_size(args.dtype));
 }
 
 }  // namespace
@@ -232,11 +223,23 @@ int64_t fastgrpo_cpu_args_size(void) { return sizeof(FastgrpoCpuArgs); }
 void fastgrpo_cpu_row_stats(const FastgrpoCpuArgs* args) { fastgrpo::for_each_row(*args, fastgrpo::stats_row); }
 
 void fastgrpo_cpu_row_grad(const FastgrpoCpuArgs* args) {
-  fastgrpo::prefer_large_pages(*args);
+  fastgrpo::prefer_large_pages_out(*args);
   fastgrpo::for_each_row(*args, fastgrpo::gradient_row);
 }
 
 void fastgrpo_cpu_token_loss(const FastgrpoCpuArgs* args) {
-  fastgrpo::prefer_large_pages(*args);
+  fastgrpo::prefer_large_pages_out(*args);
   fastgrpo::for_each_row(*args, fastgrpo::loss_row);
+}
+
+void fastgrpo_cpu_prefer_large_pages(void* buffer, int64_t bytes) {
+#ifdef __linux__
+  if (bytes < 8 << 20) return;
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  const uintptr_t begin = ((uintptr_t)buffer + page - 1) / page * page;
+  const uintptr_t end = ((uintptr_t)buffer + bytes) / page * page;
+  madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#else
+  (void)buffer, (void)bytes;
+#endif
 }

@@ -40,7 +40,7 @@ struct FastgrpoCpuArgs {
 };
 
 // Goes up with every change of what stands above; the loader compares it, and the size of the struct.
-#define FASTGRPO_CPU_ABI 1
+#define FASTGRPO_CPU_ABI 2
 
 FASTGRPO_API int32_t fastgrpo_cpu_abi(void);
 FASTGRPO_API int64_t fastgrpo_cpu_args_size(void);
@@ -54,3 +54,7 @@ FASTGRPO_API const char* fastgrpo_cpu_isa_names(void);
 FASTGRPO_API void fastgrpo_cpu_row_stats(const FastgrpoCpuArgs* args);
 FASTGRPO_API void fastgrpo_cpu_row_grad(const FastgrpoCpuArgs* args);
 FASTGRPO_API void fastgrpo_cpu_token_loss(const FastgrpoCpuArgs* args);
+
+// Asks for large pages where a new buffer is about to be written: mapped page by page, small ones cost several times
+// as much as the writing. Does nothing where the system has no such thing.
+FASTGRPO_API void fastgrpo_cpu_prefer_large_pages(void* buffer, int64_t bytes);

@@ -69,8 +69,8 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def select(tensor: Tensor, backend: str = "auto") -> str:
-    """The name of the backend that takes `tensor` (logits).
+def select(tensor: Tensor, backend: str = "auto", dtype: _torch.dtype | None = None) -> str:
+    """The name of the backend that takes logits on the device of `tensor`, of its dtype unless one is given.
 
     "auto" is cpu for CPU tensors and triton for GPU tensors; float64 goes to torch. When torch stands in because a
     kernel is missing, a RuntimeWarning says why, once.
@@ -79,7 +79,7 @@ def select(tensor: Tensor, backend: str = "auto") -> str:
         ValueError: unknown backend, or a named one that cannot take this tensor.
         RuntimeError: a named backend that cannot run on this machine.
     """
-    return _select(tensor.device.type, tensor.dtype, backend)
+    return _select(tensor.device.type, dtype or tensor.dtype, backend)
 
 
 @_torch.compiler.assume_constant_result

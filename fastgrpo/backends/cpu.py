@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import TokenRows, TokenSpec
 
-_ABI = 1
+_ABI = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -76,6 +76,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     for function in (library.fastgrpo_cpu_row_stats, library.fastgrpo_cpu_row_grad, library.fastgrpo_cpu_token_loss):
         function.argtypes = [ctypes.POINTER(_Args)]
         function.restype = None
+    library.fastgrpo_cpu_prefer_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.fastgrpo_cpu_prefer_large_pages.restype = None
     return library, None
 
 
@@ -228,3 +230,10 @@ def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor; x is not touched when the factor is 1."""
     if (number := factor.item()) != 1:
         x.mul_(number)
+
+
+def prefer_large_pages(x: Tensor) -> None:
+    """Let a new, contiguous tensor be mapped in large pages as it is first written, where the system offers them."""
+    library, _ = _load()
+    if library is not None:
+        library.fastgrpo_cpu_prefer_large_pages(x.data_ptr(), x.numel() * x.element_size())

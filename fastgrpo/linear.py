@@ -1,0 +1,243 @@
+"""The GRPO loss from hidden states: logits exist for a chunk of rows at a time, and gradients are made on the way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgrpo import backends
+from fastgrpo.layout import Batch, Packed, check, check_rows, make_batch
+from fastgrpo.linear_ops import encode_objective, linear_loss, linear_stats
+from fastgrpo.loss import GRPOLoss, GRPOOutput, make_output, objective_of_stats
+from fastgrpo.objective import Objective, entropy_weight, row_weight
+from fastgrpo.projection import count_rows, default_chunk, wide
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    completion_mask: Tensor | None = None,
+    old_per_token_logps: Tensor | None = None,
+    ref_per_token_logps: Tensor | None = None,
+    rewards: Tensor | None = None,
+    num_generations: int | None = None,
+    scale_rewards: str = "group",
+    importance_sampling_ratio: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    loss_scale: Tensor | float = 1.0,
+    temperature: float | Tensor = 1.0,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective = Objective(),  # noqa: B008 (frozen)
+    return_stats: bool = True,
+    backend: str = "auto",
+) -> GRPOOutput:
+    """The GRPO loss of a batch of completions from their hidden states; all logits never exist at once.
+
+    A chunk of rows is projected, its logits are turned into their gradient in place, and that into dL/dhidden and
+    dL/dweight: 6NHV FLOPs (4NHV when the weight is frozen, 2NHV without gradients), and memory for one chunk of logits
+    (and, with several chunks in half precision, for dL/dweight in fp32). Rows outside the mask enter no GEMM. Rows
+    that are known not to learn (advantage 0 with beta and entropy_coef 0) are only scored, or left out altogether with
+    `return_stats=False`; which rows those are costs the one synchronisation of a call on a GPU.
+
+    Objectives beyond token level keep sequences whole. Where one is longer than a chunk, or top_entropy_quantile < 1
+    and the batch is, the gradient is made in the backward pass by projecting again (8NHV).
+
+    Args:
+        hidden (B, T, H) or packed (N, H), fp32, bf16 or fp16: row t predicts completion_ids[:, t]. Any strides.
+        weight (V, H): the language-model head, of hidden's dtype; under autocast both are cast, the weight once.
+        completion_ids (B, T) or (N,) integer: the sampled tokens.
+        bias (V,): added to the logits.
+        logit_scale: factor > 0 of the logits.
+        softcap: c > 0: the logits, scaled, become c·tanh(logit/c), before the temperature.
+        vocab_size: the tokens are the first `vocab_size` rows of the weight; the others are padding, gradient 0.
+        chunk_size: rows of logits that exist at once (None: 512 MiB of them on a CPU, 1/32 of a GPU's memory and at
+            most 8192).
+        The rest: as in `grpo_loss`.
+
+    Returns:
+        GRPOOutput; `loss` is differentiable in hidden, weight and bias, where it came with its gradient once.
+
+    Raises:
+        ValueError: names the argument, what was expected and what came.
+        RuntimeError: a named backend cannot run here; a second backward; a double backward.
+
+    Equivalent to: `grpo_loss(logits, …)` with logits = softcap(logit_scale · (hidden @ weightᵀ + bias)) in hidden's
+    dtype (under autocast, in autocast's).
+    """
+    check_rows(hidden, completion_ids, "hidden", "H")
+    dtype, vocab = check_head(hidden, weight, bias, logit_scale, softcap, vocab_size, chunk_size)
+    batch = make_batch(
+        completion_ids,
+        advantages,
+        objective=objective,
+        dtype=wide(dtype),
+        vocab_size=vocab,
+        completion_mask=completion_mask,
+        old_per_token_logps=old_per_token_logps,
+        ref_per_token_logps=ref_per_token_logps,
+        rewards=rewards,
+        num_generations=num_generations,
+        scale_rewards=scale_rewards,
+        importance_sampling_ratio=importance_sampling_ratio,
+        sampling_per_token_logps=sampling_per_token_logps,
+        num_items_in_batch=num_items_in_batch,
+        loss_scale=loss_scale,
+        temperature=temperature,
+        cu_seqlens=cu_seqlens,
+    )
+    options = head_options(hidden, vocab, logit_scale, softcap, chunk_size, dtype, backend)
+    inv_temperature = batch.inv_temperature * logit_scale
+    batch.skip_inert = not return_stats
+    batch.leave_out_inert(objective)
+    scored = batch.scored if batch.masked or batch.scored is not batch.mask else None
+    want_entropy = return_stats or objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
+    head = (hidden if hidden.dim() == 3 else hidden[None], weight, bias)
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in head]
+    terms = None
+
+    counts = _row_counts(objective, batch, scored, options[2]) if any(needs) else None
+    if counts is None:
+        logps, _, entropies = linear_stats(*head, batch.ids, scored, inv_temperature, want_entropy, *options)
+        terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
+        loss = terms.loss
+    else:
+        weights, h = row_weight(objective, batch), entropy_weight(objective, batch)
+        # fp16 gradients of a mean would round to 0: a power of two keeps them in range until the upstream factor comes
+        scale = _power_of_two(weights, h) if torch.float16 in (dtype, hidden.dtype, weight.dtype) else None
+        if scale is not None:
+            weights, h = weights * scale, None if h is None else h * scale
+        loss, logps, entropies, *_ = linear_loss(
+            *head,
+            batch.ids,
+            scored,
+            _learners(objective, batch),
+            inv_temperature,
+            batch.advantages,
+            weights,
+            h,
+            batch.old,
+            batch.ref if objective.beta != 0 else None,
+            batch.sampling,
+            batch.importance_ratio,
+            None if objective.is_token_local else batch.seq.long(),
+            batch.layout.num_sequences,
+            counts,
+            batch.importance_ratio_per_sequence,
+            encode_objective(objective),
+            want_entropy,
+            needs,
+            *options,
+        )
+        loss = loss if scale is None else loss / scale
+    loss = loss.to(torch.float32)
+    if not return_stats:
+        return GRPOOutput(loss)
+    if terms is None:
+        with torch.no_grad():
+            terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
+    return make_output(objective, batch, loss, logps, entropies, *terms[1:])
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    vocab_size: int | None,
+    chunk_size: int | None,
+) -> tuple[torch.dtype, int]:
+    """(dtype of the GEMMs, V) of a head that fits hidden. ValueErrors name the argument."""
+    width, device = hidden.shape[-1], hidden.device
+    matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point() and len(weight) > 0
+    check(matrix and weight.shape[1] == width, "weight", f"a floating point tensor of shape (V, {width})", weight)
+    check(weight.device == device, "weight", f"device {device}", weight)
+    if bias is not None:
+        fits = isinstance(bias, Tensor) and bias.shape == weight.shape[:1] and bias.is_floating_point()
+        check(fits, "bias", f"a floating point tensor of shape ({len(weight)},)", bias)
+        check(bias.device == device, "bias", f"device {device}", bias)
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+        check(number or (name == "softcap" and value is None), name, "a number > 0", value)
+    for name, value, most in (("vocab_size", vocab_size, len(weight)), ("chunk_size", chunk_size, float("inf"))):
+        whole = value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most)
+        check(whole, name, f"None or an integer from 1 to {most}" if most < float("inf") else "None or an integer > 0",
+              value)  # fmt: skip
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    else:
+        check(weight.dtype == dtype, "weight", f"hidden's dtype, {dtype}, outside autocast", weight)
+    return dtype, len(weight) if vocab_size is None else vocab_size
+
+
+def head_options(
+    hidden: Tensor,
+    vocab: int,
+    logit_scale: float,
+    softcap: float | None,
+    chunk_size: int | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[int, float, int, torch.dtype, str]:
+    """(vocab, softcap, chunk, dtype, backend) as the operators take them; the scale has gone into the temperature."""
+    chunk = chunk_size or _default_chunk(vocab, dtype, softcap, hidden.device)
+    backend = backends.select(hidden, backend, dtype)
+    # c·tanh(s·x/c) = s · (c/s)·tanh(x / (c/s))
+    return vocab, 0.0 if softcap is None else softcap / logit_scale, chunk, dtype, backend
+
+
+_default_chunk = torch.compiler.assume_constant_result(default_chunk)
+
+
+def _learners(objective: Objective, batch: Batch) -> Tensor | None:
+    """(N,) bool: the scored rows that may have a gradient; None: all of them."""
+    return batch.scored & (batch.advantages != 0) if batch.may_be_inert(objective) else None
+
+
+def _row_counts(objective: Objective, batch: Batch, scored: Tensor | None, chunk: int) -> list[int] | None:
+    """The `counts` of linear_loss; None when the gradient cannot be made in one pass."""
+    if objective.is_token_local or batch.ids.numel() <= chunk:
+        return []  # rows can be cut anywhere, or need not be
+    if objective.top_entropy_quantile < 1 or torch.compiler.is_compiling():
+        return None  # the quantile is the whole batch's; and a graph cannot hold the sequences' lengths
+    learn, layout = _learners(objective, batch), batch.layout
+    if scored is not None or learn is not None:
+        learn = batch.scored if learn is None else learn
+        counts = count_rows(learn, batch.scored, layout)
+    else:
+        n, s = batch.ids.numel(), layout.num_sequences
+        counts = [n, n, *(layout.cu_seqlens.diff().tolist() if isinstance(layout, Packed) else [n // s] * s)]
+    return counts if max(counts[2:]) <= chunk else None
+
+
+def _power_of_two(weights: Tensor, h: Tensor | None) -> Tensor:
+    """0-dim 2^k that takes the largest weight to between 1/2 and 1."""
+    top = torch.cat([weights, weights if h is None else h, weights.new_zeros(1)]).abs().amax()
+    return torch.where(top > 0, torch.exp2(-torch.ceil(torch.log2(top))), 1.0)
+
+
+class LinearGRPOLoss(GRPOLoss):
+    """`linear_grpo_loss` with its objective (and, if wished, other fixed options) held in a module.
+
+    Args:
+        objective: the options of the loss.
+        **options: keyword arguments of `linear_grpo_loss` that stay the same from call to call, such as softcap.
+    """
+
+    function = staticmethod(linear_grpo_loss)
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, completion_ids: Tensor, advantages: Tensor | None = None, **inputs
+    ) -> GRPOOutput:
+        options = {**self.options, **inputs}
+        return linear_grpo_loss(hidden, weight, completion_ids, advantages, objective=self.objective, **options)

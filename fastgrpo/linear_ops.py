@@ -1,0 +1,360 @@
+"""The operators of the projection in chunks, `torch.ops.fastgrpo.linear_*`: schemas, fakes and autograd formulas.
+
+linear_stats is differentiable by projecting again (linear_grad, 8NHV FLOPs in all); linear_loss makes its gradients
+in the forward pass (6NHV). What they share: hidden (B, T, H), weight (V', H) and bias (V') of which the first `vocab`
+rows take part, vectors (N,) with N = B·T, `chunk` rows at a time, GEMMs in `dtype`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from fastgrpo import backends, ops
+from fastgrpo.layout import Batch, Packed, Padded
+from fastgrpo.loss import coefficients, token_inputs
+from fastgrpo.objective import Objective
+from fastgrpo.projection import Gradients, Projection, count_rows, cut, cut_sequences, order_rows
+
+
+@functools.cache
+def encode_objective(objective: Objective) -> str:
+    return json.dumps(asdict(objective))
+
+
+@functools.cache
+def _decode_objective(text: str) -> Objective:
+    return Objective(**json.loads(text))
+
+
+def _pick(rows: slice, order: Tensor | None) -> slice | Tensor:
+    return rows if order is None else order[rows]
+
+
+def _no_autocast(x: Tensor):
+    return torch.autocast(x.device.type, enabled=False)
+
+
+@torch.library.custom_op("fastgrpo::linear_stats", mutates_args=())
+def linear_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    mask: Tensor | None,
+    inv_temperature: Tensor,
+    want_entropy: bool,
+    vocab: int,
+    softcap: float,
+    chunk: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ops.row_stats of the logits of hidden @ weightᵀ + bias; rows outside `mask` enter no GEMM. 2NHV FLOPs."""
+    n, order = ids.numel(), None
+    if mask is not None:
+        count, _ = count_rows(mask, mask)
+        if count < n:
+            n, order = count, order_rows(mask, mask)
+    results = [torch.zeros(ids.shape, dtype=inv_temperature.dtype, device=ids.device) for _ in range(3)]
+    with _no_autocast(hidden):
+        projection = Projection(hidden, weight, bias, vocab, softcap, dtype, min(chunk, n))
+        for part in cut(0, n, chunk):
+            rows = _pick(part, order)
+            stats = _row_stats(projection.logits(rows), ids[rows], inv_temperature[rows], want_entropy, backend)
+            for result, values in zip(results, stats[: 2 + want_entropy], strict=False):
+                result[rows] = values
+    logp, lse, entropy = results
+    return logp, lse, entropy if want_entropy else entropy.new_empty(0)
+
+
+def _row_stats(logits: Tensor, ids: Tensor, inv_temperature: Tensor, want_entropy: bool, backend: str):
+    every = torch.ones_like(ids, dtype=torch.bool)
+    return backends.get(backend).row_stats(logits, ids, every, inv_temperature, want_entropy)
+
+
+@linear_stats.register_fake
+def _(hidden, weight, bias, ids, mask, inv_temperature, want_entropy, *_):
+    logp, lse, entropy = (torch.empty_like(inv_temperature) for _ in range(3))
+    return logp, lse, entropy if want_entropy else entropy.new_empty(0)
+
+
+@torch.library.custom_op("fastgrpo::linear_grad", mutates_args=())
+def linear_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    g: Tensor,
+    h: Tensor | None,
+    inv_temperature: Tensor,
+    needs: list[bool],
+    vocab: int,
+    softcap: float,
+    chunk: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and bias (empty unless `needs` says so) from g = dL/dlogp and h = dL/dentropy.
+
+    Rows where both are 0 enter no GEMM. 2NHV FLOPs, and 2NHV for each of the first two gradients.
+    """
+    n, order = ids.numel(), None
+    learn = g != 0 if h is None else (g != 0) | (h != 0)
+    count, _ = count_rows(learn, learn)
+    if count < n:
+        n, order = count, order_rows(learn, learn)
+    with _no_autocast(hidden):
+        projection = Projection(hidden, weight, bias, vocab, softcap, dtype, min(chunk, n))
+        parts = cut(0, n, chunk)
+        gradients = Gradients(projection, weight, bias, needs, len(parts))
+        for part in parts:
+            rows = _pick(part, order)
+            per_row = (x if x is None else x[rows] for x in (lse, None if h is None else entropy, g, h))
+            logits = projection.logits(rows)
+            backends.get(backend).row_grad(logits, ids[rows], *per_row, inv_temperature[rows], projection.sink())
+            gradients.add(rows)
+        return gradients.result()
+
+
+def _fake_gradients(hidden, weight, bias, needs, hold=lambda dtype: dtype):
+    inputs = (hidden, weight, weight[:, 0] if bias is None else bias)
+    return tuple(
+        torch.empty(x.shape if need else 0, dtype=hold(x.dtype), device=x.device)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+@linear_grad.register_fake
+def _(hidden, weight, bias, ids, lse, entropy, g, h, inv_temperature, needs, *_):
+    return _fake_gradients(hidden, weight, bias, needs)
+
+
+linear_grad.register_autograd(ops.refuse_double_backward)
+
+
+def _linear_stats_setup(ctx, inputs, output):
+    hidden, weight, bias, ids, mask, inv_temperature, want_entropy, *ctx.options = inputs
+    _, lse, entropy = output
+    ctx.save_for_backward(hidden, weight, bias, ids, mask, inv_temperature, lse, entropy if want_entropy else None)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_stats_backward(ctx, d_logp, _, d_entropy):
+    hidden, weight, bias, ids, mask, inv_temperature, lse, entropy = ctx.saved_tensors
+    if entropy is None or (d_logp is None and d_entropy is None):
+        d_entropy = None
+    if d_logp is None and d_entropy is None:
+        return (None,) * 12
+    # masked rows have no gradient, whatever comes from above
+    g, h = (None if d is None else d if mask is None else torch.where(mask, d, 0.0) for d in (d_logp, d_entropy))
+    g = torch.zeros_like(lse) if g is None else g.contiguous()
+    h = None if h is None else h.contiguous()
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.fastgrpo.linear_grad(
+        hidden, weight, bias, ids, lse, lse if entropy is None else entropy, g, h, inv_temperature, needs, *ctx.options
+    )
+    return *(x if need else None for x, need in zip(gradients, needs, strict=True)), *(None,) * 9
+
+
+linear_stats.register_autograd(_linear_stats_backward, setup_context=_linear_stats_setup)
+
+
+def hold_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which gradients wait for the upstream factor: fp16 has no room for numbers that are yet to be scaled."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@torch.library.custom_op("fastgrpo::linear_loss", mutates_args=())
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,  # (N,) int64; what follows has N elements too
+    scored: Tensor | None,  # bool; None: all
+    learn: Tensor | None,  # bool, within `scored`; None: all that are scored
+    inv_temperature: Tensor,
+    advantages: Tensor,
+    row_weight: Tensor,  # dL/d(the row's loss): mask, normaliser, loss scale
+    h: Tensor | None,  # dL/dentropy
+    old: Tensor | None,
+    ref: Tensor | None,
+    sampling: Tensor | None,
+    importance_ratio: Tensor | None,
+    seq: Tensor | None,  # int64, the sequence of each row; None where the objective does not ask
+    num_sequences: int,
+    counts: list[int],
+    importance_ratio_per_sequence: bool,
+    objective: str,
+    want_entropy: bool,
+    needs: list[bool],
+    vocab: int,
+    softcap: float,
+    chunk: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logps, entropies, and the gradients of hidden, weight and bias for dL = 1), in one pass over chunks.
+
+    Rows that do not learn are projected for their statistics alone, those that are not scored not at all. `counts` is
+    that of `count_rows`, or empty to count here. With the length of every sequence in it, sequences stay whole, and
+    none may be longer than a chunk; without, rows must not depend on each other, or fit one chunk.
+    """
+    o = _decode_objective(objective)
+    n, every = ids.numel(), torch.ones_like(ids, dtype=torch.bool)
+    if not counts and scored is None and learn is None:
+        counts = [n, n]
+    scored = every if scored is None else scored
+    learn = scored if learn is None else learn
+    n_learn, n_scored, *lengths = counts or count_rows(learn, scored)
+    order = None if n_learn == n else order_rows(learn, scored)
+
+    batch = Batch(
+        layout=Padded(n, 1),
+        shape=ids.shape,
+        dtype=inv_temperature.dtype,
+        ids=ids,
+        mask=every,
+        scored=every,
+        inv_temperature=inv_temperature,
+        given_advantages=advantages,
+        advantages_per_token=True,
+        rewards=None,
+        num_generations=None,
+        scale_rewards="none",
+        old=old,
+        ref=ref,
+        sampling=sampling,
+        importance_ratio=importance_ratio,
+        importance_ratio_per_sequence=importance_ratio_per_sequence,
+        num_items_in_batch=None,
+        loss_scale=1.0,
+        weight=row_weight,
+        h=h,
+    )
+    if seq is None:
+        parts = [(part, Padded(part.stop - part.start, 1)) for part in cut(0, n_learn, chunk)]
+    else:
+        seq = seq[_pick(slice(0, n_learn), order)]
+        ends = torch.zeros(num_sequences, dtype=torch.int64, device=seq.device).index_add_(
+            0, seq, torch.ones_like(seq)
+        )
+        cu_seqlens = torch.cat([ends.new_zeros(1), ends.cumsum(0)])
+        whole = [(slice(0, n_learn), slice(0, num_sequences))] if n_learn else []
+        parts = [
+            (part, Packed(seqs.stop - seqs.start, cu_seqlens[seqs.start : seqs.stop + 1] - part.start,
+                          seq[part] - seqs.start))
+            for part, seqs in (cut_sequences(lengths, chunk) if lengths else whole)
+        ]  # fmt: skip
+    only_scored = cut(n_learn, n_scored, chunk)
+
+    loss = torch.zeros((), dtype=batch.dtype, device=hidden.device)
+    logps, entropies = torch.zeros_like(inv_temperature), torch.zeros_like(inv_temperature)
+    with _no_autocast(hidden):
+        longest = max((part.stop - part.start for part in [part for part, _ in parts] + only_scored), default=0)
+        projection = Projection(hidden, weight, bias, vocab, softcap, dtype, longest)
+        gradients = Gradients(projection, weight, bias, needs, len(parts), hold_dtype)
+        for part, layout in parts:
+            at = _pick(part, order)
+            part_loss, logps[at], entropy = _loss_and_gradient(
+                o, batch.take(at, layout), projection, at, want_entropy, backend
+            )
+            loss += part_loss
+            if want_entropy:
+                entropies[at] = entropy
+            gradients.add(at)
+        for part in only_scored:
+            at = _pick(part, order)
+            stats = _row_stats(projection.logits(at), ids[at], inv_temperature[at], want_entropy, backend)
+            logps[at] = stats[0]
+            if want_entropy:
+                entropies[at] = stats[2]
+        return loss, logps, entropies if want_entropy else entropies.new_empty(0), *gradients.result()
+
+
+def _loss_and_gradient(
+    o: Objective, batch: Batch, projection: Projection, at: slice | Tensor, want_entropy: bool, backend: str
+):
+    """(loss, logps, entropies) of the rows `at`, and dL/dlogits in the projection's sink."""
+    kernels, logits = backends.get(backend), projection.logits(at)
+    rows, sink = (batch.ids, batch.scored, batch.inv_temperature), projection.sink()
+    if backend != "torch" and o.is_token_local and not projection.softcap:  # one pass, the gradient over the logits
+        token_rows, spec = token_inputs(o, batch)
+        loss, logp, _, entropy, *_ = kernels.token_loss(logits, *rows, want_entropy, token_rows, spec, sink)
+        return loss.sum(), logp, entropy
+    logp, lse, entropy = kernels.row_stats(logits, *rows, want_entropy)
+    with _autograd_inside_an_operator():
+        terms, g, h = coefficients(o, (logp, lse, entropy), batch, want_entropy)
+    kernels.row_grad(logits, batch.ids, lse, entropy, g, h, batch.inv_temperature, sink)
+    return terms.loss, logp, entropy
+
+
+@contextlib.contextmanager
+def _autograd_inside_an_operator():
+    """The dispatcher keeps autograd out of an operator's own body; the objective's derivatives want it back."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (
+        keys.AutogradFunctionality,
+        keys.AutogradCPU,
+        keys.AutogradCUDA,
+        keys.AutogradXPU,
+        keys.ADInplaceOrView,
+    ):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
+
+
+@linear_loss.register_fake
+def _(hidden, weight, bias, ids, scored, learn, inv_temperature, *options):
+    *_, want_entropy, needs, _, _, _, _, _ = options
+    entropies = inv_temperature.new_empty(len(inv_temperature) * want_entropy)
+    gradients = _fake_gradients(hidden, weight, bias, needs, hold_dtype)
+    return inv_temperature.new_empty(()), torch.empty_like(inv_temperature), entropies, *gradients
+
+
+def _linear_loss_setup(ctx, inputs, output):
+    ctx.dtypes = [x.dtype for x in (inputs[0], inputs[1], inputs[1] if inputs[2] is None else inputs[2])]
+    _, logps, entropies, *gradients = output
+    ctx.backend = inputs[-1]
+    # not saved tensors: the backward pass gives them away, and nothing else may hold them then
+    ctx.gradients = gradients
+    ctx.mark_non_differentiable(logps, entropies, *gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_loss_backward(ctx, d_loss, *_):
+    if d_loss is None:
+        return (None,) * 26
+    if torch.is_grad_enabled():  # create_graph=True
+        ops.refuse_double_backward()
+    if ctx.gradients is None:
+        raise RuntimeError(
+            "fastgrpo: a second backward through linear_grpo_loss; its gradients, made in the forward pass, were "
+            "handed out by the first. Call it again, or use linear_logps and policy_loss to keep the graph."
+        )
+    gradients, ctx.gradients = ctx.gradients, None
+    scaled = (_scaled(x, d_loss, dtype, ctx.backend) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
+    return *scaled, *(None,) * 23
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor | None:
+    """gradient * factor, without a sync and in place; None for one that is not needed."""
+    if gradient.numel() == 0:
+        return None
+    if type(factor) is not Tensor or gradient.dtype != dtype:  # a compiler traces: it may change nothing in place
+        return (gradient * factor).to(dtype)
+    ops.scale_(gradient.view(1, -1, gradient.shape[-1]), factor, backend)
+    return gradient
+
+
+linear_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_setup)

@@ -1,0 +1,220 @@
+"""The vocabulary projection a few rows at a time: the library's GEMMs around one reused buffer of logits.
+
+A chunk of rows is projected into the buffer (2NHV FLOPs), a row sweep writes dL/dlogits over the logits, and two more
+GEMMs take the gradients out of it (4NHV). What the sweeps compute is none of this file's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastgrpo.backends import cpu
+from fastgrpo.layout import Packed, Padded
+
+CPU_BYTES = 512 << 20  # of a chunk: few and large ones, because each adds its dW to the sum in memory
+GPU_SHARE = 32  # a chunk takes at most this part of a GPU's memory
+GPU_ROWS = 8192  # beyond which the GEMMs gain nothing
+LEAST_ROWS = 256
+SLICE = 4096  # rows of dW that stay in a CPU's cache between their GEMM and their sum
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def default_chunk(vocab: int, dtype: torch.dtype, softcap: float | None, device: torch.device) -> int:
+    """Rows of a chunk, by the memory they take: V logits, and with a softcap two more copies in fp32."""
+    row = vocab * (dtype.itemsize + (0 if softcap is None else 2 * wide(dtype).itemsize))
+    if device.type == "cpu":
+        return max(LEAST_ROWS, CPU_BYTES // row)
+    memory = torch.get_device_module(device).get_device_properties(device).total_memory
+    return min(GPU_ROWS, max(LEAST_ROWS, memory // GPU_SHARE // row))
+
+
+def cut(start: int, stop: int, chunk: int) -> list[slice]:
+    """[start, stop) in equal parts of at most `chunk`."""
+    count = -(-(stop - start) // chunk)
+    edges = [start + (stop - start) * i // max(count, 1) for i in range(count + 1)]
+    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def cut_sequences(lengths: list[int], chunk: int) -> list[tuple[slice, slice]]:
+    """(rows, sequences) of chunks of whole sequences, as many as fit in each; none may be longer than a chunk."""
+    parts, row, first, begin = [], 0, 0, 0
+    for i, length in enumerate(lengths):
+        if row + length - begin > chunk:
+            parts.append((slice(begin, row), slice(first, i)))
+            first, begin = i, row
+        row += length
+    parts.append((slice(begin, row), slice(first, len(lengths))))
+    return [part for part in parts if part[0].stop > part[0].start]
+
+
+def count_rows(learn: Tensor, scored: Tensor, layout: Padded | Packed | None = None) -> list[int]:
+    """[rows that learn, rows that are scored], and with a layout the rows that learn in each sequence. One sync."""
+    counts = torch.stack([learn.sum(), scored.sum()])
+    if layout is not None:
+        counts = torch.cat([counts, layout.seq_sum(learn.to(torch.float64)).long()])
+    return counts.tolist()
+
+
+def order_rows(learn: Tensor, scored: Tensor) -> Tensor:
+    """(N,) rows in the order of their way through the GEMMs: those that learn, those only scored, the others."""
+    return torch.argsort(learn.to(torch.int8) + scored.to(torch.int8), descending=True, stable=True)
+
+
+def _large(rows: int, width: int, dtype: torch.dtype, device: torch.device, stride: int | None = None) -> Tensor:
+    """An uninitialised (rows, width); on a CPU of large pages, since faulting in small ones can take as long as a
+    GEMM."""
+    x = torch.empty(rows, stride or width, dtype=dtype, device=device)
+    if device.type == "cpu":
+        cpu.prefer_large_pages(x)
+    return x[:, :width]
+
+
+class Projection:
+    """logits = softcap(hidden @ weightᵀ + bias) of some rows at a time.
+
+    Args:
+        hidden (B, T, H): any strides; row r is token r % T of sequence r // T.
+        weight (V', H), bias (V') or None: their first `vocab` rows take part.
+        softcap: c in c·tanh(x/c); 0: none.
+        dtype: of the GEMMs. The weight is cast to it once, hidden chunk by chunk.
+        chunk: most rows at a time.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        vocab: int,
+        softcap: float,
+        dtype: torch.dtype,
+        chunk: int,
+    ):
+        device = hidden.device
+        self.hidden, self.softcap, self.dtype = hidden, softcap, dtype
+        self.weight = weight[:vocab]
+        if weight.dtype != dtype:
+            self.weight = _large(*self.weight.shape, dtype, device).copy_(self.weight)
+        self.bias = None if bias is None else bias[:vocab].to(dtype)
+        # on a GPU rows begin at multiples of 128 bytes, which the fast GEMMs want whatever V is
+        stride = vocab if device.type == "cpu" else -(-vocab // 64) * 64
+        self._raw = _large(chunk, vocab, dtype, device, stride)
+        if softcap:
+            self._capped, self._sink = (_large(chunk, vocab, wide(dtype), device) for _ in range(2))
+
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        """(1, n, V), good until the next call."""
+        self.h = self._take(rows)
+        raw = self._raw[: len(self.h)]
+        if self.bias is None:
+            torch.mm(self.h, self.weight.t(), out=raw)
+        else:
+            torch.addmm(self.bias, self.h, self.weight.t(), out=raw)
+        if not self.softcap:
+            return raw[None]
+        capped = self._capped[: len(raw)].copy_(raw)
+        return capped.div_(self.softcap).tanh_().mul_(self.softcap)[None]
+
+    def sink(self) -> Tensor:
+        """Where the gradient of the last `logits` belongs, (1, n, V): over them, unless a softcap still needs them."""
+        n = len(self.h)
+        return (self._sink if self.softcap else self._raw)[:n][None]
+
+    def d_raw(self) -> Tensor:
+        """dL/d(hidden @ weightᵀ + bias) (n, V), from what was put into `sink`."""
+        raw = self._raw[: len(self.h)]
+        if self.softcap:
+            tanh, d_capped = self._capped[: len(raw)].div_(self.softcap), self._sink[: len(raw)]
+            raw.copy_(d_capped.addcmul_(d_capped, tanh.square_(), value=-1))
+        return raw
+
+    def _take(self, rows: slice | Tensor) -> Tensor:
+        """(n, H) of the GEMMs' dtype."""
+        tokens = self.hidden.shape[1]
+        if isinstance(rows, slice):
+            if self.hidden.is_contiguous():
+                return self.hidden.view(-1, self.hidden.shape[-1])[rows].to(self.dtype)
+            rows = torch.arange(rows.start, rows.stop, device=self.hidden.device)
+        return self.hidden[rows // tokens, rows % tokens].to(self.dtype)
+
+
+class Gradients:
+    """Collects dL/dhidden, dL/dweight and dL/dbias over the chunks of a `Projection`.
+
+    Args:
+        needs: which of the three; the others come out empty.
+        chunks: how many chunks there will be. dW of more than one adds up in fp32, whatever the weight is.
+        hold: their dtype, from that of what they are the gradients of.
+    """
+
+    def __init__(
+        self,
+        projection: Projection,
+        weight: Tensor,
+        bias: Tensor | None,
+        needs: list[bool],
+        chunks: int,
+        hold: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
+    ):
+        self.projection, self.needs, self.started = projection, needs, False
+        hidden, vocab, sums = projection.hidden, projection.weight.shape[0], wide(projection.dtype)
+        self.d_hidden = torch.zeros(hidden.shape if needs[0] else 0, dtype=hold(hidden.dtype), device=hidden.device)
+        self.d_weight = _large(*(weight.shape if needs[1] else (0, 0)), hold(weight.dtype), hidden.device)
+        self.d_weight[vocab if chunks else 0 :].zero_()
+        self.sum = self.d_weight[:vocab]
+        if needs[1] and not (self.sum.dtype == sums or (chunks == 1 and self.sum.dtype == projection.dtype)):
+            self.sum = _large(*self.sum.shape, sums, hidden.device)
+        self.d_bias = torch.zeros(len(bias) if needs[2] else 0, dtype=sums, device=hidden.device)
+        self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)
+
+    def add(self, rows: slice | Tensor) -> None:
+        """Those of the chunk that the projection holds, once its `sink` is filled."""
+        d_raw, h = self.projection.d_raw(), self.projection.h
+        if self.needs[0]:
+            flat = self.d_hidden.view(-1, h.shape[1])
+            if isinstance(rows, slice) and flat.dtype == h.dtype:
+                torch.mm(d_raw, self.projection.weight, out=flat[rows])
+            else:
+                flat[rows] = torch.mm(d_raw, self.projection.weight).to(flat.dtype)
+        if self.needs[1]:
+            _add_product(self.sum, d_raw, h, first=not self.started)
+        if self.needs[2]:
+            self.d_bias[: d_raw.shape[1]] += d_raw.sum(0, dtype=self.d_bias.dtype)
+        self.started = True
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dL/dhidden (B, T, H), dL/dweight (V', H), dL/dbias (V')), each empty where it is not needed."""
+        if self.started and self.sum.dtype != self.d_weight.dtype:
+            self.d_weight[: len(self.sum)].copy_(self.sum)
+        return self.d_hidden, self.d_weight, self.d_bias.to(self.bias_dtype)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """out (V, H) = aᵀ @ b, or += unless `first`; summed in the dtype of `out`, also where a and b are narrower."""
+    if out.dtype == a.dtype:
+        if first:
+            torch.mm(a.t(), b, out=out)
+        else:
+            out.addmm_(a.t(), b)
+    elif a.device.type == "cuda" and torch.version.hip is None:
+        if first:
+            torch.mm(a.t(), b, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, a.t(), b, out_dtype=out.dtype, out=out)
+    else:  # no GEMM here writes another dtype than it reads
+        for part in cut(0, len(out), SLICE):
+            if a.dtype == torch.float16:  # whose range a product may leave
+                product = torch.mm(a[:, part].t().float(), b.float())
+            else:
+                product = torch.mm(a[:, part].t(), b)
+            if first:
+                out[part].copy_(product)
+            else:
+                out[part].add_(product)
