@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from fastgrpo import backends
 from fastgrpo.objective import LOSS_TYPES
+from fastgrpo.reference import project
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer, embedded, rewards
 from fastgrpo.trainer.config import CHECKPOINTING
 from fastgrpo.trainer.head import add_completion_head, check_completion_head, run_completion_head
@@ -451,7 +452,9 @@ def test_logits_equal_the_models(family):
     mask[0, :3] = 0  # left padding
     with torch.no_grad():
         own = model(input_ids=ids, attention_mask=mask).logits[:, -5:-1]
-        got = run_completion_head(model, ids, mask, 4, lambda hidden, head: head.logits(hidden))
+        got = run_completion_head(
+            model, ids, mask, 4, lambda hidden, head: project(hidden, head.weight, **head.options)
+        )
     assert own.abs().max() > 1
     torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
 

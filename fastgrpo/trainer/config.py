@@ -49,6 +49,7 @@ class GRPOConfig(TrainingArguments):
         mask_truncated_completions: leave completions without an end token out of the loss.
         log_completions: write prompts, completions and rewards of each logging step to
             `output_dir/completions/completions_<step>.parquet`.
+        chunk_size: rows of logits that exist at once (None: by the device's memory, see `linear_grpo_loss`).
         backend: of the fused loss, "auto" or one of `fastgrpo.backends.NAMES`.
 
     The remaining fields are those of `fastgrpo.Objective`, which explains them, holds their defaults and checks them.
@@ -107,6 +108,7 @@ class GRPOConfig(TrainingArguments):
     vespo_lambda_pos: float = _DEFAULT.vespo_lambda_pos
     vespo_k_neg: float = _DEFAULT.vespo_k_neg
     vespo_lambda_neg: float = _DEFAULT.vespo_lambda_neg
+    chunk_size: int | None = None
     backend: str = "auto"
 
     # training arguments with another default

@@ -30,8 +30,9 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from fastgrpo.logps import selective_logps
-from fastgrpo.loss import GRPOOutput, grpo_loss
+from fastgrpo.linear import linear_grpo_loss
+from fastgrpo.logps import linear_logps
+from fastgrpo.loss import GRPOOutput
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.head import Head, add_completion_head, check_completion_head, run_completion_head, unwrap_peft
 from fastgrpo.trainer.rewards import RewardFunc, as_reward_list, call_reward_func, combine_rewards, nanstd
@@ -299,12 +300,15 @@ class GRPOTrainer(Trainer):
                     _over_completion(
                         model,
                         {name: x[start : start + size] for name, x in batch.items() if x.dim()},
-                        lambda hidden, head, part: selective_logps(
-                            head.logits(hidden),
+                        lambda hidden, head, part: linear_logps(
+                            hidden,
+                            head.weight,
                             part["completion_ids"],
                             mask=part["completion_mask"],
                             temperature=self.args.temperature,
+                            chunk_size=self.args.chunk_size,
                             backend=self.args.backend,
+                            **head.options,
                         ),
                     )
                     for start in range(0, len(batch["completion_ids"]), size)
@@ -394,8 +398,9 @@ class GRPOTrainer(Trainer):
         num_items = inputs["num_items_in_batch"].clamp(min=1) / parts
 
         def loss(hidden: Tensor, head: Head, batch: dict[str, Tensor]) -> GRPOOutput:
-            return grpo_loss(
-                head.logits(hidden),
+            return linear_grpo_loss(
+                hidden,
+                head.weight,
                 batch["completion_ids"],
                 batch["advantages"],
                 completion_mask=batch["completion_mask"],
@@ -405,8 +410,9 @@ class GRPOTrainer(Trainer):
                 loss_scale=1.0 / accumulation,
                 temperature=self.args.temperature,
                 objective=self.objective,
-                inplace=torch.is_grad_enabled(),
+                chunk_size=self.args.chunk_size,
                 backend=self.args.backend,
+                **head.options,
             )
 
         output = _over_completion(model, inputs, loss)

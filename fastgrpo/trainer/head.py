@@ -1,4 +1,4 @@
-"""The language-model head: from hidden states at the completion's positions to logits, inside the model's own forward.
+"""The language-model head: what the loss does with hidden states at the completion's positions, inside the forward.
 
 `model(..., completion_fn=fn, completion_length=T)` runs the backbone once and returns `fn(hidden, head)`, where hidden
 (B, T, H) predicts the last T tokens and `head` says how logits come from it. The work happens inside the forward, so
@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from fastgrpo.reference import project
 
 
 class Head(NamedTuple):
@@ -27,14 +29,10 @@ class Head(NamedTuple):
     logit_scale: float
     softcap: float | None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, H) -> (B, T, V), in a buffer of its own that nothing in the graph needs again."""
-        logits = F.linear(hidden, self.weight, self.bias)
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `linear_grpo_loss` and `linear_logps`."""
+        return {name: value for name, value in self._asdict().items() if name != "weight"}
 
 
 def unwrap_peft(model: nn.Module) -> PreTrainedModel:
@@ -58,8 +56,11 @@ def read_head(model: PreTrainedModel) -> Head:
             "model: a PEFT adapter on the language-model head is not supported, since logits are made from its "
             "weight; take it out of target_modules, or name it in modules_to_save"
         )
-    scale, softcap = _logit_options(model)
-    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
+    # FSDP2 shards parameters as DTensors; a module's own forward would gather them
+    weight, bias = (
+        x.full_tensor() if isinstance(x, DTensor) else x for x in (layer.weight, getattr(layer, "bias", None))
+    )
+    return Head(weight, bias, *_logit_options(model))
 
 
 def _logit_options(model: PreTrainedModel) -> tuple[float, float | None]:
@@ -135,7 +136,7 @@ def check_completion_head(model: nn.Module) -> None:
     try:
         own = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         ours = run_completion_head(
-            model, ids, mask, ids.shape[1] - 1, lambda hidden, head: head.logits(hidden)
+            model, ids, mask, ids.shape[1] - 1, lambda hidden, head: project(hidden, head.weight, **head.options)
         ).float()
     finally:
         model.train(training)
