@@ -132,7 +132,7 @@ def linear_grpo_loss(
             batch.layout.num_sequences,
             counts,
             batch.importance_ratio_per_sequence,
-            encode_objective(objective),
+            *encode_objective(objective),
             want_entropy,
             needs,
             *options,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-from dataclasses import asdict
+import math
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -21,15 +21,22 @@ from fastgrpo.loss import coefficients, token_inputs
 from fastgrpo.objective import Objective
 from fastgrpo.projection import Gradients, Projection, count_rows, cut, cut_sequences, order_rows
 
+_NAMES = ("loss_type", "importance_sampling_level")
+_NUMBERS = tuple(field.name for field in fields(Objective) if field.name not in _NAMES)
+
+
+def encode_objective(objective: Objective) -> tuple[str, list[float]]:
+    """An Objective as an operator's schema takes it: its names in a string, its numbers as floats, NaN for None."""
+    numbers = [getattr(objective, name) for name in _NUMBERS]
+    names = " ".join([getattr(objective, name) for name in _NAMES])
+    return names, [float("nan") if number is None else float(number) for number in numbers]
+
 
 @functools.cache
-def encode_objective(objective: Objective) -> str:
-    return json.dumps(asdict(objective))
-
-
-@functools.cache
-def _decode_objective(text: str) -> Objective:
-    return Objective(**json.loads(text))
+def _decode_objective(names: str, numbers: tuple[float, ...]) -> Objective:
+    options = {name: None if math.isnan(number) else number for name, number in zip(_NUMBERS, numbers, strict=True)}
+    options["use_bias_correction_kl"] = bool(options["use_bias_correction_kl"])
+    return Objective(**dict(zip(_NAMES, names.split(), strict=True)), **options)
 
 
 def _pick(rows: slice, order: Tensor | None) -> slice | Tensor:
@@ -127,7 +134,7 @@ def linear_grad(
 def _fake_gradients(hidden, weight, bias, needs, hold=lambda dtype: dtype):
     inputs = (hidden, weight, weight[:, 0] if bias is None else bias)
     return tuple(
-        torch.empty(x.shape if need else 0, dtype=hold(x.dtype), device=x.device)
+        torch.empty(x.shape if need else (0,) * x.dim(), dtype=hold(x.dtype), device=x.device)
         for x, need in zip(inputs, needs, strict=True)
     )
 
@@ -194,6 +201,7 @@ def linear_loss(
     counts: list[int],
     importance_ratio_per_sequence: bool,
     objective: str,
+    numbers: list[float],
     want_entropy: bool,
     needs: list[bool],
     vocab: int,
@@ -208,7 +216,7 @@ def linear_loss(
     that of `count_rows`, or empty to count here. With the length of every sequence in it, sequences stay whole, and
     none may be longer than a chunk; without, rows must not depend on each other, or fit one chunk.
     """
-    o = _decode_objective(objective)
+    o = _decode_objective(objective, tuple(numbers))
     n, every = ids.numel(), torch.ones_like(ids, dtype=torch.bool)
     if not counts and scored is None and learn is None:
         counts = [n, n]
@@ -325,7 +333,7 @@ def _(hidden, weight, bias, ids, scored, learn, inv_temperature, *options):
 def _linear_loss_setup(ctx, inputs, output):
     ctx.dtypes = [x.dtype for x in (inputs[0], inputs[1], inputs[1] if inputs[2] is None else inputs[2])]
     _, logps, entropies, *gradients = output
-    ctx.backend = inputs[-1]
+    ctx.needs, *_, ctx.backend = inputs[-6:]
     # not saved tensors: the backward pass gives them away, and nothing else may hold them then
     ctx.gradients = gradients
     ctx.mark_non_differentiable(logps, entropies, *gradients)
@@ -334,7 +342,7 @@ def _linear_loss_setup(ctx, inputs, output):
 
 def _linear_loss_backward(ctx, d_loss, *_):
     if d_loss is None:
-        return (None,) * 26
+        return (None,) * 27
     if torch.is_grad_enabled():  # create_graph=True
         ops.refuse_double_backward()
     if ctx.gradients is None:
@@ -344,16 +352,15 @@ def _linear_loss_backward(ctx, d_loss, *_):
         )
     gradients, ctx.gradients = ctx.gradients, None
     scaled = (_scaled(x, d_loss, dtype, ctx.backend) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
-    return *scaled, *(None,) * 23
+    return *(x if need else None for x, need in zip(scaled, ctx.needs, strict=True)), *(None,) * 24
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor | None:
-    """gradient * factor, without a sync and in place; None for one that is not needed."""
-    if gradient.numel() == 0:
-        return None
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """gradient * factor, without a sync and in place where that is possible."""
     if type(factor) is not Tensor or gradient.dtype != dtype:  # a compiler traces: it may change nothing in place
         return (gradient * factor).to(dtype)
-    ops.scale_(gradient.view(1, -1, gradient.shape[-1]), factor, backend)
+    if gradient.numel() > 0:
+        ops.scale_(gradient.view(1, -1, gradient.shape[-1]), factor, backend)
     return gradient
 
 

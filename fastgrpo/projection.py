@@ -164,14 +164,15 @@ class Gradients:
         hold: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
     ):
         self.projection, self.needs, self.started = projection, needs, False
-        hidden, vocab, sums = projection.hidden, projection.weight.shape[0], wide(projection.dtype)
-        self.d_hidden = torch.zeros(hidden.shape if needs[0] else 0, dtype=hold(hidden.dtype), device=hidden.device)
-        self.d_weight = _large(*(weight.shape if needs[1] else (0, 0)), hold(weight.dtype), hidden.device)
-        self.d_weight[vocab if chunks else 0 :].zero_()
-        self.sum = self.d_weight[:vocab]
-        if needs[1] and not (self.sum.dtype == sums or (chunks == 1 and self.sum.dtype == projection.dtype)):
-            self.sum = _large(*self.sum.shape, sums, hidden.device)
-        self.d_bias = torch.zeros(len(bias) if needs[2] else 0, dtype=sums, device=hidden.device)
+        hidden, device, sums = projection.hidden, weight.device, wide(projection.dtype)
+        shape = hidden.shape if needs[0] else (0, 0, 0)
+        self.d_hidden = torch.zeros(shape, dtype=hold(hidden.dtype), device=device)
+        self.d_weight = _large(*(weight.shape if needs[1] else (0, 0)), hold(weight.dtype), device)
+        live = self.d_weight[: len(projection.weight)]
+        (self.d_weight[len(live) :] if chunks else self.d_weight).zero_()
+        direct = live.dtype == sums or (chunks == 1 and live.dtype == projection.dtype)
+        self.sum = live if direct else _large(*live.shape, sums, device)
+        self.d_bias = torch.zeros(len(bias) if needs[2] else 0, dtype=sums, device=device)
         self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)
 
     def add(self, rows: slice | Tensor) -> None:

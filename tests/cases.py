@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgrpo import Objective, grpo_loss_reference
+from fastgrpo import Objective, grpo_loss_reference, linear_grpo_loss_reference
 from fastgrpo.objective import LOSS_TYPES
 
 LEVELS = ("token", "sequence", "sequence_token")
@@ -89,6 +89,45 @@ def truth(logits, ids, upstream=1.0, **kwargs):
     """loss_and_grad of the reference in float64, on the CPU."""
     kwargs = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
     return loss_and_grad(grpo_loss_reference, logits.detach().cpu().double(), ids.cpu(), upstream, **kwargs)
+
+
+def make_linear_inputs(extras=(), *, width=16, vocab=61, dtype=torch.float32, seed=0, device="cpu", **shape):
+    """(hidden, weight, ids, kwargs): `make_inputs`, with logits of the same spread that are a product."""
+    logits, ids, kwargs = make_inputs(extras, vocab=vocab, seed=seed, **shape)
+    gen = torch.Generator().manual_seed(seed + 1)
+    hidden = torch.randn(*ids.shape, width, generator=gen).to(dtype)
+    weight = (torch.randn(vocab, width, generator=gen) * 3.0 / width**0.5).to(dtype)
+    was = grpo_loss_reference(logits.double(), ids, torch.zeros(len(ids))).per_token_logps
+    now = linear_grpo_loss_reference(hidden.double(), weight.double(), ids, torch.zeros(len(ids))).per_token_logps
+    for name in [name for name in kwargs if name.endswith("logps")]:
+        kwargs[name] = (kwargs[name] - was + now).float()
+    move = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    return hidden.to(device), weight.to(device), ids.to(device), move
+
+
+def linear_loss_and_grads(function, hidden, weight, ids, upstream=1.0, bias=None, **kwargs):
+    """(output, gradients of hidden, weight and, if there is one, bias) of a call on fresh leaves."""
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    if bias is not None:
+        kwargs["bias"] = leaves[2]
+    output = function(*leaves[:2], ids, **kwargs)
+    (output.loss * upstream).backward()
+    return output, *(leaf.grad for leaf in leaves)
+
+
+def linear_truth(hidden, weight, ids, upstream=1.0, bias=None, **kwargs):
+    """linear_loss_and_grads of the reference in float64, on the CPU."""
+    kwargs = {k: v.detach().cpu() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    hidden, weight, bias = (None if x is None else x.detach().cpu().double() for x in (hidden, weight, bias))
+    return linear_loss_and_grads(linear_grpo_loss_reference, hidden, weight, ids.cpu(), upstream, bias, **kwargs)
+
+
+def pack(mask, tensors: dict):
+    """(cu_seqlens, the tensors packed) of a padded batch, its masked rows left out; what is per sequence stays."""
+    lengths = mask.bool().sum(-1)
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    per_token = {k: isinstance(v, torch.Tensor) and v.shape[:2] == mask.shape for k, v in tensors.items()}
+    return cu_seqlens, {k: v[mask.bool()] if per_token[k] else v for k, v in tensors.items()}
 
 
 def rel_norm(got: torch.Tensor, want: torch.Tensor) -> float:

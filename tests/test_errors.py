@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from fastgrpo import GRPOLoss, Objective, group_advantages, grpo_loss, policy_loss, selective_logps
+from fastgrpo import (
+    GRPOLoss,
+    Objective,
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_logps,
+    policy_loss,
+    selective_logps,
+)
 
 B, T, V = 4, 3, 11
 
@@ -83,6 +92,44 @@ def test_bad_call(name):
     changes, message = BAD_CALLS[name]
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+H = 5
+BAD_HEADS = {
+    "hidden-rank": (dict(hidden=torch.randn(H)), r"hidden: .*\(B, T, H\).*\(5,\)"),
+    "hidden-integer": (dict(hidden=torch.zeros(B, T, H, dtype=torch.int64)), "hidden: .*floating point"),
+    "ids-shape": (dict(completion_ids=ids[:, 1:]), r"completion_ids: .*\(4, 3\) to match hidden.*\(4, 2\)"),
+    "weight-rank": (dict(weight=torch.randn(H)), r"weight: .*\(V, 5\).*\(5,\)"),
+    "weight-width": (dict(weight=torch.randn(V, H + 1)), r"weight: .*\(V, 5\).*\(11, 6\)"),
+    "weight-type": (dict(weight=None), "weight: .*None"),
+    "weight-empty": (dict(weight=torch.randn(0, H)), r"weight: .*\(0, 5\)"),
+    "weight-dtype": (dict(weight=torch.randn(V, H).bfloat16()), "weight: .*float32, outside autocast.*bfloat16"),
+    "weight-device": (dict(weight=torch.randn(V, H, device="meta")), "weight: .*device cpu.*meta"),
+    "bias-shape": (dict(bias=torch.zeros(V + 1)), r"bias: .*\(11,\).*\(12,\)"),
+    "bias-integer": (dict(bias=torch.zeros(V, dtype=torch.int64)), "bias: .*floating point"),
+    "scale-zero": (dict(logit_scale=0.0), "logit_scale: .*> 0.*0.0"),
+    "scale-negative": (dict(logit_scale=-1), "logit_scale: .*> 0.*-1"),
+    "scale-none": (dict(logit_scale=None), "logit_scale: .*> 0.*None"),
+    "softcap-zero": (dict(softcap=0.0), "softcap: .*> 0.*0.0"),
+    "softcap-nan": (dict(softcap=float("nan")), "softcap: .*nan"),
+    "vocab_size-large": (dict(vocab_size=V + 1), "vocab_size: .*from 1 to 11.*12"),
+    "vocab_size-zero": (dict(vocab_size=0), "vocab_size: .*from 1 to 11.*0"),
+    "ids-in-padding": (dict(vocab_size=3, completion_ids=ids + 3), r"completion_ids: .*\[0, 3\).*got 3"),
+    "chunk_size-zero": (dict(chunk_size=0), "chunk_size: .*> 0.*0"),
+    "chunk_size-float": (dict(chunk_size=2.0), "chunk_size: .*2.0"),
+    "backend-name": (dict(backend="cuda9"), "backend: .*'cuda9'"),
+    "temperature": (dict(temperature=0.0), "temperature: .*0.0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_HEADS)
+def test_bad_head(name):
+    changes, message = BAD_HEADS[name]
+    arguments = dict(hidden=torch.randn(B, T, H), weight=torch.randn(V, H), completion_ids=ids) | changes
+    with pytest.raises(ValueError, match=message):
+        linear_grpo_loss(**arguments, advantages=torch.randn(B))
+    with pytest.raises(ValueError, match=message.replace("completion_mask", "mask")):
+        linear_logps(**arguments)
 
 
 BAD_OBJECTIVES = {

@@ -5,7 +5,7 @@ import inspect
 import torch
 from cases import assert_close
 
-from fastgrpo import grpo_loss, policy_loss
+from fastgrpo import grpo_loss, linear_grpo_loss, linear_logps, policy_loss, selective_logps
 from fastgrpo.layout import make_batch, make_layout
 
 
@@ -17,6 +17,16 @@ def test_every_default_is_the_same_wherever_it_stands():
     for name in batch_options - {"advantages"}:
         assert len({repr(s[name].default) for s in signatures if name in s}) == 1, name
     assert signatures[0]["objective"].default == signatures[1]["objective"].default
+    linear, logps, linear_rows = (
+        inspect.signature(f).parameters for f in (linear_grpo_loss, selective_logps, linear_logps)
+    )
+    for of_logits, of_hidden in ((signatures[0], linear), (logps, linear_rows)):
+        shared = set(of_logits) - {"logits", "inplace"}
+        assert shared == set(of_logits) & set(of_hidden)
+        assert all(of_logits[name].default == of_hidden[name].default for name in shared)
+    head = set(linear) - set(signatures[0])
+    assert head - {"hidden", "weight"} == {"bias", "logit_scale", "softcap", "vocab_size", "chunk_size"}
+    assert all(linear[name].default == linear_rows[name].default for name in head)
 
 
 def test_packed_reductions_equal_padded_ones():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import assert_close, loss_and_grad, make_inputs, truth
+from cases import assert_close, loss_and_grad, make_inputs, make_linear_inputs, truth
 
-from fastgrpo import Objective, grpo_loss, selective_logps
+from fastgrpo import Objective, grpo_loss, linear_logps, projection, selective_logps
+from fastgrpo.reference import project
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -242,3 +243,110 @@ def test_addresses_beyond_2_to_the_31(backend, device):
     got, grad = grpo_loss(logits.requires_grad_(), ids, advantages, backend=backend, inplace=True), logits.detach()
     assert_close(got.loss, want.loss, 1e-5)
     assert_close(grad, want_grad, 2**-8)
+
+
+# The same from hidden states
+
+
+HEAD = dict(logit_scale=0.7, softcap=6.0, vocab_size=50)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_linear_logps(masked, chunk_size, backend, device):
+    """Values and gradients, with every option of the head, from upstream gradients of both results."""
+    hidden, weight, ids, kwargs = make_linear_inputs(batch=3, length=3, device=device, backend=backend)
+    ids, bias = ids.clamp(max=49), torch.randn(len(weight), device=device)
+    mask = kwargs["completion_mask"] if masked else torch.ones_like(ids)
+    temperature = torch.rand(ids.shape, device=device) + 0.5
+    ups = torch.randn(2, *ids.shape, device=device, dtype=torch.float64)
+
+    def run(call, inputs):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        results = call(*leaves)
+        sum((up * x).sum() for up, x in zip(ups.to(results[0].device), results, strict=True)).backward()
+        return *results, *(leaf.grad for leaf in leaves)
+
+    def plain(hidden, weight, bias):
+        logits = project(hidden, weight[:50], bias[:50], 0.7, 6.0) / temperature.cpu()[..., None]
+        return [x * mask.cpu() for x in exact(logits, ids)]
+
+    call = dict(mask=mask if masked else None, temperature=temperature, chunk_size=chunk_size, backend=backend, **HEAD)
+    inputs = (hidden, weight, bias)
+    got = run(lambda h, w, b: linear_logps(h, w, ids, bias=b, return_entropy=True, **call), inputs)
+    want = run(plain, [x.cpu().double() for x in inputs])
+    for name, a, b in zip(("logps", "entropies", "dhidden", "dweight", "dbias"), got, want, strict=True):
+        assert_close(a, b, 1e-5, name)
+    assert torch.equal(linear_logps(*inputs[:2], ids, bias=bias, **call), got[0])
+
+
+def test_linear_logps_equal_trls(device):
+    """TRL's own chunked head: the same logps, entropies and gradients, softcap and all."""
+    pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
+    from trl.trainer.utils import _ChunkedLogProbFunction
+
+    hidden, weight, ids, _ = make_linear_inputs(width=32, vocab=300, device=device)
+    ups = torch.randn(2, *ids.shape)
+    results = []
+    for trl in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        if trl:
+            rows = leaves[0].flatten(0, 1)
+            logps, entropies, *_ = _ChunkedLogProbFunction.apply(
+                rows, leaves[1], None, ids.view(-1), 0.8, 64, 6.0, 0.7, ("entropy",)
+            )
+        else:
+            call = dict(temperature=0.8, softcap=6.0, logit_scale=0.7, chunk_size=5, return_entropy=True)
+            logps, entropies = linear_logps(*leaves, ids, **call)
+        (logps.view(ids.shape) * ups[0] + entropies.view(ids.shape) * ups[1]).sum().backward()
+        results.append((logps.view(-1), entropies.view(-1), *(leaf.grad for leaf in leaves)))
+    for ours, theirs in zip(*reversed(results), strict=True):
+        assert_close(ours, theirs, 1e-5)
+
+
+def test_linear_logps_do_only_the_work_that_is_asked_for(monkeypatch, backend, device):
+    """No entropy unless wanted, no gradients without grad mode, and none for rows without an upstream gradient."""
+    from fastgrpo import backends
+
+    hidden, weight, ids, _ = make_linear_inputs(batch=3, length=3, device=device, backend=backend)
+    seen, kernels = [], backends.get(backend)
+    stats, grad, logits = kernels.row_stats, kernels.row_grad, projection.Projection.logits
+    monkeypatch.setattr(kernels, "row_stats", lambda *a: seen.append(("stats", a[-1])) or stats(*a))
+    monkeypatch.setattr(kernels, "row_grad", lambda *a: seen.append(("grad", a[5] is not None)) or grad(*a))
+    monkeypatch.setattr(
+        projection.Projection, "logits", lambda s, rows: seen.append(len(s._take(rows))) or logits(s, rows)
+    )
+    with torch.no_grad():
+        linear_logps(hidden, weight, ids, backend=backend)
+    assert seen == [9, ("stats", False)]
+    seen.clear()
+    leaf = hidden.clone().requires_grad_()
+    logps, entropies = linear_logps(leaf, weight, ids, return_entropy=True, backend=backend)
+    assert seen == [9, ("stats", True)]
+    seen.clear()
+    upstream = torch.zeros_like(logps)
+    upstream[1, :2] = torch.tensor([2.0, -1.0])
+    logps.backward(upstream)
+    assert seen == [2, ("grad", False)]
+    assert (leaf.grad.abs().sum(-1) > 0).sum() == 2
+    seen.clear()
+    logps, entropies = linear_logps(leaf, weight, ids, return_entropy=True, backend=backend)
+    logps.sum().mul(0).backward()
+    assert seen[2:] == []
+
+
+def test_linear_logps_may_be_differentiated_again(backend, device):
+    hidden, weight, ids, _ = make_linear_inputs(batch=3, length=3, device=device, backend=backend)
+    leaf = hidden.clone().requires_grad_()
+    total = linear_logps(leaf, weight, ids, backend=backend).sum()
+    first = torch.autograd.grad(total, leaf, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(total, leaf)[0], first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_logps_agree_with_selective_logps(dtype, backend, device):
+    """To the last bit where the GEMM's shape is the same; so a first update's ratio is 1."""
+    hidden, weight, ids, kwargs = make_linear_inputs(dtype=dtype, device=device, backend=backend)
+    logits = hidden.flatten(0, 1) @ weight.T
+    want = selective_logps(logits, ids.flatten(), backend=backend)
+    assert torch.equal(linear_logps(hidden, weight, ids, backend=backend).flatten(), want)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import LEVELS, OPTIONS, assert_close, loss_and_grad, make_inputs, objective_for, rel_norm, truth
+from cases import LEVELS, OPTIONS, assert_close, loss_and_grad, make_inputs, objective_for, pack, rel_norm, truth
 
 from fastgrpo import GRPOLoss, Objective, backends, group_advantages, grpo_loss, grpo_loss_reference, selective_logps
 from fastgrpo.objective import LOSS_TYPES
@@ -42,13 +42,10 @@ def test_parity(loss_type, level, option, backend, device):
 
 def _assert_trl_agrees(want, want_grad, logits, ids, objective, kwargs):
     pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
-    from trl_oracle import trl_loss
+    from trl_oracle import trl_loss_of_logits
 
     leaf = logits.cpu().double().requires_grad_()
-    all_logps = leaf.log_softmax(-1)
-    entropies = -(all_logps.exp() * all_logps).sum(-1)
-    inputs = {k: v.cpu() for k, v in kwargs.items()}
-    loss, _ = trl_loss(objective, all_logps.gather(-1, ids.cpu()[..., None])[..., 0], entropies, **inputs)
+    loss = trl_loss_of_logits(objective, leaf, ids, **kwargs)
     assert_close(loss, want.loss, 1e-9, "TRL's loss")
     assert_close(torch.autograd.grad(loss, leaf)[0], want_grad, 1e-8, "TRL's gradient")
 
@@ -142,9 +139,7 @@ def test_packed_equals_padded(level, backend, device):
     extras = ("old", "ref", "is_sequence", "sampling")
     logits, ids, kwargs = make_inputs(extras, device=device, backend=backend)
     mask = kwargs.pop("completion_mask").bool()
-    lengths = mask.sum(-1)
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    packed = {k: v[mask] if v.shape == mask.shape else v for k, v in kwargs.items()}
+    cu_seqlens, packed = pack(mask, kwargs)
     for loss_type in LOSS_TYPES:
         objective = objective_for(
             loss_type,

@@ -2,12 +2,20 @@
 
 import pytest
 import torch
-from cases import assert_close, loss_and_grad, make_inputs, objective_for
+from cases import (
+    assert_close,
+    linear_loss_and_grads,
+    loss_and_grad,
+    make_inputs,
+    make_linear_inputs,
+    objective_for,
+)
 from torch.library import opcheck
 
-from fastgrpo import Objective, grpo_loss, ops, selective_logps
+from fastgrpo import Objective, grpo_loss, linear_grpo_loss, linear_logps, linear_ops, ops, selective_logps
 from fastgrpo.layout import make_batch
 from fastgrpo.loss import token_inputs
+from fastgrpo.objective import entropy_weight, row_weight
 
 
 def _arguments(backend, device, extras=("old", "ref")):
@@ -70,3 +78,64 @@ def test_compile_selective_logps(backend, device):
     (want,) = torch.autograd.grad(entropy_regularised(leaf), leaf)
     (got,) = torch.autograd.grad(torch.compile(entropy_regularised, fullgraph=True)(leaf), leaf)
     assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("softcap, dtype", [(0.0, torch.float32), (4.0, torch.bfloat16)])
+def test_opcheck_linear(softcap, dtype, backend, device):
+    hidden, weight, ids, kwargs = make_linear_inputs(
+        ("old", "ref"), vocab=37, dtype=dtype, device=device, backend=backend
+    )
+    objective = objective_for("grpo", "sequence", dict(beta=0.1, entropy_coef=0.1))
+    batch = make_batch(ids, kwargs.pop("advantages"), objective=objective, dtype=torch.float32, **kwargs)
+    head = [x.clone().requires_grad_() for x in (hidden, weight, torch.randn(37, device=device).to(dtype))]
+    options = (37, softcap, 4, dtype, backend)
+    for mask, want_entropy in ((None, False), (batch.mask, True)):
+        rows = (batch.ids, mask, batch.inv_temperature, want_entropy)
+        opcheck(linear_ops.linear_stats, (*head, *rows, *options))
+    _, lse, entropy = linear_ops.linear_stats(*head, *rows, *options)
+    g = torch.randn_like(lse)
+    for h, needs in ((None, [True, False, True]), (torch.randn_like(lse), [True, True, True])):
+        rows = (batch.ids, lse.detach(), entropy.detach(), g, h, batch.inv_temperature, needs)
+        opcheck(linear_ops.linear_grad, (*(x.detach() for x in head), *rows, *options))
+    options = (37, softcap, ids.numel(), dtype, backend)
+    rows = (batch.ids, batch.mask, None, batch.inv_temperature, batch.advantages, row_weight(objective, batch),
+            entropy_weight(objective, batch), batch.old, batch.ref, None, None, batch.seq.long())  # fmt: skip
+    how = (len(ids), [], False, *linear_ops.encode_objective(objective), True, [True, True, True])
+    opcheck(linear_ops.linear_loss, (*head, *rows, *how, *options))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("loss_type, level", [("dapo", "token"), ("grpo", "sequence"), ("vespo", "token")])
+def test_compile_fullgraph_linear(loss_type, level, chunk_size, backend, device):
+    """One operator with the gradient in the forward pass, or two where a graph cannot know the sequences' lengths."""
+    objective = objective_for(loss_type, level, dict(beta=0.1, entropy_coef=0.01, delta=1.5))
+    hidden, weight, ids, kwargs = make_linear_inputs(("old", "ref"), device=device, backend=backend)
+
+    def step(hidden, weight, ids, **kwargs):
+        call = dict(objective=objective, softcap=5.0, backend=backend, chunk_size=chunk_size)
+        out = linear_grpo_loss(hidden * 1, weight, ids, **call, **kwargs)
+        return out._replace(loss=out.loss * 3)
+
+    torch._dynamo.reset()
+    want = linear_loss_and_grads(step, hidden, weight, ids, **kwargs)
+    got = linear_loss_and_grads(torch.compile(step, fullgraph=True), hidden, weight, ids, **kwargs)
+    for a, b in zip((got[0].loss, *got[1:]), (want[0].loss, *want[1:]), strict=True):
+        assert_close(a, b, 1e-6)
+    for name in want[0].metrics:
+        assert_close(got[0].metrics[name], want[0].metrics[name], 1e-5, name)
+
+
+def test_compile_linear_logps(backend, device):
+    hidden, weight, ids, kwargs = make_linear_inputs(device=device, backend=backend)
+
+    def total(hidden, weight):
+        call = dict(mask=kwargs["completion_mask"], return_entropy=True, chunk_size=5, backend=backend)
+        logps, entropies = linear_logps(hidden, weight, ids, **call)
+        return logps.sum() + 0.1 * entropies.sum()
+
+    torch._dynamo.reset()
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    want = torch.autograd.grad(total(*leaves), leaves)
+    got = torch.autograd.grad(torch.compile(total, fullgraph=True)(*leaves), leaves)
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, 1e-6)

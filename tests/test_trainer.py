@@ -7,10 +7,10 @@ import torch
 import transformers
 from datasets import Dataset
 
-from fastgrpo import backends
+from fastgrpo import backends, grpo_loss
 from fastgrpo.objective import LOSS_TYPES
 from fastgrpo.reference import project
-from fastgrpo.trainer import GRPOConfig, GRPOTrainer, embedded, rewards
+from fastgrpo.trainer import GRPOConfig, GRPOTrainer, embedded, grpo_trainer, rewards
 from fastgrpo.trainer.config import CHECKPOINTING
 from fastgrpo.trainer.head import add_completion_head, check_completion_head, run_completion_head
 from fastgrpo.trainer.rollout import RepeatSampler
@@ -175,6 +175,40 @@ def test_loss_goes_through_the_kernels(model, tokenizer, dataset, tmp_path, monk
     make_trainer(model, tokenizer, dataset, tmp_path, **options).train()
     assert calls["token_loss"] == calls["in place"] == 4  # two steps of two micro-batches
     assert calls["row_stats"] == 4  # one round: two chunks, for old and for reference logps
+
+
+def largest_allocation(tokenizer, dataset, tmp_path, **options):
+    """(largest allocation of a training step, of all its logits) in bytes; 8 completions of 8 tokens, V = 4096."""
+    config = transformers.Qwen2Config(
+        vocab_size=4096,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    options = dict(per_device_train_batch_size=8, max_completion_length=8, max_steps=1, beta=0.1, **options)
+    model = transformers.Qwen2ForCausalLM(config)
+    trainer = make_trainer(model, tokenizer, dataset, tmp_path, num_iterations=2, **options)
+    trainer._generate = lambda prompt_ids, mask: [[2 + i] * 8 for i in range(len(prompt_ids))]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trainer.train()
+    return max(event.self_cpu_memory_usage for event in profile.events()), 8 * 8 * 4096 * 4
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_logits_are_never_formed(level, tokenizer, dataset, tmp_path, monkeypatch):
+    """No allocation of a training step, old and reference logps included, has room for B·T·V elements."""
+    options = dict(importance_sampling_level=level, chunk_size=16)
+    largest, logits = largest_allocation(tokenizer, dataset, tmp_path, **options)
+    assert 16 * 4096 * 4 <= largest <= logits / 2  # the buffer of a chunk, and weights, are seen
+
+    def with_all_logits(hidden, weight, ids, advantages, *, bias, logit_scale, softcap, chunk_size, **rest):
+        return grpo_loss(project(hidden, weight, bias, logit_scale, softcap), ids, advantages, **rest)
+
+    monkeypatch.setattr(grpo_trainer, "linear_grpo_loss", with_all_logits)
+    assert largest_allocation(tokenizer, dataset, tmp_path, **options)[0] >= logits
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

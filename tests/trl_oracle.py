@@ -71,3 +71,11 @@ def trl_loss(objective, logps, entropies, *, completion_mask, advantages, accumu
     )
     loss = trainer._compute_loss(None, batch)
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def trl_loss_of_logits(objective, logits, ids, **inputs):
+    """TRL's loss on the logps and entropies of logits (B, T, V) on the CPU; differentiable."""
+    all_logps = logits.log_softmax(-1)
+    entropies = -(all_logps.exp() * all_logps).sum(-1)
+    inputs = {k: v.cpu() for k, v in inputs.items()}
+    return trl_loss(objective, all_logps.gather(-1, ids.cpu()[..., None])[..., 0], entropies, **inputs)[0]
