@@ -190,7 +190,7 @@ def head_options(
     backend: str,
 ) -> tuple[int, float, int, torch.dtype, str]:
     """(vocab, softcap, chunk, dtype, backend) as the operators take them; the scale has gone into the temperature."""
-    chunk = chunk_size or _default_chunk(vocab, dtype, softcap, hidden.device)
+    chunk = chunk_size or _default_chunk(vocab, dtype, hidden.device)
     backend = backends.select(hidden, backend, dtype)
     # c·tanh(s·x/c) = s · (c/s)·tanh(x / (c/s))
     return vocab, 0.0 if softcap is None else softcap / logit_scale, chunk, dtype, backend

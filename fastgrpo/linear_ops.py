@@ -70,19 +70,23 @@ def linear_stats(
             n, order = count, order_rows(mask, mask)
     results = [torch.zeros(ids.shape, dtype=inv_temperature.dtype, device=ids.device) for _ in range(3)]
     with _no_autocast(hidden):
-        projection = Projection(hidden, weight, bias, vocab, softcap, dtype, min(chunk, n))
+        projection = Projection(hidden, weight, bias, vocab, dtype, min(chunk, n))
         for part in cut(0, n, chunk):
             rows = _pick(part, order)
-            stats = _row_stats(projection.logits(rows), ids[rows], inv_temperature[rows], want_entropy, backend)
+            stats = _row_stats(
+                projection.logits(rows), ids[rows], inv_temperature[rows], want_entropy, softcap, backend
+            )
             for result, values in zip(results, stats[: 2 + want_entropy], strict=False):
                 result[rows] = values
     logp, lse, entropy = results
     return logp, lse, entropy if want_entropy else entropy.new_empty(0)
 
 
-def _row_stats(logits: Tensor, ids: Tensor, inv_temperature: Tensor, want_entropy: bool, backend: str):
+def _row_stats(
+    logits: Tensor, ids: Tensor, inv_temperature: Tensor, want_entropy: bool, softcap: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     every = torch.ones_like(ids, dtype=torch.bool)
-    return backends.get(backend).row_stats(logits, ids, every, inv_temperature, want_entropy)
+    return backends.get(backend).row_stats(logits, ids, every, inv_temperature, want_entropy, softcap)
 
 
 @linear_stats.register_fake
@@ -119,14 +123,14 @@ def linear_grad(
     if count < n:
         n, order = count, order_rows(learn, learn)
     with _no_autocast(hidden):
-        projection = Projection(hidden, weight, bias, vocab, softcap, dtype, min(chunk, n))
+        projection = Projection(hidden, weight, bias, vocab, dtype, min(chunk, n))
         parts = cut(0, n, chunk)
         gradients = Gradients(projection, weight, bias, needs, len(parts))
         for part in parts:
             rows = _pick(part, order)
             per_row = (x if x is None else x[rows] for x in (lse, None if h is None else entropy, g, h))
             logits = projection.logits(rows)
-            backends.get(backend).row_grad(logits, ids[rows], *per_row, inv_temperature[rows], projection.sink())
+            backends.get(backend).row_grad(logits, ids[rows], *per_row, inv_temperature[rows], logits, softcap)
             gradients.add(rows)
         return gradients.result()
 
@@ -268,12 +272,12 @@ def linear_loss(
     logps, entropies = torch.zeros_like(inv_temperature), torch.zeros_like(inv_temperature)
     with _no_autocast(hidden):
         longest = max((part.stop - part.start for part in [part for part, _ in parts] + only_scored), default=0)
-        projection = Projection(hidden, weight, bias, vocab, softcap, dtype, longest)
+        projection = Projection(hidden, weight, bias, vocab, dtype, longest)
         gradients = Gradients(projection, weight, bias, needs, len(parts), hold_dtype)
         for part, layout in parts:
             at = _pick(part, order)
             part_loss, logps[at], entropy = _loss_and_gradient(
-                o, batch.take(at, layout), projection, at, want_entropy, backend
+                o, batch.take(at, layout), projection.logits(at), want_entropy, softcap, backend
             )
             loss += part_loss
             if want_entropy:
@@ -281,7 +285,7 @@ def linear_loss(
             gradients.add(at)
         for part in only_scored:
             at = _pick(part, order)
-            stats = _row_stats(projection.logits(at), ids[at], inv_temperature[at], want_entropy, backend)
+            stats = _row_stats(projection.logits(at), ids[at], inv_temperature[at], want_entropy, softcap, backend)
             logps[at] = stats[0]
             if want_entropy:
                 entropies[at] = stats[2]
@@ -289,19 +293,18 @@ def linear_loss(
 
 
 def _loss_and_gradient(
-    o: Objective, batch: Batch, projection: Projection, at: slice | Tensor, want_entropy: bool, backend: str
-):
-    """(loss, logps, entropies) of the rows `at`, and dL/dlogits in the projection's sink."""
-    kernels, logits = backends.get(backend), projection.logits(at)
-    rows, sink = (batch.ids, batch.scored, batch.inv_temperature), projection.sink()
-    if backend != "torch" and o.is_token_local and not projection.softcap:  # one pass, the gradient over the logits
+    o: Objective, batch: Batch, logits: Tensor, want_entropy: bool, softcap: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, logps, entropies) of a chunk, and dL/dlogits over its logits."""
+    kernels, rows = backends.get(backend), (batch.ids, batch.scored, batch.inv_temperature)
+    if backend != "torch" and o.is_token_local:
         token_rows, spec = token_inputs(o, batch)
-        loss, logp, _, entropy, *_ = kernels.token_loss(logits, *rows, want_entropy, token_rows, spec, sink)
+        loss, logp, _, entropy, *_ = kernels.token_loss(logits, *rows, want_entropy, token_rows, spec, logits, softcap)
         return loss.sum(), logp, entropy
-    logp, lse, entropy = kernels.row_stats(logits, *rows, want_entropy)
+    logp, lse, entropy = kernels.row_stats(logits, *rows, want_entropy, softcap)
     with _autograd_inside_an_operator():
         terms, g, h = coefficients(o, (logp, lse, entropy), batch, want_entropy)
-    kernels.row_grad(logits, batch.ids, lse, entropy, g, h, batch.inv_temperature, sink)
+    kernels.row_grad(logits, batch.ids, lse, entropy, g, h, batch.inv_temperature, logits, softcap)
     return terms.loss, logp, entropy
 
 

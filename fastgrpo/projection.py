@@ -26,9 +26,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def default_chunk(vocab: int, dtype: torch.dtype, softcap: float | None, device: torch.device) -> int:
-    """Rows of a chunk, by the memory they take: V logits, and with a softcap two more copies in fp32."""
-    row = vocab * (dtype.itemsize + (0 if softcap is None else 2 * wide(dtype).itemsize))
+def default_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a chunk, by the memory that their logits take."""
+    row = vocab * dtype.itemsize
     if device.type == "cpu":
         return max(LEAST_ROWS, CPU_BYTES // row)
     memory = torch.get_device_module(device).get_device_properties(device).total_memory
@@ -77,12 +77,11 @@ def _large(rows: int, width: int, dtype: torch.dtype, device: torch.device, stri
 
 
 class Projection:
-    """logits = softcap(hidden @ weightᵀ + bias) of some rows at a time.
+    """logits = hidden @ weightᵀ + bias of some rows at a time.
 
     Args:
         hidden (B, T, H): any strides; row r is token r % T of sequence r // T.
         weight (V', H), bias (V') or None: their first `vocab` rows take part.
-        softcap: c in c·tanh(x/c); 0: none.
         dtype: of the GEMMs. The weight is cast to it once, hidden chunk by chunk.
         chunk: most rows at a time.
     """
@@ -93,47 +92,28 @@ class Projection:
         weight: Tensor,
         bias: Tensor | None,
         vocab: int,
-        softcap: float,
         dtype: torch.dtype,
         chunk: int,
     ):
         device = hidden.device
-        self.hidden, self.softcap, self.dtype = hidden, softcap, dtype
+        self.hidden, self.dtype = hidden, dtype
         self.weight = weight[:vocab]
         if weight.dtype != dtype:
             self.weight = _large(*self.weight.shape, dtype, device).copy_(self.weight)
         self.bias = None if bias is None else bias[:vocab].to(dtype)
         # on a GPU rows begin at multiples of 128 bytes, which the fast GEMMs want whatever V is
         stride = vocab if device.type == "cpu" else -(-vocab // 64) * 64
-        self._raw = _large(chunk, vocab, dtype, device, stride)
-        if softcap:
-            self._capped, self._sink = (_large(chunk, vocab, wide(dtype), device) for _ in range(2))
+        self._buffer = _large(chunk, vocab, dtype, device, stride)
 
     def logits(self, rows: slice | Tensor) -> Tensor:
-        """(1, n, V), good until the next call."""
+        """(1, n, V), good until the next call; their gradient is to be written over them."""
         self.h = self._take(rows)
-        raw = self._raw[: len(self.h)]
+        self.z = self._buffer[: len(self.h)]
         if self.bias is None:
-            torch.mm(self.h, self.weight.t(), out=raw)
+            torch.mm(self.h, self.weight.t(), out=self.z)
         else:
-            torch.addmm(self.bias, self.h, self.weight.t(), out=raw)
-        if not self.softcap:
-            return raw[None]
-        capped = self._capped[: len(raw)].copy_(raw)
-        return capped.div_(self.softcap).tanh_().mul_(self.softcap)[None]
-
-    def sink(self) -> Tensor:
-        """Where the gradient of the last `logits` belongs, (1, n, V): over them, unless a softcap still needs them."""
-        n = len(self.h)
-        return (self._sink if self.softcap else self._raw)[:n][None]
-
-    def d_raw(self) -> Tensor:
-        """dL/d(hidden @ weightᵀ + bias) (n, V), from what was put into `sink`."""
-        raw = self._raw[: len(self.h)]
-        if self.softcap:
-            tanh, d_capped = self._capped[: len(raw)].div_(self.softcap), self._sink[: len(raw)]
-            raw.copy_(d_capped.addcmul_(d_capped, tanh.square_(), value=-1))
-        return raw
+            torch.addmm(self.bias, self.h, self.weight.t(), out=self.z)
+        return self.z[None]
 
     def _take(self, rows: slice | Tensor) -> Tensor:
         """(n, H) of the GEMMs' dtype."""
@@ -176,18 +156,18 @@ class Gradients:
         self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)
 
     def add(self, rows: slice | Tensor) -> None:
-        """Those of the chunk that the projection holds, once its `sink` is filled."""
-        d_raw, h = self.projection.d_raw(), self.projection.h
+        """Those of the chunk that the projection holds, whose logits have become their gradient."""
+        dz, h = self.projection.z, self.projection.h
         if self.needs[0]:
             flat = self.d_hidden.view(-1, h.shape[1])
             if isinstance(rows, slice) and flat.dtype == h.dtype:
-                torch.mm(d_raw, self.projection.weight, out=flat[rows])
+                torch.mm(dz, self.projection.weight, out=flat[rows])
             else:
-                flat[rows] = torch.mm(d_raw, self.projection.weight).to(flat.dtype)
+                flat[rows] = torch.mm(dz, self.projection.weight).to(flat.dtype)
         if self.needs[1]:
-            _add_product(self.sum, d_raw, h, first=not self.started)
+            _add_product(self.sum, dz, h, first=not self.started)
         if self.needs[2]:
-            self.d_bias[: d_raw.shape[1]] += d_raw.sum(0, dtype=self.d_bias.dtype)
+            self.d_bias[: dz.shape[1]] += dz.sum(0, dtype=self.d_bias.dtype)
         self.started = True
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:

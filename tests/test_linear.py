@@ -125,6 +125,7 @@ HEADS = {
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("name", HEADS)
 def test_head_options(name, level, backend, device):
+    torch.manual_seed(0)
     objective = objective_for("grpo", level, dict(beta=0.1, entropy_coef=0.02))
     hidden, weight, ids, kwargs = make_linear_inputs(("old", "ref"), device=device, backend=backend)
     head = dict(HEADS[name])
@@ -138,7 +139,7 @@ def test_head_options(name, level, backend, device):
     for chunk_size in (None, some_rows(ids)):
         call = dict(objective=objective, backend=backend, chunk_size=chunk_size, **head)
         got = linear_loss_and_grads(linear_grpo_loss, hidden, weight, ids, **call, **kwargs)
-        assert_agrees(got, want, 1e-5)
+        assert_agrees(got, want, 3e-5)  # a sequence's mean nearly cancels
         if "vocab_size" in head:
             assert (got[2][50:] == 0).all()
 

@@ -19,11 +19,13 @@ import pytest
 pytest.importorskip("triton")
 
 FORWARD, WITH_ENTROPY, GRADIENT = 6.0, 7.0, 7.0  # machine instructions per logit on sm_90, at most
+SOFTCAP = 10.0  # more with one; and then a few values of the row, none of a logit, may wait on the stack
+SOFTCAP_SPILLS = 16
 CASES = [
     (target, dtype, kernel)
     for target in ("sm_80", "sm_90", "sm_100", "gfx942")
     for dtype in (("bf16", "fp32", "fp16") if target == "sm_90" else ("bf16", "fp32"))
-    for kernel in ("stats", "stats_entropy", "grad", "token")
+    for kernel in ("stats", "stats_entropy", "grad", "token", "token_softcap")
 ]
 
 
@@ -48,20 +50,22 @@ def compile_case(target: str, dtype: str, kernel: str) -> dict:
     constants = {"K": geometry.K, "LANES": geometry.LANES, "UNROLL": geometry.UNROLL}
     if kernel == "grad":
         function = kernels.grad_kernel
-        constants |= {"SAME_PHASE": True, "mask": None, "entropy": None, "h": None}
-    elif kernel == "token":
+        constants |= {"SAME_PHASE": True, "mask": None, "entropy": None, "h": None, "softcap": None}
+    elif kernel.startswith("token"):
         function = kernels.token_kernel
         constants |= {"PART": geometry.PART, "ENTROPY": True, "INPLACE": True, "GROUP": 1, "partial": None,
                       "rewards": None, "seq": None, "policy_scale": None, "h": None}  # fmt: skip
+        if kernel == "token":
+            constants["softcap"] = None
     else:
         function = kernels.stats_kernel
-        constants |= {"PART": geometry.PART, "ENTROPY": kernel == "stats_entropy", "partial": None}
+        constants |= {"PART": geometry.PART, "ENTROPY": kernel == "stats_entropy", "partial": None, "softcap": None}
         if kernel == "stats":
             constants["entropy_out"] = None
     known = {"logits": f"*{dtype}", "out": f"*{dtype}", "ids": "*i64", "mask": "*i1", "V": "i32", "T": "i32",
              "parts": "i32", "n_rows": "i32", "span": "i32", "group_size": "i32"}  # fmt: skip
     numbers = ("kind", "clip_low", "clip_high", "delta", "beta", "bias_correction", "tau_pos", "tau_neg",
-               "scale_by_std", "skip_zero")  # fmt: skip
+               "scale_by_std", "skip_zero", "softcap")  # fmt: skip
     signature = {}
     for name in function.arg_names:
         default = "i64" if "stride" in name else "fp32" if name in numbers else "*fp32"
@@ -146,6 +150,7 @@ def loops(code, labels, branch, *, exp, load, store, wide, pause, ignore) -> lis
                 "narrow": sum(not re.search(wide, x) for x in loads + stores),
                 "exponentials": sum(bool(re.search(exp, x)) for x in body),
                 "barriers": sum(bool(re.search(pause, x)) for x in body),
+                "spills": sum(bool(re.search(r"\bLDL\b|\bSTL\b|scratch_", x)) for x in body),
             })  # fmt: skip
     return found
 
@@ -181,10 +186,10 @@ def machine_code():
 
 def hot(case, found) -> dict[str, dict]:
     """The hot loops of a kernel by what they do; where unrolling left a remainder loop, the one that does most."""
-    kinds = {"stats": "forward", "stats_entropy": "entropy", "grad": "gradient", "token": "entropy"}
+    kinds = {"stats": "forward", "stats_entropy": "entropy", "grad": "gradient"}
     chosen = {}
     for loop in found["loops"]:
-        kind = "gradient" if loop["stores"] else kinds[case[2]]
+        kind = "gradient" if loop["stores"] else kinds.get(case[2], "entropy")
         if kind not in chosen or loop["exponentials"] > chosen[kind]["exponentials"]:
             chosen[kind] = loop
     return chosen
@@ -194,16 +199,20 @@ def hot(case, found) -> dict[str, dict]:
 def test_machine_code(case, machine_code):
     target, _, kernel = case
     found = machine_code[case]
-    assert found["spilled"] == 0, found
+    assert found["spilled"] <= (SOFTCAP_SPILLS if kernel == "token_softcap" else 0), found
     kinds = hot(case, found)
-    expected = {"stats": "forward", "stats_entropy": "entropy", "grad": "gradient", "token": "entropy gradient"}
-    assert set(kinds) == set(expected[kernel].split()), f"the hot loops were not found among {found['loops']}"
+    expected = {"stats": "forward", "stats_entropy": "entropy", "grad": "gradient"}
+    assert set(kinds) == set(expected.get(kernel, "entropy gradient").split()), (
+        f"the hot loops were not found among {found['loops']}"
+    )
     for kind, loop in kinds.items():
         assert loop["narrow"] == 0, f"{kind}: accesses of less than 128 bits: {loop}"
+        assert loop["spills"] == 0, f"{kind}: spills in the loop: {loop}"
         assert loop["barriers"] == 0, f"{kind}: a barrier in the loop: {loop}"
         assert loop["loads"] >= 4 and loop["stores"] == (loop["loads"] if kind == "gradient" else 0), f"{kind}: {loop}"
         if target == "sm_90":
             limit = {"forward": FORWARD, "entropy": WITH_ENTROPY, "gradient": GRADIENT}[kind]
+            limit += SOFTCAP if kernel == "token_softcap" else 0
             assert loop["per_logit"] <= limit, f"{kind}: {loop}"
 
 

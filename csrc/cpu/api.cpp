@@ -48,15 +48,17 @@ void write_element(float x, void* row, int64_t j, int32_t dtype) {
 // One row of a call: where it stands, and the scale of its exponents.
 struct Row {
   const Args& args;
-  const Sweeps& sweeps;
+  const Sweeps* sweeps;
   const void* logits;
   void* out;
+  int32_t dtype;
+  float* capped;   // with a softcap: its logits in fp32, which the sweeps take for the row's; else null
   int64_t target;  // -1 when the id is out of range
   float inv_temperature;
   float c;      // exponent in base 2 per logit
   double unit;  // log(2), but such that z = t * unit holds in spite of the rounding of c
 
-  Row(const Args& a, const Sweeps& s, int64_t r) : args(a), sweeps(s) {
+  Row(const Args& a, const Sweeps& s, int64_t r) : args(a), sweeps(&s), dtype(a.dtype), capped(nullptr) {
     const int64_t b = r / a.tokens, t = r % a.tokens, size = element_size(a.dtype);
     logits = (const char*)a.logits + (b * a.logits_stride[0] + t * a.logits_stride[1]) * size;
     out = a.out == nullptr ? nullptr : (char*)a.out + (b * a.out_stride[0] + t * a.out_stride[1]) * size;
@@ -66,19 +68,36 @@ struct Row {
     unit = inv_temperature / (double)c;
   }
 
+  // Before the row is read.
+  void cap() {
+    if (args.softcap == 0) return;
+    thread_local std::vector<float> scratch;
+    scratch.resize(args.vocab + kCapPadding);
+    capped = scratch.data();
+    sweeps->cap(logits, capped, args.vocab, args.softcap);
+    sweeps = sweeps_for((Isa)args.isa, kFloat32);
+    dtype = kFloat32;
+  }
+
+  const void* source() const { return capped == nullptr ? logits : capped; }
+
   void zero_gradient() const { memset(out, 0, args.vocab * element_size(args.dtype)); }
 
   void gradient(double lse2, float g, float h, float entropy, const void* next) const {
-    const double logit = target < 0 ? 0.0 : read_element(logits, target, args.dtype);  // before it is overwritten
+    void* const sink = capped == nullptr ? out : capped;
+    const double logit = target < 0 ? 0.0 : read_element(source(), target, dtype);  // before it is overwritten
     const double scale = inv_temperature;
     const double constant = h == 0 ? -scale * g : -scale * (g + (double)h * entropy);
-    sweeps.gradient(logits, out, args.vocab, c, {lse2, (float)constant, (float)(-scale * h * unit)}, next);
-    if (target < 0) return;
-    // g*(1 - p) keeps its digits when p is near 1.
-    const double lp = (logit * c - lse2) * unit, p = exp(lp);
-    double value = -g * expm1(lp);
-    if (h != 0 && p != 0) value -= h * p * (lp + entropy);
-    write_element((float)(scale * value), out, target, args.dtype);
+    sweeps->gradient(source(), sink, args.vocab, c, {lse2, (float)constant, (float)(-scale * h * unit)}, next);
+    if (target >= 0) {
+      // g*(1 - p) keeps its digits when p is near 1.
+      const double lp = (logit * c - lse2) * unit, p = exp(lp);
+      double value = -g * expm1(lp);
+      if (h != 0 && p != 0) value -= h * p * (lp + entropy);
+      write_element((float)(scale * value), sink, target, dtype);
+    }
+    if (capped == nullptr) return;
+    sweeps_for((Isa)args.isa, (DType)args.dtype)->uncap(logits, capped, out, args.vocab, args.softcap);
   }
 };
 
@@ -88,12 +107,12 @@ struct Score {
 };
 
 Score score(const Row& row, bool want_entropy) {
-  const RowSums others = row.sweeps.stats(row.logits, row.args.vocab, row.target, row.c, want_entropy);
+  const RowSums others = row.sweeps->stats(row.source(), row.args.vocab, row.target, row.c, want_entropy);
   Score s;
   double sum = others.sum, logp = kNaN;
   double t = -INFINITY;  // of the target, from ref
   if (row.target >= 0) {
-    t = (double)read_element(row.logits, row.target, row.args.dtype) * row.c - others.ref;
+    t = (double)read_element(row.source(), row.target, row.dtype) * row.c - others.ref;
     const double e = exp2(t);
     sum += e;
     logp = others.sum <= e ? -log1p(others.sum / e) : t * row.unit - log(sum);
@@ -121,28 +140,33 @@ bool zero_row(const Row& row, float g, float h) {
 
 void stats_row(const Args& a, const Sweeps& sweeps, int64_t r, int64_t) {
   Score s = {0.0, 0.0f, 0.0f, 0.0f};
-  if (a.mask[r]) s = score(Row(a, sweeps, r), a.entropy != nullptr);
+  if (a.mask[r]) {
+    Row row(a, sweeps, r);
+    row.cap();
+    s = score(row, a.entropy != nullptr);
+  }
   a.logp[r] = s.logp;
   a.lse[r] = s.lse;
   if (a.entropy != nullptr) a.entropy[r] = s.entropy;
 }
 
 void gradient_row(const Args& a, const Sweeps& sweeps, int64_t r, int64_t) {
-  const Row row(a, sweeps, r);
+  Row row(a, sweeps, r);
   const float h = a.h == nullptr ? 0.0f : a.h[r];
   if (zero_row(row, a.g[r], h)) return;
+  row.cap();
   row.gradient(a.lse[r] / row.unit, a.g[r], h, h == 0 ? 0.0f : a.entropy[r], nullptr);
 }
 
 // The logits of row r, if this thread reads them next and they fit into L2 beside the present row.
 const void* row_to_fetch(const Row& present, int64_t r, int64_t end) {
   const Args& a = present.args;
-  if (r >= end || !a.mask[r] || a.vocab * element_size(a.dtype) > 384 << 10) return nullptr;
-  return Row(a, present.sweeps, r).logits;
+  if (r >= end || !a.mask[r] || a.softcap != 0 || a.vocab * element_size(a.dtype) > 384 << 10) return nullptr;
+  return Row(a, *present.sweeps, r).logits;
 }
 
 void loss_row(const Args& a, const Sweeps& sweeps, int64_t r, int64_t end) {
-  const Row row(a, sweeps, r);
+  Row row(a, sweeps, r);
   const float h = a.h == nullptr ? 0.0f : a.h[r];
   bool scored = a.mask[r] != 0;
   float advantage = 0;
@@ -154,6 +178,7 @@ void loss_row(const Args& a, const Sweeps& sweeps, int64_t r, int64_t end) {
   Score s = {0.0, 0.0f, 0.0f, 0.0f};
   ObjectiveResult result = {0.0f, 0.0f, 0.0f, 0.0f};
   if (scored) {
+    row.cap();
     s = score(row, a.entropy != nullptr || h != 0);
     result = objective(a.spec, {s.logp, a.old_logps != nullptr ? a.old_logps[r] : 0.0f,
                                 a.ref_logps != nullptr ? a.ref_logps[r] : 0.0f, advantage, a.weight[r],

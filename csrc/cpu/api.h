@@ -1,8 +1,8 @@
 // The C interface of libfastgrpo_cpu. fastgrpo/backends/cpu.py mirrors FastgrpoCpuArgs field by field.
 //
 // Rows are r = b*tokens + t; vectors per row are contiguous. A field that a function does not name is not read.
-//   row_stats   reads  logits, ids, mask, inv_temperature                      writes logp, lse, entropy
-//   row_grad    reads  logits, ids, inv_temperature, lse, entropy, g, h        writes out
+//   row_stats   reads  logits, softcap, ids, mask, inv_temperature                      writes logp, lse, entropy
+//   row_grad    reads  logits, softcap, ids, inv_temperature, lse, entropy, g, h        writes out
 //   token_loss  reads  what row_stats reads, the rows and scalars of the objective
 //               writes loss, logp, lse, entropy, kl, ratio, g, and out if there is one
 // Null pointers: entropy (not wanted), h, out, and the optional rows of the objective.
@@ -23,6 +23,7 @@ struct FastgrpoCpuArgs {
   int64_t batch, tokens, vocab;
   int64_t logits_stride[2], out_stride[2];  // of b and of t, in elements
   int32_t isa, dtype, threads, scale_by_std, skip_zero;
+  float softcap;  // logits are softcap * tanh(logit / softcap); 0: as they are
   fastgrpo::ObjectiveSpec spec;
   int64_t group_size;
 

@@ -37,6 +37,9 @@ struct Simd {
   static Vec mul(const Vec& a, const Vec& b) {
     return each([&](int i) { return a.lane[i] * b.lane[i]; });
   }
+  static Vec div(const Vec& a, const Vec& b) {
+    return each([&](int i) { return a.lane[i] / b.lane[i]; });
+  }
   static Vec fma(const Vec& a, const Vec& b, const Vec& c) {
     return each([&](int i) { return (float)((double)a.lane[i] * b.lane[i] + c.lane[i]); });
   }

@@ -11,7 +11,7 @@
 #include <math.h>
 #include <string.h>
 
-// What a layer provides: Vec of kWidth floats and on it set, add, sub, mul, fma(a, b, c) = a*b + c rounded once,
+// What a layer provides: Vec of kWidth floats and on it set, add, sub, mul, div, fma(a, b, c) = a*b + c rounded once,
 // max(a, b) (b or NaN, if one is NaN), low_bits_to_exponent (integer shift left by 23), max_lane, sum_lanes (of four
 // Vec, in double); load2 and store2: 2*kWidth elements as two Vec, in an order of its own, rounded to nearest even.
 #include FASTGRPO_SIMD
@@ -280,14 +280,75 @@ void gradient_entry(const void* x, void* out, int64_t V, float c, const RowGradi
   }
 }
 
+// tanh(x / softcap), to 1e-7.
+class Tanh {
+ public:
+  explicit Tanh(float softcap) : limit_(Simd::set(12.0f * softcap)), exponential_(range(softcap), kExp2Fine, 1.0f) {}
+
+  Vec operator()(Vec x) const {
+    const Vec zero = Simd::set(0.0f), one = Simd::set(1.0f);
+    const Vec below = Simd::sub(zero, Simd::max(Simd::sub(zero, limit_), Simd::sub(zero, x)));  // min(x, limit)
+    Vec significand, power;
+    exponential_(exponential_.clamp(below), significand, power);
+    return Simd::sub(one, Simd::div(Simd::set(2.0f), Simd::fma(significand, power, one)));
+  }
+
+ private:
+  static Range range(float softcap) {
+    Range r;
+    r.around(0.0, 2.8853900817779268f / softcap);  // e^(2x) in base 2
+    return r;
+  }
+
+  Vec limit_;
+  Exponential<6> exponential_;
+};
+
+// Calls f(v, z) on every vector of z, and the padding after the last.
+template <class F>
+void each_vector(float* z, int64_t V, F f) {
+  for (int64_t j = 0; j < V; j += 2 * Simd::kWidth) {
+    Vec a, b;
+    Simd::load2(z + j, a, b);
+    Simd::store2(z + j, f(a, j), f(b, j + Simd::kWidth));
+  }
+}
+
+template <class T>
+void cap_entry(const void* x, float* z, int64_t V, float softcap) {
+  const Tanh tanh(softcap);
+  const Vec factor = Simd::set(softcap);
+  for (int64_t j = 0; j < V; ++j) z[j] = to_float(((const T*)x)[j]);
+  for (int64_t j = V; j < V + kCapPadding; ++j) z[j] = 0.0f;
+  each_vector(z, V, [&](Vec v, int64_t) { return Simd::mul(factor, tanh(v)); });
+}
+
+template <class T>
+void uncap_entry(const void* x, float* dz, void* out, int64_t V, float softcap) {
+  const Tanh tanh(softcap);
+  const Vec one = Simd::set(1.0f);
+  float raw[kBlock + kCapPadding] = {};
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const int64_t count = V - begin < kBlock ? V - begin : kBlock;
+    for (int64_t j = 0; j < count; ++j) raw[j] = to_float(((const T*)x)[begin + j]);
+    each_vector(dz + begin, count, [&](Vec d, int64_t j) {
+      Vec v, unused;
+      Simd::load2(raw + j, v, unused);
+      const Vec t = tanh(v);
+      return Simd::mul(d, Simd::sub(one, Simd::mul(t, t)));
+    });
+    for (int64_t j = 0; j < count; ++j) from_float(dz[begin + j], (T*)out + begin + j);
+  }
+}
+
 }  // namespace
 
 namespace FASTGRPO_ISA {
 
 extern const Sweeps kSweeps[3] = {
-    {stats_entry<float>, gradient_entry<float>},
-    {stats_entry<BFloat16>, gradient_entry<BFloat16>},
-    {stats_entry<Float16>, gradient_entry<Float16>},
+    {stats_entry<float>, gradient_entry<float>, cap_entry<float>, uncap_entry<float>},
+    {stats_entry<BFloat16>, gradient_entry<BFloat16>, cap_entry<BFloat16>, uncap_entry<BFloat16>},
+    {stats_entry<Float16>, gradient_entry<Float16>, cap_entry<Float16>, uncap_entry<Float16>},
 };
 
 }  // namespace FASTGRPO_ISA

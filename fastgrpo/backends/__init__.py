@@ -2,15 +2,16 @@
 
 A backend works on rows of logits and knows neither loss types nor layouts beyond `TokenRows` and `TokenSpec`:
 
-    row_stats(logits, ids, mask, inv_temperature, want_entropy) -> (logp, lse, entropy)
-    row_grad(logits, ids, lse, entropy, g, h, inv_temperature, out)
-    token_loss(logits, ids, mask, inv_temperature, want_entropy, rows, spec, out)
+    row_stats(logits, ids, mask, inv_temperature, want_entropy, softcap=0.0) -> (logp, lse, entropy)
+    row_grad(logits, ids, lse, entropy, g, h, inv_temperature, out, softcap=0.0)
+    token_loss(logits, ids, mask, inv_temperature, want_entropy, rows, spec, out, softcap=0.0)
         -> (loss, logp, lse, entropy, kl, ratio, g)
     scale_(x, factor)
     unavailable() -> None, or why this backend cannot run on this machine
     supports(device_type, dtype) -> None, or why it cannot take such logits
 
 logits (B, T, V) have unit stride in V and any other strides; everything per row is (N,) with N = B*T, contiguous.
+With a softcap c > 0 the logits are c·tanh(logit/c), and gradients those of the raw ones.
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ _kernel = triton.jit(do_not_specialize=[
 
 
 @_kernel
-def stats_kernel(logits, partial, ids, mask, inv_temperature, logp_out, lse_out, entropy_out, V, T, stride_b, stride_t,
-                 parts, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr,
+def stats_kernel(logits, partial, ids, mask, inv_temperature, softcap, logp_out, lse_out, entropy_out, V, T, stride_b,
+                 stride_t, parts, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr,
                  ENTROPY: tl.constexpr):  # fmt: skip
     """Grid (N,), one program per row. Reads V logits once, or with `partial` given its sums; writes 2 or 3 numbers.
 
@@ -149,10 +149,10 @@ def stats_kernel(logits, partial, ids, mask, inv_temperature, logp_out, lse_out,
         row_ptr = _row(logits, row, T, stride_b, stride_t)
         inv_t = tl.load(inv_temperature + row)
         if partial is not None:
-            logp, lse, entropy = _merged_scores(partial, row_ptr, row, parts, tl.load(ids + row), V, inv_t, K, LANES,
-                                                ENTROPY)  # fmt: skip
+            logp, lse, entropy = _merged_scores(partial, row_ptr, row, parts, tl.load(ids + row), V, inv_t, softcap, K,
+                                                LANES, ENTROPY)  # fmt: skip
         else:
-            logp, lse, entropy = _row_scores(row_ptr, tl.load(ids + row), V, inv_t, K, LANES, UNROLL, PART,
+            logp, lse, entropy = _row_scores(row_ptr, tl.load(ids + row), V, inv_t, softcap, K, LANES, UNROLL, PART,
                                              ENTROPY)  # fmt: skip
     tl.store(logp_out + row, logp)
     tl.store(lse_out + row, lse)
@@ -161,9 +161,9 @@ def stats_kernel(logits, partial, ids, mask, inv_temperature, logp_out, lse_out,
 
 
 @_kernel
-def part_kernel(logits, ids, mask, inv_temperature, advantages, partial, V, T, stride_b, stride_t, parts, skip_zero,
-                K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr, ENTROPY: tl.constexpr,
-                ):  # fmt: skip
+def part_kernel(logits, ids, mask, inv_temperature, softcap, advantages, partial, V, T, stride_b, stride_t, parts,
+                skip_zero, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr,
+                ENTROPY: tl.constexpr):  # fmt: skip
     """Grid (N * parts,): the sums of one part of a row, to partial (N, parts, 2) fp32.
 
     Reads PART * 16 bytes. Rows that the kernel which adds them up does not look at are not read.
@@ -177,16 +177,17 @@ def part_kernel(logits, ids, mask, inv_temperature, advantages, partial, V, T, s
     if wanted:
         row_ptr = _row(logits, row, T, stride_b, stride_t)
         c = tl.load(inv_temperature + row) * LOG2E
-        ref = _reference(_target(row_ptr, tl.load(ids + row), V), c)
-        s, w = _part_sums(row_ptr + start, tl.minimum(V - start, PART * K), c, ref, K, LANES, UNROLL, ENTROPY)
+        ref = _reference(_target(row_ptr, tl.load(ids + row), V, softcap), c)
+        s, w = _part_sums(row_ptr + start, tl.minimum(V - start, PART * K), c, ref, softcap, K, LANES, UNROLL,
+                          ENTROPY)  # fmt: skip
         sums = partial + pid.to(tl.int64) * 2
         tl.store(sums, s)
         tl.store(sums + 1, w)
 
 
 @_kernel
-def grad_kernel(logits, out, ids, mask, lse, entropy, g, h, inv_temperature, V, T, stride_b, stride_t, out_stride_b,
-                out_stride_t, parts, span, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+def grad_kernel(logits, out, ids, mask, lse, entropy, g, h, inv_temperature, softcap, V, T, stride_b, stride_t,
+                out_stride_b, out_stride_t, parts, span, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
                 SAME_PHASE: tl.constexpr):  # fmt: skip
     """Grid (N * parts,): the gradient of `span` vectors of a row. Reads and writes span * 16 bytes.
 
@@ -211,15 +212,15 @@ def grad_kernel(logits, out, ids, mask, lse, entropy, g, h, inv_temperature, V, 
     else:
         row_ptr = _row(logits, row, T, stride_b, stride_t)
         _row_grad(row_ptr, out_row, tl.load(ids + row), V, tl.load(lse + row), entropy_row, g_row, h_row,
-                  tl.load(inv_temperature + row), part * span, span, part == 0, K, LANES, UNROLL, h is not None,
-                  SAME_PHASE)  # fmt: skip
+                  tl.load(inv_temperature + row), softcap, part * span, span, part == 0, K, LANES, UNROLL,
+                  h is not None, SAME_PHASE)  # fmt: skip
 
 
 @_kernel
-def token_kernel(logits, partial, ids, mask, inv_temperature, advantages, rewards, seq, weight, old, ref, policy_scale,
-                 h, loss_out, logp_out, lse_out, entropy_out, kl_out, ratio_out, g_out, V, T, stride_b, stride_t,
-                 parts, n_rows, kind, clip_low, clip_high, delta, beta, bias_correction, tau_pos, tau_neg, group_size,
-                 scale_by_std, skip_zero, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+def token_kernel(logits, partial, ids, mask, inv_temperature, softcap, advantages, rewards, seq, weight, old, ref,
+                 policy_scale, h, loss_out, logp_out, lse_out, entropy_out, kl_out, ratio_out, g_out, V, T, stride_b,
+                 stride_t, parts, n_rows, kind, clip_low, clip_high, delta, beta, bias_correction, tau_pos, tau_neg,
+                 group_size, scale_by_std, skip_zero, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
                  PART: tl.constexpr, ENTROPY: tl.constexpr, INPLACE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """Grid (any,), programs stride over the rows: statistics, objective and, if INPLACE, the gradient over the row.
 
@@ -239,10 +240,10 @@ def token_kernel(logits, partial, ids, mask, inv_temperature, advantages, reward
             inv_t = tl.load(inv_temperature + row)
             if partial is not None:
                 logp, lse, entropy = _merged_scores(partial, row_ptr, row, parts, tl.load(ids + row), V,
-                                                    inv_t, K, LANES, ENTROPY)  # fmt: skip
+                                                    inv_t, softcap, K, LANES, ENTROPY)  # fmt: skip
             else:
-                logp, lse, entropy = _row_scores(row_ptr, tl.load(ids + row), V, inv_t, K, LANES, UNROLL, PART,
-                                                 ENTROPY)  # fmt: skip
+                logp, lse, entropy = _row_scores(row_ptr, tl.load(ids + row), V, inv_t, softcap, K, LANES, UNROLL,
+                                                 PART, ENTROPY)  # fmt: skip
             g, dentropy = _token(row, logp, entropy, advantage, weight, old, ref, policy_scale, h, loss_out, logp_out,
                                  lse_out, lse, entropy_out, kl_out, ratio_out, g_out, kind, clip_low, clip_high, delta,
                                  beta, bias_correction, tau_pos, tau_neg, ENTROPY)  # fmt: skip
@@ -250,8 +251,8 @@ def token_kernel(logits, partial, ids, mask, inv_temperature, advantages, reward
                 if (g == 0.0) & (dentropy == 0.0):
                     _zero(row_ptr, V, 0, V, True, K, LANES, UNROLL)
                 else:
-                    _row_grad(row_ptr, row_ptr, tl.load(ids + row), V, lse, entropy, g, dentropy, inv_t, 0, V, True, K,
-                              LANES, UNROLL, h is not None, True)  # fmt: skip
+                    _row_grad(row_ptr, row_ptr, tl.load(ids + row), V, lse, entropy, g, dentropy, inv_t, softcap, 0, V,
+                              True, K, LANES, UNROLL, h is not None, True)  # fmt: skip
         else:
             tl.store(loss_out + row, 0.0)
             tl.store(logp_out + row, 0.0)

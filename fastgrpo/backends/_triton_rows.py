@@ -134,6 +134,23 @@ def _store(body, y, left, UNROLL: tl.constexpr, LANES: tl.constexpr, K: tl.const
         tl.store(pointers, y, mask=_mask(left, K, UNROLL, LANES), eviction_policy="evict_first")
 
 
+# ---- softcap
+
+
+@triton.jit
+def _tanh(x, softcap):
+    """tanh(x / softcap), to 1e-7 of 1; -1 and 1 at the infinities."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / softcap)))
+
+
+@triton.jit
+def _capped(x, softcap):
+    """Logits as the statistics take them: softcap * tanh(x / softcap), or x itself without a softcap (None)."""
+    if softcap is not None:
+        x = softcap * _tanh(x, softcap)
+    return x
+
+
 # ---- statistics
 
 
@@ -169,13 +186,15 @@ def _add(x, s, w, c, ref, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def _add_some(base, lead, end, s, w, c, ref, LANES: tl.constexpr, K: tl.constexpr, ENTROPY: tl.constexpr):
+def _add_some(base, lead, end, s, w, c, ref, softcap, LANES: tl.constexpr, K: tl.constexpr, ENTROPY: tl.constexpr):
     """`_add` for the elements [lead, end) of the tile at `base`; the others add 0 and are not read."""
     lane = tl.arange(0, LANES)[None, :, None] * K
     k = tl.arange(0, K)[None, None, :]
     # bounds per lane beside a constant k: 2 registers, where an index per element would take K
     inside = (k >= lead - lane) & (k < end - lane)
     x = tl.load((base + lane) + k, mask=inside, other=-INF).to(tl.float32)
+    if softcap is not None:
+        x = tl.where(inside, _capped(x, softcap), -INF)
     return _add(x, s, w, c, ref, ENTROPY)
 
 
@@ -200,7 +219,7 @@ def _totals(s, w):
 
 
 @triton.jit
-def _part_sums(part_ptr, count, c, ref, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+def _part_sums(part_ptr, count, c, ref, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
                ENTROPY: tl.constexpr):  # fmt: skip
     """(Σe, Σe·t) over `count` logits. The first loop is the hot one: no mask, no barrier, no running maximum."""
     TILE: tl.constexpr = LANES * K
@@ -210,7 +229,7 @@ def _part_sums(part_ptr, count, c, ref, K: tl.constexpr, LANES: tl.constexpr, UN
     s, w = _no_sums(LANES, K)
     first = 0
     if lead > 0:
-        s, w = _add_some(base, lead, end, s, w, c, ref, LANES, K, ENTROPY)
+        s, w = _add_some(base, lead, end, s, w, c, ref, softcap, LANES, K, ENTROPY)
         first = 1
     full = end // TILE
     unrolled = tl.maximum(full - first, 0) // (2 * UNROLL)
@@ -218,12 +237,12 @@ def _part_sums(part_ptr, count, c, ref, K: tl.constexpr, LANES: tl.constexpr, UN
         tiles = base + (first + i * (2 * UNROLL)) * TILE
         for u in tl.static_range(2 * UNROLL):
             x = _load(tl.multiple_of(tiles + u * TILE, 16), None, 1, LANES, K, "")
-            s, w = _add(x, s, w, c, ref, ENTROPY)
+            s, w = _add(_capped(x, softcap), s, w, c, ref, ENTROPY)
     for i in range(first + unrolled * (2 * UNROLL), full):
         x = _load(tl.multiple_of(base + i * TILE, 16), None, 1, LANES, K, "")
-        s, w = _add(x, s, w, c, ref, ENTROPY)
+        s, w = _add(_capped(x, softcap), s, w, c, ref, ENTROPY)
     if (full * TILE < end) & (full >= first):
-        s, w = _add_some(base + full * TILE, 0, end - full * TILE, s, w, c, ref, LANES, K, ENTROPY)
+        s, w = _add_some(base + full * TILE, 0, end - full * TILE, s, w, c, ref, softcap, LANES, K, ENTROPY)
     return _totals(s, w)
 
 
@@ -236,7 +255,7 @@ def _reference(target, c):
 
 
 @triton.jit
-def _careful_row(row_ptr, V, c, K: tl.constexpr, LANES: tl.constexpr):
+def _careful_row(row_ptr, V, c, softcap, K: tl.constexpr, LANES: tl.constexpr):
     """(top, log2 Σe, Σe·t / Σe) with t = (x - top) * c: any finite magnitude, by a running maximum, for it is rare."""
     BLOCK: tl.constexpr = LANES * K
     j = tl.arange(0, BLOCK)
@@ -245,6 +264,8 @@ def _careful_row(row_ptr, V, c, K: tl.constexpr, LANES: tl.constexpr):
     w = 0.0
     for start in range(0, V, BLOCK):
         x = tl.load(row_ptr + start + j, mask=j < V - start, other=-INF).to(tl.float32)
+        if softcap is not None:
+            x = tl.where(j < V - start, _capped(x, softcap), -INF)
         new = tl.maximum(top, tl.max(x, axis=0))
         # Bounded, because 0 * (an overflowed difference) would be NaN.
         drop = tl.maximum((top - new) * c, -RANGE)
@@ -258,14 +279,15 @@ def _careful_row(row_ptr, V, c, K: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _target(row_ptr, id, V):
-    """The logit of a row's target; NaN, without a read, where the id is none of the vocabulary."""
+def _target(row_ptr, id, V, softcap):
+    """The logit of a row's target, capped; NaN, without a read, where the id is none of the vocabulary."""
     known = (id >= 0) & (id < V)
-    return tl.load(row_ptr + tl.where(known, id, 0), mask=known, other=float("nan")).to(tl.float32)
+    target = tl.load(row_ptr + tl.where(known, id, 0), mask=known, other=float("nan")).to(tl.float32)
+    return _capped(target, softcap)
 
 
 @triton.jit
-def _scores(row_ptr, target, V, total, weighted, c, inv_temperature, K: tl.constexpr, LANES: tl.constexpr,
+def _scores(row_ptr, target, V, total, weighted, c, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr,
             ENTROPY: tl.constexpr):  # fmt: skip
     """(logp, lse, entropy) of a row from its Σe and Σe·t."""
     ref = target * c
@@ -279,7 +301,7 @@ def _scores(row_ptr, target, V, total, weighted, c, inv_temperature, K: tl.const
         entropy = (log_total - weighted / total) * LN2
         again = again | ~(tl.abs(weighted) < INF)
     if again:
-        top, log_sum, mean = _careful_row(row_ptr, V, c, K, LANES)
+        top, log_sum, mean = _careful_row(row_ptr, V, c, softcap, K, LANES)
         entropy = (log_sum - mean) * LN2
         # A row swept again for its entropy alone keeps the logp that it has without one.
         logp = tl.where(usable, logp, (target - top) * inv_temperature - log_sum * LN2)
@@ -288,23 +310,24 @@ def _scores(row_ptr, target, V, total, weighted, c, inv_temperature, K: tl.const
 
 
 @triton.jit
-def _row_scores(row_ptr, id, V, inv_temperature, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+def _row_scores(row_ptr, id, V, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
                 PART: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
     """(logp, lse, entropy) of one whole row by one program."""
     c = inv_temperature * LOG2E
-    target = _target(row_ptr, id, V)
+    target = _target(row_ptr, id, V, softcap)
     ref = _reference(target, c)
     total = 0.0
     weighted = 0.0
     for start in range(0, V, PART * K):
-        s, w = _part_sums(row_ptr + start, tl.minimum(V - start, PART * K), c, ref, K, LANES, UNROLL, ENTROPY)
+        s, w = _part_sums(row_ptr + start, tl.minimum(V - start, PART * K), c, ref, softcap, K, LANES, UNROLL,
+                          ENTROPY)  # fmt: skip
         total += s
         weighted += w
-    return _scores(row_ptr, target, V, total, weighted, c, inv_temperature, K, LANES, ENTROPY)
+    return _scores(row_ptr, target, V, total, weighted, c, inv_temperature, softcap, K, LANES, ENTROPY)
 
 
 @triton.jit
-def _merged_scores(partial, row_ptr, row, parts, id, V, inv_temperature, K: tl.constexpr, LANES: tl.constexpr,
+def _merged_scores(partial, row_ptr, row, parts, id, V, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr,
                    ENTROPY: tl.constexpr):  # fmt: skip
     """(logp, lse, entropy) of one row from the partial sums that `part_kernel` left; the bits of `_row_scores`."""
     sums = partial + parts.to(tl.int64) * 2 * row
@@ -313,8 +336,9 @@ def _merged_scores(partial, row_ptr, row, parts, id, V, inv_temperature, K: tl.c
     for part in range(parts):
         total += tl.load(sums + 2 * part)
         weighted += tl.load(sums + 2 * part + 1)
-    target = _target(row_ptr, id, V)
-    return _scores(row_ptr, target, V, total, weighted, inv_temperature * LOG2E, inv_temperature, K, LANES, ENTROPY)
+    target = _target(row_ptr, id, V, softcap)
+    return _scores(row_ptr, target, V, total, weighted, inv_temperature * LOG2E, inv_temperature, softcap, K, LANES,
+                   ENTROPY)  # fmt: skip
 
 
 # ---- gradient
@@ -339,8 +363,13 @@ def _expm1(q):
 
 
 @triton.jit
-def _grad(x, c, shift, inv_temperature, lse, a, b, HAS_H: tl.constexpr, CAREFUL: tl.constexpr):
-    """p * (a + b*log2(p)) with p = 2^(x*c - shift)."""
+def _grad(x, c, shift, inv_temperature, lse, a, b, softcap, HAS_H: tl.constexpr, CAREFUL: tl.constexpr):
+    """p * (a + b*log2(p)) with p = 2^(x*c - shift); with a softcap x is capped first, and led through its slope."""
+    if softcap is not None:
+        tanh = _tanh(x, softcap)
+        a *= 1.0 - tanh * tanh
+        b *= 1.0 - tanh * tanh
+        x = softcap * tanh
     if CAREFUL:
         t = (x * inv_temperature - lse) * LOG2E
     else:
@@ -353,7 +382,7 @@ def _grad(x, c, shift, inv_temperature, lse, a, b, HAS_H: tl.constexpr, CAREFUL:
 
 
 @triton.jit
-def _grad_body(body, out, n_vec, c, shift, inv_temperature, lse, a, b, K: tl.constexpr, LANES: tl.constexpr,
+def _grad_body(body, out, n_vec, c, shift, inv_temperature, lse, a, b, softcap, K: tl.constexpr, LANES: tl.constexpr,
                UNROLL: tl.constexpr, HAS_H: tl.constexpr, CAREFUL: tl.constexpr,
                SAME_PHASE: tl.constexpr):  # fmt: skip
     """Gradient of n_vec vectors, from the last to the first: the end of a row is what a cache still holds of it."""
@@ -362,7 +391,7 @@ def _grad_body(body, out, n_vec, c, shift, inv_temperature, lse, a, b, K: tl.con
     if full * TILE < n_vec:
         left = n_vec - full * TILE
         x = _load(tl.multiple_of(body + full * (TILE * K), 16), left, UNROLL, LANES, K, "evict_first")
-        y = _grad(x, c, shift, inv_temperature, lse, a, b, HAS_H, CAREFUL)
+        y = _grad(x, c, shift, inv_temperature, lse, a, b, softcap, HAS_H, CAREFUL)
         sink = out + full * (TILE * K)
         if SAME_PHASE:
             sink = tl.multiple_of(sink, 16)
@@ -370,7 +399,7 @@ def _grad_body(body, out, n_vec, c, shift, inv_temperature, lse, a, b, K: tl.con
     for i in range(full):
         start = (full - 1 - i) * (TILE * K)
         x = _load(tl.multiple_of(body + start, 16), None, UNROLL, LANES, K, "evict_first")
-        y = _grad(x, c, shift, inv_temperature, lse, a, b, HAS_H, CAREFUL)
+        y = _grad(x, c, shift, inv_temperature, lse, a, b, softcap, HAS_H, CAREFUL)
         sink = out + start
         if SAME_PHASE:
             sink = tl.multiple_of(sink, 16)
@@ -393,8 +422,9 @@ def _zero(out, V, first, n_max, with_ends, K: tl.constexpr, LANES: tl.constexpr,
 
 
 @triton.jit
-def _row_grad(row_ptr, out, id, V, lse, entropy, g, h, inv_temperature, first, n_max, with_ends, K: tl.constexpr,
-              LANES: tl.constexpr, UNROLL: tl.constexpr, HAS_H: tl.constexpr, SAME_PHASE: tl.constexpr):  # fmt: skip
+def _row_grad(row_ptr, out, id, V, lse, entropy, g, h, inv_temperature, softcap, first, n_max, with_ends,
+              K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, HAS_H: tl.constexpr,
+              SAME_PHASE: tl.constexpr):  # fmt: skip
     """Gradient of the vectors [first, first + n_max) of a row, and of its ends if asked.
 
     out_j = inv_temperature * (g * (1[j == id] - p_j) - h * p_j * (log p_j + entropy)); off the target that is
@@ -415,7 +445,7 @@ def _row_grad(row_ptr, out, id, V, lse, entropy, g, h, inv_temperature, first, n
     head, n_vec = _ends(row_ptr, V, K)
     known = (id >= 0) & (id < V)
     at = tl.where(known, id, 0).to(tl.int32)
-    target = _target(row_ptr, id, V)
+    target = _target(row_ptr, id, V, softcap)
 
     # Gradient of the target element, from log p and expm1, so that nothing cancels when p is near 1.
     logp = tl.where(careful, target * inv_temperature - lse, (tl.fma(target, c, -shift) - low) * LN2)
@@ -426,22 +456,26 @@ def _row_grad(row_ptr, out, id, V, lse, entropy, g, h, inv_temperature, first, n
         p = tl.exp2(logp * LOG2E)
         at_target -= h * p * (tl.maximum(logp, -1000.0) + entropy)
     at_target *= inv_temperature
+    if softcap is not None:
+        at_target *= 1.0 - (target / softcap) * (target / softcap)
 
     if with_ends:
         j, inside = _end_elements(V, head, n_vec, K, LANES)
         x = tl.load(row_ptr + j, mask=inside, other=0.0).to(tl.float32)
         if careful:
-            y = _grad(x, c, shift, inv_temperature, lse, a, b, HAS_H, True)
+            y = _grad(x, c, shift, inv_temperature, lse, a, b, softcap, HAS_H, True)
         else:
-            y = _grad(x, c, shift, inv_temperature, lse, a, b, HAS_H, False)
+            y = _grad(x, c, shift, inv_temperature, lse, a, b, softcap, HAS_H, False)
         tl.store(out + j, _narrow(y, out.dtype.element_ty), mask=inside)
     body = row_ptr + head + first * K
     sink = out + head + first * K
     n_here = tl.minimum(n_vec - first, n_max)
     if careful:
-        _grad_body(body, sink, n_here, c, shift, inv_temperature, lse, a, b, K, LANES, 1, HAS_H, True, SAME_PHASE)
+        _grad_body(
+            body, sink, n_here, c, shift, inv_temperature, lse, a, b, softcap, K, LANES, 1, HAS_H, True, SAME_PHASE
+        )
     else:
-        _grad_body(body, sink, n_here, c, shift, inv_temperature, lse, a, b, K, LANES, 2 * UNROLL, HAS_H,
+        _grad_body(body, sink, n_here, c, shift, inv_temperature, lse, a, b, softcap, K, LANES, 2 * UNROLL, HAS_H,
                    False, SAME_PHASE)  # fmt: skip
     at_end = (at < head) | (at >= head + n_vec * K)
     here = (at >= head + first * K) & (at < head + (first + n_here) * K)

@@ -45,6 +45,7 @@ class _Args(ctypes.Structure):
         ("logits_stride", ctypes.c_int64 * 2),
         ("out_stride", ctypes.c_int64 * 2),
         *((name, ctypes.c_int32) for name in ("isa", "dtype", "threads", "scale_by_std", "skip_zero")),
+        ("softcap", ctypes.c_float),
         ("spec", _Spec),
         ("group_size", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("logits", "out", "ids", "mask", "inv_temperature")),
@@ -120,7 +121,9 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _args(logits: Tensor, ids: Tensor, inv_temperature: Tensor, out: Tensor | None, **vectors: Tensor | None) -> _Args:
+def _args(
+    logits: Tensor, ids: Tensor, inv_temperature: Tensor, out: Tensor | None, softcap: float, **vectors: Tensor | None
+) -> _Args:
     batch, tokens, vocab = logits.shape
     return _Args(
         batch=batch,
@@ -131,6 +134,7 @@ def _args(logits: Tensor, ids: Tensor, inv_temperature: Tensor, out: Tensor | No
         isa=_isa(os.environ.get("FASTGRPO_CPU_ISA", "")),
         dtype=_DTYPES[logits.dtype],
         threads=torch.get_num_threads(),
+        softcap=softcap,
         logits=_pointer(logits),
         out=_pointer(out),
         ids=_pointer(ids),
@@ -144,13 +148,13 @@ def _new(count: int, rows: int) -> list[Tensor]:
 
 
 def row_stats(
-    logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool
+    logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, lse, entropy) of every row; 0 where mask is False, and there nothing is read."""
     logp, lse = _new(2, ids.numel())
     entropy = torch.empty(ids.numel() if want_entropy else 0, dtype=torch.float32)
     wanted = entropy if want_entropy else None
-    args = _args(logits, ids, inv_temperature, None, mask=mask, logp=logp, lse=lse, entropy=wanted)
+    args = _args(logits, ids, inv_temperature, None, softcap, mask=mask, logp=logp, lse=lse, entropy=wanted)
     _library().fastgrpo_cpu_row_stats(args)
     return logp, lse, entropy
 
@@ -164,10 +168,11 @@ def row_grad(
     h: Tensor | None,
     inv_temperature: Tensor,
     out: Tensor,
+    softcap: float = 0.0,
 ) -> None:
     """Writes dL/dlogits, given g = dL/dlogp and h = dL/dentropy, into `out`, which may be `logits` itself."""
     entropy = None if h is None else entropy
-    args = _args(logits, ids, inv_temperature, out, lse=lse, entropy=entropy, g=g, h=h)
+    args = _args(logits, ids, inv_temperature, out, softcap, lse=lse, entropy=entropy, g=g, h=h)
     _library().fastgrpo_cpu_row_grad(args)
 
 
@@ -180,6 +185,7 @@ def token_loss(
     rows: TokenRows,
     spec: TokenSpec,
     out: Tensor | None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logp, lse, entropy, kl, ratio, g) of every row, and the gradient into `out` if given, in one pass.
 
@@ -192,6 +198,7 @@ def token_loss(
         ids,
         inv_temperature,
         out,
+        softcap,
         mask=mask,
         weight=rows.weight,
         advantages=rows.advantages,

@@ -32,8 +32,12 @@ def _chunks(*tensors: Tensor):
             yield slice(b * length + start, b * length + stop), *(x[b, start:stop] for x in tensors)
 
 
+def _capped(x: Tensor, softcap: float) -> Tensor:
+    return torch.tanh(x / softcap) * softcap if softcap else x
+
+
 def row_stats(
-    logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool
+    logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, vocab = inv_temperature.dtype, logits.size(-1)
     logp, lse = (torch.zeros(ids.shape, dtype=dtype, device=logits.device) for _ in range(2))
@@ -41,7 +45,7 @@ def row_stats(
     for rows, x in _chunks(logits):
         scored = mask[rows]
         # masked rows are overwritten, not multiplied by 0: they may hold NaN
-        z = torch.where(scored[:, None], x.to(dtype), 0.0) * inv_temperature[rows, None]
+        z = _capped(torch.where(scored[:, None], x.to(dtype), 0.0), softcap) * inv_temperature[rows, None]
         highest = z.amax(-1)
         z = z - highest[:, None]  # what follows is exact also where |z| is large
         if len(z) == 1:
@@ -69,11 +73,13 @@ def row_grad(
     h: Tensor | None,
     inv_temperature: Tensor,
     out: Tensor,
+    softcap: float = 0.0,
 ) -> None:
     dtype, vocab = inv_temperature.dtype, logits.size(-1)
     for rows, x, gradient in _chunks(logits, out):
         active = g[rows] != 0 if h is None else (g[rows] != 0) | (h[rows] != 0)
-        z = torch.where(active[:, None], x.to(dtype), 0.0) * inv_temperature[rows, None]
+        capped = _capped(torch.where(active[:, None], x.to(dtype), 0.0), softcap)
+        z = capped * inv_temperature[rows, None]
         logp = z - lse[rows, None]
         p = logp.exp()
         coefficient = -g[rows, None]
@@ -84,6 +90,8 @@ def row_grad(
         grad.scatter_add_(
             -1, ids[rows].clamp(0, vocab - 1)[:, None], torch.where(inside, g[rows], 0.0)[:, None].to(dtype)
         )
+        if softcap:
+            grad *= 1 - (capped / softcap).square()
         gradient.copy_(torch.where(active[:, None], grad * inv_temperature[rows, None], 0.0))
 
 

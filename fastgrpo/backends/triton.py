@@ -118,7 +118,7 @@ def _same_phase(a: Tensor, b: Tensor) -> bool:
 
 
 def row_stats(
-    logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool
+    logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, V = ids.numel(), logits.shape[2]
     logp, lse = logits.new_empty(n, dtype=torch.float32), logits.new_empty(n, dtype=torch.float32)
@@ -128,19 +128,22 @@ def row_stats(
     geometry = _geometry(V, logits.dtype)
     partial, parts = None, 1
     if _split(n, V, geometry, logits.device):
-        partial, parts = _partial(logits, ids, mask, inv_temperature, None, 0.0, want_entropy, geometry)
-    _launch(kernels.stats_kernel, n, geometry, logits.device, logits, partial, ids, mask, inv_temperature, logp, lse,
-            entropy if want_entropy else None, *_layout(logits), parts, PART=geometry.PART,
+        partial, parts = _partial(logits, ids, mask, inv_temperature, softcap, None, 0.0, want_entropy, geometry)
+    _launch(kernels.stats_kernel, n, geometry, logits.device, logits, partial, ids, mask, inv_temperature,
+            softcap or None, logp, lse, entropy if want_entropy else None, *_layout(logits), parts, PART=geometry.PART,
             ENTROPY=want_entropy)  # fmt: skip
     return logp, lse, entropy
 
 
-def _partial(logits, ids, mask, inv_temperature, advantages, skip_zero, want_entropy, geometry) -> tuple[Tensor, int]:
+def _partial(
+    logits, ids, mask, inv_temperature, softcap, advantages, skip_zero, want_entropy, geometry
+) -> tuple[Tensor, int]:
     """The partial sums of all parts of all rows, and the number of parts."""
     n, parts = mask.numel(), geometry.parts(logits.shape[2])
     partial = logits.new_empty((n, parts, 2), dtype=torch.float32)
-    _launch(kernels.part_kernel, n * parts, geometry, logits.device, logits, ids, mask, inv_temperature, advantages,
-            partial, *_layout(logits), parts, float(skip_zero), PART=geometry.PART, ENTROPY=want_entropy)  # fmt: skip
+    _launch(kernels.part_kernel, n * parts, geometry, logits.device, logits, ids, mask, inv_temperature,
+            softcap or None, advantages, partial, *_layout(logits), parts, float(skip_zero), PART=geometry.PART,
+            ENTROPY=want_entropy)  # fmt: skip
     return partial, parts
 
 
@@ -153,19 +156,20 @@ def row_grad(
     h: Tensor | None,
     inv_temperature: Tensor,
     out: Tensor,
+    softcap: float = 0.0,
 ) -> None:
-    _row_grad(logits, ids, None, lse, entropy, g, h, inv_temperature, out)
+    _row_grad(logits, ids, None, lse, entropy, g, h, inv_temperature, out, softcap)
 
 
-def _row_grad(logits, ids, mask, lse, entropy, g, h, inv_temperature, out) -> None:
+def _row_grad(logits, ids, mask, lse, entropy, g, h, inv_temperature, out, softcap) -> None:
     """`row_grad`, with a mask of the rows where h counts."""
     if ids.numel() == 0:
         return
     geometry = _geometry(logits.shape[2], logits.dtype)
     parts = geometry.parts(logits.shape[2])
     _launch(kernels.grad_kernel, ids.numel() * parts, geometry, logits.device, logits, out, ids, mask, lse,
-            None if h is None else entropy, g, h, inv_temperature, *_layout(logits), out.stride(0), out.stride(1),
-            parts, geometry.PART, SAME_PHASE=_same_phase(logits, out))  # fmt: skip
+            None if h is None else entropy, g, h, inv_temperature, softcap or None, *_layout(logits), out.stride(0),
+            out.stride(1), parts, geometry.PART, SAME_PHASE=_same_phase(logits, out))  # fmt: skip
 
 
 def token_loss(
@@ -177,6 +181,7 @@ def token_loss(
     rows: TokenRows,
     spec: TokenSpec,
     out: Tensor | None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, V = ids.numel(), logits.shape[2]
     device = logits.device
@@ -189,7 +194,7 @@ def token_loss(
         partial, parts = None, 1
         if split:
             partial, parts = _partial(
-                logits, ids, mask, inv_temperature, rows.advantages, spec.skip_zero, with_entropy, geometry
+                logits, ids, mask, inv_temperature, softcap, rows.advantages, spec.skip_zero, with_entropy, geometry
             )
         inplace = out is not None and not split
         programs = _rows_in_flight(n, V * logits.element_size(), device) if inplace else n
@@ -198,15 +203,15 @@ def token_loss(
         by_group = rows.advantages is None
         _launch(
             kernels.token_kernel, programs, geometry, device, logits, partial, ids, mask, inv_temperature,
-            rows.advantages, rows.rewards if by_group else None, rows.seq if by_group else None, rows.weight, rows.old,
-            rows.ref if spec.beta else None, rows.policy_scale, rows.h, loss, logp, lse,
+            softcap or None, rows.advantages, rows.rewards if by_group else None, rows.seq if by_group else None,
+            rows.weight, rows.old, rows.ref if spec.beta else None, rows.policy_scale, rows.h, loss, logp, lse,
             entropy if with_entropy else None, kl, ratio, g, *_layout(logits), parts, n, *numbers,
             int(spec.group_size), float(spec.scale_by_std), float(spec.skip_zero), PART=geometry.PART,
             ENTROPY=with_entropy, INPLACE=inplace,
             GROUP=triton.next_power_of_2(max(2, int(spec.group_size))) if by_group else 1,
         )  # fmt: skip
         if split and out is not None:
-            _row_grad(logits, ids, mask, lse, entropy, g, rows.h, inv_temperature, out)
+            _row_grad(logits, ids, mask, lse, entropy, g, rows.h, inv_temperature, out, softcap)
     return loss, logp, lse, entropy if want_entropy else entropy.new_empty(0), kl, ratio, g
 
 
