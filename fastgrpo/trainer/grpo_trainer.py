@@ -33,6 +33,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from fastgrpo.linear import linear_grpo_loss
 from fastgrpo.logps import linear_logps
 from fastgrpo.loss import GRPOOutput
+from fastgrpo.trainer import sharding
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.head import Head, add_completion_head, check_completion_head, run_completion_head, unwrap_peft
 from fastgrpo.trainer.rewards import RewardFunc, as_reward_list, call_reward_func, combine_rewards, nanstd
@@ -89,8 +90,6 @@ class GRPOTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: Any = None,
     ):
-        if is_deepspeed_zero3_enabled():
-            raise NotImplementedError("GRPOTrainer does not gather parameters that ZeRO-3 has sharded; use stage 2")
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = GRPOConfig(f"{os.path.basename(name.rstrip('/')) or 'model'}-GRPO")
@@ -119,10 +118,13 @@ class GRPOTrainer(Trainer):
         self.eos_token_ids = end_tokens(model, processing_class)
         self.ref_model = None
         if args.beta != 0 and unwrap_peft(model) is model:
-            self.ref_model = copy.deepcopy(model).requires_grad_(False).eval()
+            self.ref_model = sharding.copy_model(model, args.trust_remote_code).requires_grad_(False).eval()
         for m in filter(None, (model, self.ref_model)):
             add_completion_head(unwrap_peft(m))
-        check_completion_head(model)
+        # under ZeRO-3 no layer can run before the engine is there to gather its parameters
+        self._head_is_checked = not is_deepspeed_zero3_enabled()
+        if self._head_is_checked:
+            check_completion_head(model)
         warn_of_router_loss(model)
         if args.disable_dropout:
             for module in model.modules():
@@ -155,8 +157,9 @@ class GRPOTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("GRPOTrainer runs one process per GPU: start it with `accelerate launch` or `torchrun`")
         self.generation_config = self._make_generation_config()
+        sharding.keep_output_dtype(self.accelerator)
         if self.ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            self.ref_model = sharding.prepare_reference(self.ref_model, self.accelerator)
         # processes that share a group must not sample the same completions
         set_seed(args.seed, device_specific=True)
 
@@ -243,6 +246,9 @@ class GRPOTrainer(Trainer):
         """Rows of the dataset, each prompt once per completion, to the tensors that the loss needs."""
         args, device, accelerator = self.args, self.accelerator.device, self.accelerator
         group = args.num_generations if mode == "train" else self.num_generations_eval
+        if not self._head_is_checked:
+            check_completion_head(self.model)
+            self._head_is_checked = True
         if len(rows) * accelerator.num_processes % group:
             raise ValueError(
                 f"per_device_eval_batch_size: expected batches of whole groups of {group} completions, got "

@@ -2,7 +2,8 @@
 
 `model(..., completion_fn=fn, completion_length=T)` runs the backbone once and returns `fn(hidden, head)`, where hidden
 (B, T, H) predicts the last T tokens and `head` says how logits come from it. The work happens inside the forward, so
-that DDP, FSDP and accelerate's autocast wrap it as they wrap the model's own head.
+that DDP, FSDP and accelerate's autocast wrap it as they wrap the model's own head, and inside a call of the head's own
+module, so that FSDP2 and ZeRO-3 gather its parameters and reduce their gradients.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def read_head(model: PreTrainedModel) -> Head:
-    """The head of a causal language model, read off its output embeddings and its config.
+def _head_layer(model: PreTrainedModel) -> nn.Module:
+    """The module that holds the head's weight.
 
     Raises:
         ValueError: no output embeddings, or an adapter on them that the weight alone does not show.
@@ -50,17 +51,40 @@ def read_head(model: PreTrainedModel) -> Head:
     if layer is None or getattr(layer, "weight", None) is None:
         raise ValueError(f"model: expected one with a language-model head, got {type(model).__name__} without one")
     if hasattr(layer, "modules_to_save"):  # PEFT trains a copy of the whole head
-        layer = layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapter]
-    elif hasattr(layer, "base_layer"):
+        return layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapter]
+    if hasattr(layer, "base_layer"):
         raise ValueError(
             "model: a PEFT adapter on the language-model head is not supported, since logits are made from its "
             "weight; take it out of target_modules, or name it in modules_to_save"
         )
-    # FSDP2 shards parameters as DTensors; a module's own forward would gather them
-    weight, bias = (
-        x.full_tensor() if isinstance(x, DTensor) else x for x in (layer.weight, getattr(layer, "bias", None))
-    )
-    return Head(weight, bias, *_logit_options(model))
+    return layer
+
+
+def _call_at_head(model: PreTrainedModel, hidden: Tensor, fn: Callable[[Tensor, Head], Any]) -> Any:
+    """fn(hidden, head) in place of the head's forward, within the calls of its module and of what wraps that.
+
+    What shards a module's parameters hooks into its calls: it gathers them before, and in the backward pass again, and
+    reduces their gradients. A weight that is gathered by hand keeps the gradient of one process.
+
+    Raises:
+        ValueError: a head that is still sharded in its own forward, by tensor parallelism.
+    """
+    layer, options = _head_layer(model), _logit_options(model)
+
+    def forward(hidden: Tensor) -> Any:
+        if isinstance(layer.weight, DTensor):
+            raise ValueError("model: a language-model head that is split by tensor parallelism is not supported")
+        return fn(hidden, Head(layer.weight, getattr(layer, "bias", None), *options))
+
+    own = vars(layer).get("forward")  # what an instance's hooks may have put over the class's
+    layer.forward = forward
+    try:
+        return model.get_output_embeddings()(hidden)
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
 
 
 def _logit_options(model: PreTrainedModel) -> tuple[float, float | None]:
@@ -100,7 +124,7 @@ def add_completion_head(model: PreTrainedModel) -> None:
             kwargs.pop("position_ids", None)
         # backbone and head are looked up now, since wrappers may replace them after this function was made
         hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-        return completion_fn(hidden[:, -completion_length - 1 : -1], read_head(self))
+        return _call_at_head(self, hidden[:, -completion_length - 1 : -1], completion_fn)
 
     forward.completion_head = True
     model.forward = types.MethodType(forward, model)
@@ -129,7 +153,7 @@ def check_completion_head(model: nn.Module) -> None:
         ValueError: they differ, so this model transforms its logits in a way that is not read off its config.
     """
     device = unwrap_peft(model).get_input_embeddings().weight.device
-    vocabulary = unwrap_peft(model).get_input_embeddings().weight.shape[0]
+    vocabulary = unwrap_peft(model).config.get_text_config().vocab_size  # a sharded weight would not tell
     ids = torch.linspace(0, vocabulary - 1, 6, device=device).long()[None]
     mask, training = torch.ones_like(ids), model.training
     model.eval()
