@@ -2,11 +2,14 @@
 
 The size is one micro-batch of 512 tokens at Qwen2.5-0.5B's head (H = 896, V = 151,936). All sides compute the same
 loss (dapo, old logps given) and the same gradients, which is checked before anything is timed. Ratios are those of
-medians over rounds that alternate within one process, because timings on a shared machine drift. The GEMMs alone are
-`h @ Wᵀ`, `dL @ W` and `dLᵀ @ h` into buffers that are there already, in the same chunks.
+medians within one process: sides take turns, because timings on a shared machine drift, and each runs a few times in a
+row, as a training loop does. The GEMMs alone are `h @ Wᵀ`, `dL @ W` and `dLᵀ @ h` into buffers that are there already,
+in the same chunks.
+
+What a side allocates is part of its time. MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 in the environment
+makes glibc keep what is freed, which shows the arithmetic alone.
 """
 
-import ctypes
 import statistics
 import subprocess
 import sys
@@ -101,26 +104,16 @@ def gemms(hidden, weight):
     return run
 
 
-def keep_freed_memory():
-    """Let the C library keep what is freed, for all sides alike: some virtual machines hand free pages back to their
-    host within seconds, and fetching 300 MB again takes as long as a GEMM."""
-    if sys.platform.startswith("linux"):
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap too
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap never shrinks
-
-
-def alternate(functions, rounds):
-    """Median seconds of each function, by name."""
-    for function in functions.values():
-        function()
+def measure(functions, rounds):
+    """Median seconds of each function, by name: two turns, each of a warm-up and `rounds` calls in a row."""
     times = {name: [] for name in functions}
-    for _ in range(rounds):
+    for _ in range(2):
         for name, function in functions.items():
-            start = time.perf_counter()
             function()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(rounds):
+                start = time.perf_counter()
+                function()
+                times[name].append(time.perf_counter() - start)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
@@ -139,7 +132,6 @@ def check_gradients(case, dtype, names):
 def test_linear_ratios(benchmark, dtype):
     """Fails below the project's floors for two cores."""
     pytest.importorskip("trl", reason="TRL is the other side (pip install '.[test]')")
-    keep_freed_memory() if __import__("os").environ.get("KEEP") else None
     case, half = make_case(dtype), make_case(dtype, inactive=True)
     check_gradients(case, dtype, ["trl"])
     functions = {
@@ -148,7 +140,7 @@ def test_linear_ratios(benchmark, dtype):
         "fastgrpo, half inactive": lambda: fastgrpo_step(*half),
         "trl": lambda: trl_step(*case),
     }
-    times = benchmark.pedantic(alternate, args=(functions, 5), rounds=1)
+    times = benchmark.pedantic(measure, args=(functions, 3), rounds=1)
     ratios = {
         "x gemms": times["fastgrpo"] / times["gemms"],
         "trl / fastgrpo": times["trl"] / times["fastgrpo"],
@@ -164,10 +156,9 @@ def test_linear_ratios(benchmark, dtype):
 @DTYPES
 def test_linear_many_chunks(benchmark, dtype):
     """4096 tokens in a buffer of at most 512 MiB."""
-    keep_freed_memory() if __import__("os").environ.get("KEEP") else None
     case = make_case(dtype, tokens=4096)
     functions = {"gemms": gemms(*case[:2]), "fastgrpo": lambda: fastgrpo_step(*case)}
-    times = benchmark.pedantic(alternate, args=(functions, 3), rounds=1)
+    times = benchmark.pedantic(measure, args=(functions, 2), rounds=1)
     ratios = {"x gemms": times["fastgrpo"] / times["gemms"]}
     report(dtype, times, ratios)
     assert ratios["x gemms"] <= 1.4
@@ -178,11 +169,10 @@ def test_linear_peers(benchmark, dtype):
     """Time and memory of every side; fails unless Liger is slower and takes more."""
     pytest.importorskip("trl", reason="TRL is a peer (pip install '.[bench]')")
     pytest.importorskip("liger_kernel", reason="Liger is a peer (pip install '.[bench]')")
-    keep_freed_memory() if __import__("os").environ.get("KEEP") else None
     case = make_case(dtype)
     check_gradients(case, dtype, ["trl", "liger"])
     functions = {name: (lambda step=step: step(*case)) for name, step in STEPS.items()}
-    times = benchmark.pedantic(alternate, args=(functions, 3), rounds=1)
+    times = benchmark.pedantic(measure, args=(functions, 2), rounds=1)
     peaks = {name: peak_memory(name, dtype) for name in STEPS}
     report(dtype, times, {f"{name} MiB": peak for name, peak in peaks.items()})
     assert times["fastgrpo"] < times["liger"] and peaks["fastgrpo"] < peaks["liger"]

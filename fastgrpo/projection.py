@@ -149,9 +149,11 @@ class Gradients:
         self.d_hidden = torch.zeros(shape, dtype=hold(hidden.dtype), device=device)
         self.d_weight = _large(*(weight.shape if needs[1] else (0, 0)), hold(weight.dtype), device)
         live = self.d_weight[: len(projection.weight)]
-        (self.d_weight[len(live) :] if chunks else self.d_weight).zero_()
         direct = live.dtype == sums or (chunks == 1 and live.dtype == projection.dtype)
         self.sum = live if direct else _large(*live.shape, sums, device)
+        # zeros where no GEMM writes; on a CPU everywhere, since page faults cost more amid a GEMM
+        written = len(live) if chunks and not (direct and device.type == "cpu") else 0
+        self.d_weight[written:].zero_()
         self.d_bias = torch.zeros(len(bias) if needs[2] else 0, dtype=sums, device=device)
         self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)
 

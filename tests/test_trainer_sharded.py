@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import socket
+import time
 
 import pytest
 import torch
@@ -97,7 +98,10 @@ def run(kind, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (kind, port, folder), nprocs=2)
+    processes = torch.multiprocessing.spawn(worker, (kind, port, folder), nprocs=2, join=False, daemon=True)
+    deadline = time.monotonic() + 300
+    while not processes.join(timeout=5):
+        assert time.monotonic() < deadline, "the processes wait for each other"
     return torch.load(folder / f"{kind}.pt", weights_only=True)
 
 
