@@ -64,18 +64,18 @@ class Batch:
     mask: Tensor  # (N,) bool: the loss tokens
     scored: Tensor  # (N,) bool: the rows that are read; less than `mask` where rows that cannot learn are left out
     inv_temperature: Tensor  # (N,) fp32
-    given_advantages: Tensor | None  # (N,)
-    advantages_per_token: bool
-    rewards: Tensor | None  # (S,), with the next two
-    num_generations: int | None
-    scale_rewards: str
-    old: Tensor | None  # (N,)
-    ref: Tensor | None  # (N,)
-    sampling: Tensor | None  # (N,)
-    importance_ratio: Tensor | None  # (N,)
-    importance_ratio_per_sequence: bool
-    num_items_in_batch: Tensor | float | None
-    loss_scale: Tensor | float
+    given_advantages: Tensor | None = None  # (N,)
+    advantages_per_token: bool = False
+    rewards: Tensor | None = None  # (S,), with the next two
+    num_generations: int | None = None
+    scale_rewards: str = "group"
+    old: Tensor | None = None  # (N,)
+    ref: Tensor | None = None  # (N,)
+    sampling: Tensor | None = None  # (N,)
+    importance_ratio: Tensor | None = None  # (N,)
+    importance_ratio_per_sequence: bool = False
+    num_items_in_batch: Tensor | float | None = None
+    loss_scale: Tensor | float = 1.0
     masked: bool = True  # whether there was a mask at all: without one every row is scored
     skip_inert: bool = False  # the caller wants no statistics: rows that cannot learn need not be scored
     # of a part of a batch, whose averages are the whole batch's: what `row_weight` and `entropy_weight` gave there

@@ -238,17 +238,11 @@ def linear_loss(
         scored=every,
         inv_temperature=inv_temperature,
         given_advantages=advantages,
-        advantages_per_token=True,
-        rewards=None,
-        num_generations=None,
-        scale_rewards="none",
         old=old,
         ref=ref,
         sampling=sampling,
         importance_ratio=importance_ratio,
         importance_ratio_per_sequence=importance_ratio_per_sequence,
-        num_items_in_batch=None,
-        loss_scale=1.0,
         weight=row_weight,
         h=h,
     )
@@ -256,10 +250,8 @@ def linear_loss(
         parts = [(part, Padded(part.stop - part.start, 1)) for part in cut(0, n_learn, chunk)]
     else:
         seq = seq[_pick(slice(0, n_learn), order)]
-        ends = torch.zeros(num_sequences, dtype=torch.int64, device=seq.device).index_add_(
-            0, seq, torch.ones_like(seq)
-        )
-        cu_seqlens = torch.cat([ends.new_zeros(1), ends.cumsum(0)])
+        counted = seq.new_zeros(num_sequences).index_add_(0, seq, torch.ones_like(seq))
+        cu_seqlens = torch.cat([counted.new_zeros(1), counted.cumsum(0)])
         whole = [(slice(0, n_learn), slice(0, num_sequences))] if n_learn else []
         parts = [
             (part, Packed(seqs.stop - seqs.start, cu_seqlens[seqs.start : seqs.stop + 1] - part.start,
@@ -311,16 +303,9 @@ def _loss_and_gradient(
 @contextlib.contextmanager
 def _autograd_inside_an_operator():
     """The dispatcher keeps autograd out of an operator's own body; the objective's derivatives want it back."""
-    keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (
-        keys.AutogradFunctionality,
-        keys.AutogradCPU,
-        keys.AutogradCUDA,
-        keys.AutogradXPU,
-        keys.ADInplaceOrView,
-    ):
-        excluded = excluded.remove(key)
+    for name in ("AutogradFunctionality", "AutogradCPU", "AutogradCUDA", "AutogradXPU", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
         yield
 
