@@ -32,7 +32,7 @@ class Padded:
         return self.seq_sum(x) / max(self.length, 1)
 
     def to_rows(self, s: Tensor) -> Tensor:  # (S,) -> (N,)
-        return s[:, None].expand(-1, self.length).reshape(-1)
+        return s[:, None].expand(-1, self.length).reshape(-1).contiguous()  # of one sequence it would be a view
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,17 @@ def linear_grpo_loss(
 
     A chunk of rows is projected, its logits are turned into their gradient in place, and that into dL/dhidden and
     dL/dweight: 6NHV FLOPs (4NHV when the weight is frozen, 2NHV without gradients), and memory for one chunk of logits
-    (and, with several chunks in half precision, for dL/dweight in fp32). Rows outside the mask enter no GEMM. Rows
-    that are known not to learn (advantage 0 with beta and entropy_coef 0) are only scored, or left out altogether with
-    `return_stats=False`; which rows those are costs the one synchronisation of a call on a GPU.
+    and the gradients, which wait for the backward pass (dL/dweight adds up in fp32 over several chunks, and waits in
+    fp32 for fp16 weights). Rows outside the mask enter no GEMM. Rows that are known not to learn (advantage 0 with
+    beta and entropy_coef 0) are only scored, or left out altogether with `return_stats=False`.
 
     Objectives beyond token level keep sequences whole. Where one is longer than a chunk, or top_entropy_quantile < 1
-    and the batch is, the gradient is made in the backward pass by projecting again (8NHV).
+    and the batch is, the gradient is made in the backward pass by projecting again (8NHV), without the rows whose
+    coefficient came out 0.
+
+    On a GPU a call waits for the device at most once, to learn how many rows there are to project (or how long packed
+    sequences are): not without a mask and with beta or entropy_coef, at token level or in one chunk. A gradient that
+    is made in the backward pass waits there once more.
 
     Args:
         hidden (B, T, H) or packed (N, H), fp32, bf16 or fp16: row t predicts completion_ids[:, t]. Any strides.
@@ -104,15 +109,20 @@ def linear_grpo_loss(
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in head]
     terms = None
 
-    counts = _row_counts(objective, batch, scored, options[2]) if any(needs) else None
-    if counts is None:
-        logps, _, entropies = linear_stats(*head, batch.ids, scored, inv_temperature, want_entropy, *options)
+    in_one_pass, counts = _row_counts(objective, batch, scored, options[2]) if any(needs) else (False, [])
+    if not in_one_pass:
+        count = counts[1] if counts else -1
+        logps, _, entropies = linear_stats(*head, batch.ids, scored, count, inv_temperature, want_entropy, *options)
         terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
         loss = terms.loss
     else:
         weights, h = row_weight(objective, batch), entropy_weight(objective, batch)
         # fp16 gradients of a mean would round to 0: a power of two keeps them in range until the upstream factor comes
-        scale = _power_of_two(weights, h) if torch.float16 in (dtype, hidden.dtype, weight.dtype) else None
+        scale = (
+            _power_of_two(objective, batch, weights, h)
+            if torch.float16 in (dtype, hidden.dtype, weight.dtype)
+            else None
+        )
         if scale is not None:
             weights, h = weights * scale, None if h is None else h * scale
         loss, logps, entropies, *_ = linear_loss(
@@ -168,6 +178,8 @@ def check_head(
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
         check(number or (name == "softcap" and value is None), name, "a number > 0", value)
+    cap = 1.0 if softcap is None else softcap / logit_scale
+    check(1e-30 <= cap <= 1e30, "softcap", "softcap / logit_scale between 1e-30 and 1e30", softcap)
     for name, value, most in (("vocab_size", vocab_size, len(weight)), ("chunk_size", chunk_size, float("inf"))):
         whole = value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most)
         check(whole, name, f"None or an integer from 1 to {most}" if most < float("inf") else "None or an integer > 0",
@@ -204,12 +216,12 @@ def _learners(objective: Objective, batch: Batch) -> Tensor | None:
     return batch.scored & (batch.advantages != 0) if batch.may_be_inert(objective) else None
 
 
-def _row_counts(objective: Objective, batch: Batch, scored: Tensor | None, chunk: int) -> list[int] | None:
-    """The `counts` of linear_loss; None when the gradient cannot be made in one pass."""
+def _row_counts(objective: Objective, batch: Batch, scored: Tensor | None, chunk: int) -> tuple[bool, list[int]]:
+    """(whether the gradient can be made in one pass, the `counts` of linear_loss where that had to be known)."""
     if objective.is_token_local or batch.ids.numel() <= chunk:
-        return []  # rows can be cut anywhere, or need not be
+        return True, []  # rows can be cut anywhere, or need not be
     if objective.top_entropy_quantile < 1 or torch.compiler.is_compiling():
-        return None  # the quantile is the whole batch's; and a graph cannot hold the sequences' lengths
+        return False, []  # the quantile is the whole batch's; and a graph cannot hold the sequences' lengths
     learn, layout = _learners(objective, batch), batch.layout
     if scored is not None or learn is not None:
         learn = batch.scored if learn is None else learn
@@ -217,13 +229,20 @@ def _row_counts(objective: Objective, batch: Batch, scored: Tensor | None, chunk
     else:
         n, s = batch.ids.numel(), layout.num_sequences
         counts = [n, n, *(layout.cu_seqlens.diff().tolist() if isinstance(layout, Packed) else [n // s] * s)]
-    return counts if max(counts[2:]) <= chunk else None
+    return max(counts[2:]) <= chunk, counts
 
 
-def _power_of_two(weights: Tensor, h: Tensor | None) -> Tensor:
-    """0-dim 2^k that takes the largest weight to between 1/2 and 1."""
-    top = torch.cat([weights, weights if h is None else h, weights.new_zeros(1)]).abs().amax()
-    return torch.where(top > 0, torch.exp2(-torch.ceil(torch.log2(top))), 1.0)
+def _power_of_two(objective: Objective, batch: Batch, weights: Tensor, h: Tensor | None) -> Tensor:
+    """0-dim 2^k that takes the largest coefficient of a row to about 2^8, as far as it is known before the pass.
+
+    fp16 reaches from 2^-24 to 2^16: that leaves room for small probabilities below, and for ratios above.
+    """
+    size = batch.scored_only(batch.advantages).abs() + objective.beta
+    if batch.importance_ratio is not None:
+        size = size * batch.scored_only(batch.importance_ratio, fill=1.0)
+    size = size * weights.abs()
+    top = torch.cat([size, size if h is None else h.abs(), size.new_zeros(1)]).amax()
+    return torch.where((top > 0) & top.isfinite(), torch.exp2(8 - torch.ceil(torch.log2(top))), 1.0)
 
 
 class LinearGRPOLoss(GRPOLoss):

@@ -26,15 +26,15 @@ _NUMBERS = tuple(field.name for field in fields(Objective) if field.name not in 
 
 
 def encode_objective(objective: Objective) -> tuple[str, list[float]]:
-    """An Objective as an operator's schema takes it: its names in a string, its numbers as floats, NaN for None."""
+    """An Objective as an operator's schema takes it: its names in a string, its numbers as floats, inf for None."""
     numbers = [getattr(objective, name) for name in _NUMBERS]
     names = " ".join([getattr(objective, name) for name in _NAMES])
-    return names, [float("nan") if number is None else float(number) for number in numbers]
+    return names, [float("inf") if number is None else float(number) for number in numbers]
 
 
 @functools.cache
 def _decode_objective(names: str, numbers: tuple[float, ...]) -> Objective:
-    options = {name: None if math.isnan(number) else number for name, number in zip(_NUMBERS, numbers, strict=True)}
+    options = {name: None if math.isinf(number) else number for name, number in zip(_NUMBERS, numbers, strict=True)}
     options["use_bias_correction_kl"] = bool(options["use_bias_correction_kl"])
     return Objective(**dict(zip(_NAMES, names.split(), strict=True)), **options)
 
@@ -54,6 +54,7 @@ def linear_stats(
     bias: Tensor | None,
     ids: Tensor,
     mask: Tensor | None,
+    count: int,
     inv_temperature: Tensor,
     want_entropy: bool,
     vocab: int,
@@ -62,10 +63,13 @@ def linear_stats(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ops.row_stats of the logits of hidden @ weightᵀ + bias; rows outside `mask` enter no GEMM. 2NHV FLOPs."""
+    """ops.row_stats of the logits of hidden @ weightᵀ + bias; rows outside `mask` enter no GEMM. 2NHV FLOPs.
+
+    `count` is the number of rows in the mask, or -1 to count here.
+    """
     n, order = ids.numel(), None
     if mask is not None:
-        count, _ = count_rows(mask, mask)
+        count = count_rows(mask, mask)[0] if count < 0 else count
         if count < n:
             n, order = count, order_rows(mask, mask)
     results = [torch.zeros(ids.shape, dtype=inv_temperature.dtype, device=ids.device) for _ in range(3)]
@@ -90,7 +94,7 @@ def _row_stats(
 
 
 @linear_stats.register_fake
-def _(hidden, weight, bias, ids, mask, inv_temperature, want_entropy, *_):
+def _(hidden, weight, bias, ids, mask, count, inv_temperature, want_entropy, *_):
     logp, lse, entropy = (torch.empty_like(inv_temperature) for _ in range(3))
     return logp, lse, entropy if want_entropy else entropy.new_empty(0)
 
@@ -132,6 +136,7 @@ def linear_grad(
             logits = projection.logits(rows)
             backends.get(backend).row_grad(logits, ids[rows], *per_row, inv_temperature[rows], logits, softcap)
             gradients.add(rows)
+        logits = projection = None  # before the weight's gradient is rounded
         return gradients.result()
 
 
@@ -152,7 +157,7 @@ linear_grad.register_autograd(ops.refuse_double_backward)
 
 
 def _linear_stats_setup(ctx, inputs, output):
-    hidden, weight, bias, ids, mask, inv_temperature, want_entropy, *ctx.options = inputs
+    hidden, weight, bias, ids, mask, _, inv_temperature, want_entropy, *ctx.options = inputs
     _, lse, entropy = output
     ctx.save_for_backward(hidden, weight, bias, ids, mask, inv_temperature, lse, entropy if want_entropy else None)
     ctx.mark_non_differentiable(lse)
@@ -164,7 +169,7 @@ def _linear_stats_backward(ctx, d_logp, _, d_entropy):
     if entropy is None or (d_logp is None and d_entropy is None):
         d_entropy = None
     if d_logp is None and d_entropy is None:
-        return (None,) * 12
+        return (None,) * 13
     # masked rows have no gradient, whatever comes from above
     g, h = (None if d is None else d if mask is None else torch.where(mask, d, 0.0) for d in (d_logp, d_entropy))
     g = torch.zeros_like(lse) if g is None else g.contiguous()
@@ -173,7 +178,7 @@ def _linear_stats_backward(ctx, d_logp, _, d_entropy):
     gradients = torch.ops.fastgrpo.linear_grad(
         hidden, weight, bias, ids, lse, lse if entropy is None else entropy, g, h, inv_temperature, needs, *ctx.options
     )
-    return *(x if need else None for x, need in zip(gradients, needs, strict=True)), *(None,) * 9
+    return *(x if need else None for x, need in zip(gradients, needs, strict=True)), *(None,) * 10
 
 
 linear_stats.register_autograd(_linear_stats_backward, setup_context=_linear_stats_setup)
@@ -281,6 +286,7 @@ def linear_loss(
             logps[at] = stats[0]
             if want_entropy:
                 entropies[at] = stats[2]
+        projection = None  # before the weight's gradient is rounded
         return loss, logps, entropies if want_entropy else entropies.new_empty(0), *gradients.result()
 
 
@@ -345,8 +351,10 @@ def _linear_loss_backward(ctx, d_loss, *_):
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """gradient * factor, without a sync and in place where that is possible."""
-    if type(factor) is not Tensor or gradient.dtype != dtype:  # a compiler traces: it may change nothing in place
+    if type(factor) is not Tensor:  # a compiler traces: it may change nothing in place
         return (gradient * factor).to(dtype)
+    if gradient.dtype != dtype:
+        return gradient.mul_(factor).to(dtype)
     if gradient.numel() > 0:
         ops.scale_(gradient.view(1, -1, gradient.shape[-1]), factor, backend)
     return gradient

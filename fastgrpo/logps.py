@@ -104,7 +104,7 @@ def linear_logps(
     options = head_options(hidden, vocab, logit_scale, softcap, chunk_size, dtype, backend)
     rows = hidden if hidden.dim() == 3 else hidden[None]
     scored = None if mask is None else scored
-    logps, _, entropies = linear_stats(rows, weight, bias, ids, scored, inv_temperature, return_entropy, *options)
+    logps, _, entropies = linear_stats(rows, weight, bias, ids, scored, -1, inv_temperature, return_entropy, *options)
     return (logps.view(shape), entropies.view(shape)) if return_entropy else logps.view(shape)
 
 

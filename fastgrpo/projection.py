@@ -147,13 +147,13 @@ class Gradients:
         hidden, device, sums = projection.hidden, weight.device, wide(projection.dtype)
         shape = hidden.shape if needs[0] else (0, 0, 0)
         self.d_hidden = torch.zeros(shape, dtype=hold(hidden.dtype), device=device)
-        self.d_weight = _large(*(weight.shape if needs[1] else (0, 0)), hold(weight.dtype), device)
-        live = self.d_weight[: len(projection.weight)]
-        direct = live.dtype == sums or (chunks == 1 and live.dtype == projection.dtype)
-        self.sum = live if direct else _large(*live.shape, sums, device)
+        # dW of more than one chunk adds up in fp32; it becomes what it is to be once the buffer of logits is gone
+        self.shape, self.dtype = weight.shape if needs[1] else torch.Size([0, 0]), hold(weight.dtype)
+        direct = self.dtype == sums or (chunks == 1 and self.dtype == projection.dtype)
+        self.sum = _large(*self.shape, self.dtype if direct else sums, device)
+        self.vocab = len(projection.weight)
         # zeros where no GEMM writes; on a CPU everywhere, since page faults cost more amid a GEMM
-        written = len(live) if chunks and not (direct and device.type == "cpu") else 0
-        self.d_weight[written:].zero_()
+        self.sum[self.vocab if chunks and device.type != "cpu" else 0 :].zero_()
         self.d_bias = torch.zeros(len(bias) if needs[2] else 0, dtype=sums, device=device)
         self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)
 
@@ -167,16 +167,18 @@ class Gradients:
             else:
                 flat[rows] = torch.mm(dz, self.projection.weight).to(flat.dtype)
         if self.needs[1]:
-            _add_product(self.sum, dz, h, first=not self.started)
+            _add_product(self.sum[: self.vocab], dz, h, first=not self.started)
         if self.needs[2]:
             self.d_bias[: dz.shape[1]] += dz.sum(0, dtype=self.d_bias.dtype)
         self.started = True
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dL/dhidden (B, T, H), dL/dweight (V', H), dL/dbias (V')), each empty where it is not needed."""
-        if self.started and self.sum.dtype != self.d_weight.dtype:
-            self.d_weight[: len(self.sum)].copy_(self.sum)
-        return self.d_hidden, self.d_weight, self.d_bias.to(self.bias_dtype)
+        self.projection = None
+        d_weight = self.sum
+        if d_weight.dtype != self.dtype:
+            d_weight = _large(*self.shape, self.dtype, d_weight.device).copy_(d_weight)
+        return self.d_hidden, d_weight, self.d_bias.to(self.bias_dtype)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

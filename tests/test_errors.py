@@ -112,6 +112,7 @@ BAD_HEADS = {
     "scale-none": (dict(logit_scale=None), "logit_scale: .*> 0.*None"),
     "softcap-zero": (dict(softcap=0.0), "softcap: .*> 0.*0.0"),
     "softcap-nan": (dict(softcap=float("nan")), "softcap: .*nan"),
+    "softcap-out-of-range": (dict(softcap=1e-50), "softcap: .*between 1e-30 and 1e30.*1e-50"),
     "vocab_size-large": (dict(vocab_size=V + 1), "vocab_size: .*from 1 to 11.*12"),
     "vocab_size-zero": (dict(vocab_size=0), "vocab_size: .*from 1 to 11.*0"),
     "ids-in-padding": (dict(vocab_size=3, completion_ids=ids + 3), r"completion_ids: .*\[0, 3\).*got 3"),

@@ -198,6 +198,20 @@ def test_grad_scaler_keeps_small_fp16_gradients(backend, device):
         assert max(rel_norm(a, b) for a, b in zip(got, want, strict=True)) < 4e-3
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3e4])
+def test_fp16_keeps_its_range_whatever_the_advantages_are(size):
+    """Small probabilities times small advantages, and large ones: as good as fp16 logits and a GradScaler."""
+    hidden, weight, ids, kwargs = make_linear_inputs(("old",), vocab=20_000, batch=2, dtype=torch.float16)
+    kwargs["advantages"] = torch.tensor([1.0, -2.0]) * size
+    for objective in (Objective(), Objective(loss_type="grpo")):
+        call = dict(objective=objective, backend="torch", **kwargs)
+        upstream = 65536.0 if size < 1 else 1.0
+        _, d_logits = loss_and_grad(grpo_loss, project(hidden, weight), ids, upstream, **call)
+        want = (d_logits.double() @ weight.double(), d_logits.flatten(0, 1).double().T @ hidden.flatten(0, 1).double())
+        _, *got = linear_loss_and_grads(linear_grpo_loss, hidden, weight, ids, upstream, **call)
+        assert max(rel_norm(a, b) for a, b in zip(got, want, strict=True)) < 2e-3
+
+
 class Spy:
     """Counts rows and FLOPs of the GEMMs."""
 
@@ -372,30 +386,23 @@ def test_autocast_casts_the_weight_once(cut, monkeypatch, backend, device):
         assert_close(grad, half, 2**-7)
 
 
-def test_strided_hidden_states_are_not_copied_whole(backend, device):
-    """hidden[:, -T-1:-1] of a longer sequence, batches along the second dimension."""
+def test_strided_hidden_states(backend, device):
+    """hidden[:, -T-1:-1] of a longer sequence, batches along the second dimension; rows to leave out, and none."""
     hidden, weight, ids, kwargs = make_linear_inputs(("old",), device=device, backend=backend)
     b, t, width = hidden.shape
-    want = linear_truth(hidden, weight, ids, **kwargs)
-    for storage, view in (
-        (torch.randn(b, 2 * t, width, device=device), lambda x: x[:, -t - 1 : -1]),
-        (torch.randn(t, b, width, device=device), lambda x: x.transpose(0, 1)),
-    ):
-        view(storage).copy_(hidden)
-        leaf = storage.clone().requires_grad_()
-        for mask in (kwargs["completion_mask"], None):
-            output = linear_grpo_loss(
-                view(leaf),
-                weight,
-                ids,
-                backend=backend,
-                chunk_size=some_rows(ids),
-                **{**kwargs, "completion_mask": mask},
-            )
-            if mask is not None:
-                output.loss.backward()
-                assert_close(view(leaf.grad), want[1], 1e-5)
-                assert_close(output.loss, want[0].loss, 1e-5)
+    for mask in (kwargs.pop("completion_mask"), None):
+        want = linear_truth(hidden, weight, ids, completion_mask=mask, **kwargs)
+        for storage, view in (
+            (torch.randn(b, 2 * t, width, device=device), lambda x: x[:, -t - 1 : -1]),
+            (torch.randn(t, b, width, device=device), lambda x: x.transpose(0, 1)),
+        ):
+            view(storage).copy_(hidden)
+            leaf = storage.clone().requires_grad_()
+            call = dict(backend=backend, chunk_size=some_rows(ids), completion_mask=mask)
+            output = linear_grpo_loss(view(leaf), weight, ids, **call, **kwargs)
+            output.loss.backward()
+            assert_close(view(leaf.grad), want[1], 1e-5)
+            assert_close(output.loss, want[0].loss, 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
@@ -425,6 +432,20 @@ def test_rewards_are_normalised_here_too(backend, device):
         want = linear_truth(hidden, weight, ids, **call)
         got = linear_loss_and_grads(linear_grpo_loss, hidden, weight, ids, backend=backend, **call)
         assert_agrees(got, want, 1e-5)
+
+
+def test_one_sequence_with_rewards(backend, device):
+    """What is one number per sequence has to stand on every row, also when there is one sequence only."""
+    hidden, weight, ids, kwargs = make_linear_inputs(("ref",), batch=1, length=5, device=device, backend=backend)
+    call = dict(rewards=torch.tensor([1.0], device=device), num_generations=1, objective=Objective(beta=0.1))
+    call |= dict(ref_per_token_logps=kwargs["ref_per_token_logps"])
+    want = linear_truth(hidden, weight, ids, **call)
+    got = linear_loss_and_grads(linear_grpo_loss, hidden, weight, ids, backend=backend, **call)
+    assert_agrees(got, want, 1e-5)
+    logits = project(hidden, weight)
+    for inplace in (False, True):
+        output, _ = loss_and_grad(grpo_loss, logits, ids, backend=backend, inplace=inplace, **call)
+        assert_close(output.loss, want[0].loss, 1e-5)
 
 
 def test_float64_goes_through_torch():
@@ -495,7 +516,6 @@ def test_peak_memory_does_not_grow_with_the_batch():
     small, large, buffer = peak(1024), peak(16 * 1024), 512 * 32001 * 2
     assert buffer <= small < 2 * buffer
     assert large - small <= 0.25 * buffer  # dL/dhidden, 1 MB, and row vectors; all logits would be 31 more buffers
-    assert 15 * 1024 * 32001 * 2 > 20 * buffer
 
 
 @pytest.mark.gpu

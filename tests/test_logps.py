@@ -280,6 +280,20 @@ def test_linear_logps(masked, chunk_size, backend, device):
     assert torch.equal(linear_logps(*inputs[:2], ids, bias=bias, **call), got[0])
 
 
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 1e4])
+def test_softcap_keeps_its_digits(softcap, backend, device):
+    """From a cap that all logits reach to one that none comes near; infinite logits end at the cap."""
+    if backend == "triton" and softcap > 100:
+        pytest.skip("the Triton kernels cap logits to 1e-7 of the cap, which is no model's when it is that large")
+    hidden, weight, ids, _ = make_linear_inputs(batch=1, length=3, width=32, vocab=700, device=device, backend=backend)
+    bias = torch.zeros(len(weight), device=device)
+    bias[3], bias[5] = torch.inf, -torch.inf
+    logps = linear_logps(hidden, weight, ids, bias=bias, softcap=softcap, backend=backend)
+    raw = hidden.cpu() @ weight.cpu().T + bias.cpu()  # as the kernels get them
+    want, _ = exact(torch.tanh(raw.double() / softcap) * softcap, ids)
+    assert (logps.cpu() - want).abs().max() <= 4e-7 * (1 + want.abs().max())
+
+
 def test_linear_logps_equal_trls(device):
     """TRL's own chunked head: the same logps, entropies and gradients, softcap and all."""
     pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")

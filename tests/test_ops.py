@@ -90,7 +90,7 @@ def test_opcheck_linear(softcap, dtype, backend, device):
     head = [x.clone().requires_grad_() for x in (hidden, weight, torch.randn(37, device=device).to(dtype))]
     options = (37, softcap, 4, dtype, backend)
     for mask, want_entropy in ((None, False), (batch.mask, True)):
-        rows = (batch.ids, mask, batch.inv_temperature, want_entropy)
+        rows = (batch.ids, mask, -1, batch.inv_temperature, want_entropy)
         opcheck(linear_ops.linear_stats, (*head, *rows, *options))
     _, lse, entropy = linear_ops.linear_stats(*head, *rows, *options)
     g = torch.randn_like(lse)

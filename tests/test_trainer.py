@@ -32,8 +32,7 @@ def tokenizer():
     return embedded.make_tokenizer()
 
 
-@pytest.fixture
-def model(tokenizer):
+def small_model(tokenizer, **options):
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer),
@@ -45,11 +44,17 @@ def model(tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
+        **options,
     )
     model = transformers.Qwen2ForCausalLM(config)
     with torch.no_grad():  # sharper than the usual start, so that log probabilities are worth comparing
         model.lm_head.weight.mul_(20)
     return model
+
+
+@pytest.fixture
+def model(tokenizer):
+    return small_model(tokenizer)
 
 
 @pytest.fixture

@@ -7,11 +7,10 @@ import time
 
 import pytest
 import torch
-import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from test_trainer import QUIET, Scripted, even_digits, step_logs
+from test_trainer import QUIET, Scripted, even_digits, small_model, step_logs
 
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer, embedded
 
@@ -110,23 +109,7 @@ def folder(tmp_path_factory):
     pytest.importorskip("peft")
     folder, tokenizer = tmp_path_factory.mktemp("sharded"), embedded.make_tokenizer()
     for tied in (False, True):
-        torch.manual_seed(0)
-        config = transformers.Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            tie_word_embeddings=tied,
-        )
-        model = transformers.Qwen2ForCausalLM(config)
-        with torch.no_grad():
-            model.lm_head.weight.mul_(20)
-        model.save_pretrained(folder / ("tied" if tied else "untied"))
+        small_model(tokenizer, tie_word_embeddings=tied).save_pretrained(folder / ("tied" if tied else "untied"))
     return folder
 
 

@@ -280,28 +280,33 @@ void gradient_entry(const void* x, void* out, int64_t V, float c, const RowGradi
   }
 }
 
-// tanh(x / softcap), to 1e-7.
+// tanh(x / softcap) = m / (m + 2) with m = e^(2x / softcap) - 1, where no digits are lost near 0:
+// m = (2^f - 1) * 2^n + (2^n - 1), whose first factor the polynomial gives without its constant term.
 class Tanh {
  public:
-  explicit Tanh(float softcap) : limit_(Simd::set(12.0f * softcap)), exponential_(range(softcap), kExp2Fine, 1.0f) {}
+  explicit Tanh(float softcap) {
+    Range range;
+    range.around(0.0, 2.8853900817779268f / softcap);
+    c_ = Simd::set(range.c);
+    magic_ = Simd::set(range.magic);
+    lowest_ = Simd::set(range.floor);
+    highest_ = Simd::set(-12.0f * softcap);  // beyond, the result is 1
+  }
 
   Vec operator()(Vec x) const {
     const Vec zero = Simd::set(0.0f), one = Simd::set(1.0f);
-    const Vec below = Simd::sub(zero, Simd::max(Simd::sub(zero, limit_), Simd::sub(zero, x)));  // min(x, limit)
-    Vec significand, power;
-    exponential_(exponential_.clamp(below), significand, power);
-    return Simd::sub(one, Simd::div(Simd::set(2.0f), Simd::fma(significand, power, one)));
+    const Vec bounded = Simd::max(lowest_, Simd::sub(zero, Simd::max(highest_, Simd::sub(zero, x))));
+    const Vec shifted = Simd::fma(bounded, c_, magic_);
+    const Vec f = Simd::fma(bounded, c_, Simd::sub(magic_, shifted));
+    Vec m = Simd::set(kExp2Fine[5]);
+    for (int i = 4; i >= 1; --i) m = Simd::fma(m, f, Simd::set(kExp2Fine[i]));
+    const Vec power = Simd::low_bits_to_exponent(shifted);
+    m = Simd::fma(Simd::mul(m, f), power, Simd::sub(power, one));
+    return Simd::div(m, Simd::add(m, Simd::set(2.0f)));
   }
 
  private:
-  static Range range(float softcap) {
-    Range r;
-    r.around(0.0, 2.8853900817779268f / softcap);  // e^(2x) in base 2
-    return r;
-  }
-
-  Vec limit_;
-  Exponential<6> exponential_;
+  Vec c_, magic_, lowest_, highest_;
 };
 
 // Calls f(v, z) on every vector of z, and the padding after the last.

@@ -139,7 +139,7 @@ def _store(body, y, left, UNROLL: tl.constexpr, LANES: tl.constexpr, K: tl.const
 
 @triton.jit
 def _tanh(x, softcap):
-    """tanh(x / softcap), to 1e-7 of 1; -1 and 1 at the infinities."""
+    """tanh(x / softcap), to 1e-7 of 1: a capped logit is good to 1e-7 of the cap. -1 and 1 at the infinities."""
     return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / softcap)))
 
 
