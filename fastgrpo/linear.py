@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgrpo import backends
 from fastgrpo.layout import Batch, Packed, check, check_rows, make_batch
-from fastgrpo.linear_ops import encode_objective, linear_loss, linear_stats
+from fastgrpo.linear_ops import LinearLoss, encode_objective, linear_loss, linear_stats
 from fastgrpo.loss import GRPOLoss, GRPOOutput, make_output, objective_of_stats
 from fastgrpo.objective import Objective, entropy_weight, row_weight
 from fastgrpo.projection import count_rows, default_chunk, wide
@@ -125,7 +125,8 @@ def linear_grpo_loss(
         )
         if scale is not None:
             weights, h = weights * scale, None if h is None else h * scale
-        loss, logps, entropies, *_ = linear_loss(
+        call = linear_loss if torch.compiler.is_compiling() else LinearLoss.apply
+        loss, logps, entropies, *_ = call(
             *head,
             batch.ids,
             scored,

@@ -325,11 +325,9 @@ def _(hidden, weight, bias, ids, scored, learn, inv_temperature, *options):
 
 
 def _linear_loss_setup(ctx, inputs, output):
-    ctx.dtypes = [x.dtype for x in (inputs[0], inputs[1], inputs[1] if inputs[2] is None else inputs[2])]
+    ctx.dtypes, ctx.needs, *_ = _gradient_kinds(inputs)
     _, logps, entropies, *gradients = output
-    ctx.needs, *_, ctx.backend = inputs[-6:]
-    # not saved tensors: the backward pass gives them away, and nothing else may hold them then
-    ctx.gradients = gradients
+    ctx.save_for_backward(*gradients)
     ctx.mark_non_differentiable(logps, entropies, *gradients)
     ctx.set_materialize_grads(False)
 
@@ -337,27 +335,47 @@ def _linear_loss_setup(ctx, inputs, output):
 def _linear_loss_backward(ctx, d_loss, *_):
     if d_loss is None:
         return (None,) * 27
-    if torch.is_grad_enabled():  # create_graph=True
-        ops.refuse_double_backward()
-    if ctx.gradients is None:
-        raise RuntimeError(
-            "fastgrpo: a second backward through linear_grpo_loss; its gradients, made in the forward pass, were "
-            "handed out by the first. Call it again, or use linear_logps and policy_loss to keep the graph."
-        )
-    gradients, ctx.gradients = ctx.gradients, None
-    scaled = (_scaled(x, d_loss, dtype, ctx.backend) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
-    return *(x if need else None for x, need in zip(scaled, ctx.needs, strict=True)), *(None,) * 24
+    kinds = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+    return *((x * d_loss).to(dtype) if need else None for x, dtype, need in kinds), *(None,) * 24
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """gradient * factor, without a sync and in place where that is possible."""
-    if type(factor) is not Tensor:  # a compiler traces: it may change nothing in place
-        return (gradient * factor).to(dtype)
-    if gradient.dtype != dtype:
-        return gradient.mul_(factor).to(dtype)
-    if gradient.numel() > 0:
-        ops.scale_(gradient.view(1, -1, gradient.shape[-1]), factor, backend)
-    return gradient
+def _gradient_kinds(inputs: tuple) -> tuple[list[torch.dtype], list[bool], str]:
+    """(dtypes of the gradients of hidden, weight and bias, which of them are needed, backend)."""
+    hidden, weight, bias, *_ = inputs
+    needs, *_, backend = inputs[-6:]
+    return [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype], needs, backend
 
 
 linear_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_setup)
+
+
+class LinearLoss(torch.autograd.Function):
+    """linear_loss outside a compiled graph: the gradients are nobody else's, so backward scales them in place and
+    gives them away, once."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        loss, logps, entropies, *ctx.gradients = linear_loss(*inputs)
+        ctx.dtypes, ctx.needs, ctx.backend = _gradient_kinds(inputs)
+        ctx.mark_non_differentiable(logps, entropies)
+        ctx.set_materialize_grads(False)
+        return loss, logps, entropies
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor | None, *_):
+        if d_loss is None:
+            return (None,) * 27
+        if torch.is_grad_enabled():  # create_graph=True
+            ops.refuse_double_backward()
+        if not ctx.gradients:
+            raise RuntimeError(
+                "fastgrpo: a second backward through linear_grpo_loss; its gradients, made in the forward pass, were "
+                "handed out by the first. Call it again, or use linear_logps and policy_loss to keep the graph."
+            )
+        results = []
+        for dtype, need in zip(ctx.dtypes, ctx.needs, strict=True):
+            gradient = ctx.gradients.pop(0)
+            if need and gradient.numel() > 0:
+                ops.scale_(gradient.view(1, -1, gradient.shape[-1]), d_loss, ctx.backend)
+            results.append(gradient.to(dtype) if need else None)
+        return *results, *(None,) * 24
