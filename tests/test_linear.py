@@ -484,6 +484,13 @@ def test_module_holds_objective_and_options(backend, device):
         LinearGRPOLoss(inplace=True)
 
 
+def test_chunks_hold_whole_sequences_and_no_more_than_they_may():
+    parts = projection.cut_sequences([7, 6, 5, 0, 11], 11)
+    assert parts == [(slice(0, 7), slice(0, 1)), (slice(7, 18), slice(1, 4)), (slice(18, 29), slice(4, 5))]
+    assert projection.cut_sequences([0, 0], 4) == projection.cut(0, 0, 4) == []
+    assert projection.cut(2, 9, 3) == [slice(2, 4), slice(4, 6), slice(6, 9)]
+
+
 PEAK = """
 import sys, torch
 from fastgrpo import linear_grpo_loss
