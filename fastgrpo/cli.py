@@ -69,7 +69,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--output-dir", default="fastgrpo-train", help="(default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    add("--backend", default="auto", help="of the loss: auto, cpu, triton or torch (default: %(default)s)")
+    add("--backend", default="auto", help="of the loss: auto, cpu, cuda, triton or torch (default: %(default)s)")
 
 
 def _train(options: argparse.Namespace) -> int:

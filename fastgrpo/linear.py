@@ -99,14 +99,15 @@ def linear_grpo_loss(
         temperature=temperature,
         cu_seqlens=cu_seqlens,
     )
-    options = head_options(hidden, vocab, logit_scale, softcap, chunk_size, dtype, backend)
+    head = (hidden if hidden.dim() == 3 else hidden[None], weight, bias)
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in head]
+    one_pass = objective.is_token_local and any(needs)
+    options = head_options(hidden, vocab, logit_scale, softcap, chunk_size, dtype, backend, one_pass)
     inv_temperature = batch.inv_temperature * logit_scale
     batch.skip_inert = not return_stats
     batch.leave_out_inert(objective)
     scored = batch.scored if batch.masked or batch.scored is not batch.mask else None
     want_entropy = return_stats or objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
-    head = (hidden if hidden.dim() == 3 else hidden[None], weight, bias)
-    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in head]
     terms = None
 
     in_one_pass, counts = _row_counts(objective, batch, scored, options[2]) if any(needs) else (False, [])
@@ -201,10 +202,11 @@ def head_options(
     chunk_size: int | None,
     dtype: torch.dtype,
     backend: str,
+    one_pass: bool = False,
 ) -> tuple[int, float, int, torch.dtype, str]:
     """(vocab, softcap, chunk, dtype, backend) as the operators take them; the scale has gone into the temperature."""
     chunk = chunk_size or _default_chunk(vocab, dtype, hidden.device)
-    backend = backends.select(hidden, backend, dtype)
+    backend = backends.select(hidden, backend, dtype, one_pass=vocab if one_pass and softcap is None else 0)
     # c·tanh(s·x/c) = s · (c/s)·tanh(x / (c/s))
     return vocab, 0.0 if softcap is None else softcap / logit_scale, chunk, dtype, backend
 

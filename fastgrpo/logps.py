@@ -33,7 +33,7 @@ def selective_logps(
         mask like completion_ids: rows to score (nonzero); others are not read and give 0.
         temperature: number > 0, or a tensor per sequence (B,) or per token (B, T) / (N,).
         return_entropy: also return the entropies, in nats (of the distribution at that temperature).
-        backend: "auto", "cpu", "triton" or "torch".
+        backend: "auto", "cpu", "cuda", "triton" or "torch".
 
     Returns:
         logps like completion_ids, fp32; or (logps, entropies).
@@ -84,7 +84,7 @@ def linear_logps(
         temperature: number > 0, or a tensor per sequence (B,) or per token (B, T) / (N,).
         return_entropy: also return the entropies, in nats (of the distribution at that temperature).
         bias, logit_scale, softcap, vocab_size, chunk_size: as in `linear_grpo_loss`.
-        backend: "auto", "cpu", "triton" or "torch".
+        backend: "auto", "cpu", "cuda", "triton" or "torch".
 
     Returns:
         logps like completion_ids, fp32; or (logps, entropies). Differentiable in hidden, weight and bias.

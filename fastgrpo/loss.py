@@ -84,7 +84,8 @@ def grpo_loss(
         inplace: overwrite `logits` with their gradient, when they require one: use them for nothing else afterwards (a
             leaf's .grad then shares its memory). One backward call is allowed. torch.compile(fullgraph=True) takes it
             on the kernel backends, in fp32 and bf16, at token level.
-        backend: "auto", "cpu", "triton" or "torch"; a named one that cannot run raises.
+        backend: "auto" (`backends.select` has the rule), "cpu", "cuda", "triton" or "torch"; a named one that cannot
+            run raises.
 
     Returns:
         GRPOOutput.
@@ -117,9 +118,10 @@ def grpo_loss(
         temperature=temperature,
         cu_seqlens=cu_seqlens,
     )
-    backend = backends.select(logits, backend)
     logits = as_rows(logits, inplace)
     inplace = inplace and logits.requires_grad and torch.is_grad_enabled()
+    one_pass = inplace and objective.is_token_local and logits.dtype != torch.float16
+    backend = backends.select(logits, backend, one_pass=logits.size(-1) if one_pass else 0)
     batch.skip_inert = not return_stats
     want_entropy = return_stats or objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
 

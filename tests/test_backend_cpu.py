@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fastgrpo.backends import TokenRows, TokenSpec, cpu
+from fastgrpo.backends import TokenRows, TokenSpec, _native, cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"cpu backend: {cpu.unavailable()}")
 
@@ -336,7 +336,7 @@ def test_says_why(monkeypatch, tmp_path):
         cpu.row_stats(torch.zeros(1, 1, 4), torch.zeros(1, dtype=torch.int64), everything(1), torch.ones(1), False)
     assert "float64" in cpu.supports("cpu", torch.float64) and "cuda" in cpu.supports("cuda", torch.float32)
     cpu._load.cache_clear()
-    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "fastgrpo" / "backends" / "cpu.py"))
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "fastgrpo" / "backends" / "_native.py"))
     assert "does not exist" in cpu.unavailable()
     cpu._load.cache_clear()
     monkeypatch.undo()

@@ -22,7 +22,7 @@
 namespace fastgrpo {
 namespace {
 
-using Args = FastgrpoCpuArgs;
+using Args = FastgrpoArgs;
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -48,17 +48,17 @@ void write_element(float x, void* row, int64_t j, int32_t dtype) {
 // One row of a call: where it stands, and the scale of its exponents.
 struct Row {
   const Args& args;
-  const Sweeps* sweeps;
+  const Sweeps* table;  // indexed by DType
   const void* logits;
   void* out;
-  int32_t dtype;
+  int32_t dtype;   // of source()
   float* capped;   // with a softcap: its logits in fp32, which the sweeps take for the row's; else null
   int64_t target;  // -1 when the id is out of range
   float inv_temperature;
   float c;      // exponent in base 2 per logit
   double unit;  // log(2), but such that z = t * unit holds in spite of the rounding of c
 
-  Row(const Args& a, const Sweeps& s, int64_t r) : args(a), sweeps(&s), dtype(a.dtype), capped(nullptr) {
+  Row(const Args& a, const Sweeps* table, int64_t r) : args(a), table(table), dtype(a.dtype), capped(nullptr) {
     const int64_t b = r / a.tokens, t = r % a.tokens, size = element_size(a.dtype);
     logits = (const char*)a.logits + (b * a.logits_stride[0] + t * a.logits_stride[1]) * size;
     out = a.out == nullptr ? nullptr : (char*)a.out + (b * a.out_stride[0] + t * a.out_stride[1]) * size;
@@ -74,11 +74,11 @@ struct Row {
     thread_local std::vector<float> scratch;
     scratch.resize(args.vocab + kCapPadding);
     capped = scratch.data();
-    sweeps->cap(logits, capped, args.vocab, args.softcap);
-    sweeps = sweeps_for((Isa)args.isa, kFloat32);
+    sweeps().cap(logits, capped, args.vocab, args.softcap);
     dtype = kFloat32;
   }
 
+  const Sweeps& sweeps() const { return table[dtype]; }
   const void* source() const { return capped == nullptr ? logits : capped; }
 
   void zero_gradient() const { memset(out, 0, args.vocab * element_size(args.dtype)); }
@@ -88,7 +88,7 @@ struct Row {
     const double logit = target < 0 ? 0.0 : read_element(source(), target, dtype);  // before it is overwritten
     const double scale = inv_temperature;
     const double constant = h == 0 ? -scale * g : -scale * (g + (double)h * entropy);
-    sweeps->gradient(source(), sink, args.vocab, c, {lse2, (float)constant, (float)(-scale * h * unit)}, next);
+    sweeps().gradient(source(), sink, args.vocab, c, {lse2, (float)constant, (float)(-scale * h * unit)}, next);
     if (target >= 0) {
       // g*(1 - p) keeps its digits when p is near 1.
       const double lp = (logit * c - lse2) * unit, p = exp(lp);
@@ -97,7 +97,7 @@ struct Row {
       write_element((float)(scale * value), sink, target, dtype);
     }
     if (capped == nullptr) return;
-    sweeps_for((Isa)args.isa, (DType)args.dtype)->uncap(logits, capped, out, args.vocab, args.softcap);
+    table[args.dtype].uncap(logits, capped, out, args.vocab, args.softcap);
   }
 };
 
@@ -107,7 +107,7 @@ struct Score {
 };
 
 Score score(const Row& row, bool want_entropy) {
-  const RowSums others = row.sweeps->stats(row.source(), row.args.vocab, row.target, row.c, want_entropy);
+  const RowSums others = row.sweeps().stats(row.source(), row.args.vocab, row.target, row.c, want_entropy);
   Score s;
   double sum = others.sum, logp = kNaN;
   double t = -INFINITY;  // of the target, from ref
@@ -138,10 +138,10 @@ bool zero_row(const Row& row, float g, float h) {
   return true;
 }
 
-void stats_row(const Args& a, const Sweeps& sweeps, int64_t r, int64_t) {
+void stats_row(const Args& a, const Sweeps* table, int64_t r, int64_t) {
   Score s = {0.0, 0.0f, 0.0f, 0.0f};
   if (a.mask[r]) {
-    Row row(a, sweeps, r);
+    Row row(a, table, r);
     row.cap();
     s = score(row, a.entropy != nullptr);
   }
@@ -150,8 +150,8 @@ void stats_row(const Args& a, const Sweeps& sweeps, int64_t r, int64_t) {
   if (a.entropy != nullptr) a.entropy[r] = s.entropy;
 }
 
-void gradient_row(const Args& a, const Sweeps& sweeps, int64_t r, int64_t) {
-  Row row(a, sweeps, r);
+void gradient_row(const Args& a, const Sweeps* table, int64_t r, int64_t) {
+  Row row(a, table, r);
   const float h = a.h == nullptr ? 0.0f : a.h[r];
   if (zero_row(row, a.g[r], h)) return;
   row.cap();
@@ -162,11 +162,11 @@ void gradient_row(const Args& a, const Sweeps& sweeps, int64_t r, int64_t) {
 const void* row_to_fetch(const Row& present, int64_t r, int64_t end) {
   const Args& a = present.args;
   if (r >= end || !a.mask[r] || a.softcap != 0 || a.vocab * element_size(a.dtype) > 384 << 10) return nullptr;
-  return Row(a, *present.sweeps, r).logits;
+  return Row(a, present.table, r).logits;
 }
 
-void loss_row(const Args& a, const Sweeps& sweeps, int64_t r, int64_t end) {
-  Row row(a, sweeps, r);
+void loss_row(const Args& a, const Sweeps* table, int64_t r, int64_t end) {
+  Row row(a, table, r);
   const float h = a.h == nullptr ? 0.0f : a.h[r];
   bool scored = a.mask[r] != 0;
   float advantage = 0;
@@ -200,23 +200,23 @@ void loss_row(const Args& a, const Sweeps& sweeps, int64_t r, int64_t end) {
   }
 }
 
-// Calls f(args, sweeps, r, end) for every row, where the rows before `end` follow on the same thread. A thread is
+// Calls f(args, table, r, end) for every row, where the rows before `end` follow on the same thread. A thread is
 // started for every half million elements (about 0.2 ms of work) at the most, and rows are handed out a few at a time,
 // because masked ones take no time at all.
 template <class F>
-void for_each_row(const Args& args, F f) {
+void for_each_row(const Args& args, int32_t isa, int32_t max_threads, F f) {
   const int64_t rows = args.batch * args.tokens;
   if (rows == 0) return;
-  const Sweeps& sweeps = *sweeps_for((Isa)args.isa, (DType)args.dtype);
+  const Sweeps* const table = sweeps_for((Isa)isa);
   const int64_t worth = rows * args.vocab >> 19;
-  int64_t threads = args.threads < worth ? args.threads : worth;
+  int64_t threads = max_threads < worth ? max_threads : worth;
   threads = threads < rows ? threads : rows;
   const int64_t chunk = threads > 1 && rows >= threads * 32 ? rows / (threads * 16) : 1;
   std::atomic<int64_t> next(0);
   const auto work = [&] {
     for (int64_t begin; (begin = next.fetch_add(chunk, std::memory_order_relaxed)) < rows;) {
       const int64_t end = begin + chunk < rows ? begin + chunk : rows;
-      for (int64_t r = begin; r < end; ++r) f(args, sweeps, r, end);
+      for (int64_t r = begin; r < end; ++r) f(args, table, r, end);
     }
   };
   std::vector<std::thread> helpers;
@@ -241,20 +241,22 @@ void prefer_large_pages_out(const Args& args) {
 }  // namespace
 }  // namespace fastgrpo
 
-int32_t fastgrpo_cpu_abi(void) { return FASTGRPO_CPU_ABI; }
+int32_t fastgrpo_cpu_abi(void) { return FASTGRPO_ABI; }
 
-int64_t fastgrpo_cpu_args_size(void) { return sizeof(FastgrpoCpuArgs); }
+int64_t fastgrpo_cpu_args_size(void) { return sizeof(FastgrpoArgs); }
 
-void fastgrpo_cpu_row_stats(const FastgrpoCpuArgs* args) { fastgrpo::for_each_row(*args, fastgrpo::stats_row); }
-
-void fastgrpo_cpu_row_grad(const FastgrpoCpuArgs* args) {
-  fastgrpo::prefer_large_pages_out(*args);
-  fastgrpo::for_each_row(*args, fastgrpo::gradient_row);
+void fastgrpo_cpu_row_stats(const FastgrpoArgs* args, int32_t isa, int32_t threads) {
+  fastgrpo::for_each_row(*args, isa, threads, fastgrpo::stats_row);
 }
 
-void fastgrpo_cpu_token_loss(const FastgrpoCpuArgs* args) {
+void fastgrpo_cpu_row_grad(const FastgrpoArgs* args, int32_t isa, int32_t threads) {
   fastgrpo::prefer_large_pages_out(*args);
-  fastgrpo::for_each_row(*args, fastgrpo::loss_row);
+  fastgrpo::for_each_row(*args, isa, threads, fastgrpo::gradient_row);
+}
+
+void fastgrpo_cpu_token_loss(const FastgrpoArgs* args, int32_t isa, int32_t threads) {
+  fastgrpo::prefer_large_pages_out(*args);
+  fastgrpo::for_each_row(*args, isa, threads, fastgrpo::loss_row);
 }
 
 void fastgrpo_cpu_prefer_large_pages(void* buffer, int64_t bytes) {

@@ -40,11 +40,11 @@ const Candidate* candidates(int* count) {
 
 }  // namespace
 
-const Sweeps* sweeps_for(Isa isa, DType dtype) {
+const Sweeps* sweeps_for(Isa isa) {
   int count;
   const Candidate* all = candidates(&count);
   for (int i = 0; i < count; ++i) {
-    if (all[i].isa == isa && all[i].runs) return all[i].table + dtype;
+    if (all[i].isa == isa && all[i].runs) return all[i].table;
   }
   return nullptr;
 }

@@ -8,8 +8,6 @@
 
 namespace fastgrpo {
 
-enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
 // Sums over a row without its target, so that a target with p near 1 loses no digits to 1 + small:
 //   sum = sum_j 2^(t_j - ref),  weighted = sum_j 2^(t_j - ref) * (t_j - ref)
 struct RowSums {
@@ -40,10 +38,11 @@ struct Sweeps {
 
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
 
-// The sweeps for an instruction set and a dtype; null when this library holds none or this CPU cannot run them.
-const Sweeps* sweeps_for(Isa isa, DType dtype);
+// The table of an instruction set; null when this library holds none or this CPU cannot run it.
+const Sweeps* sweeps_for(Isa isa);
 
-// One table per instruction set, indexed by DType; defined where CMakeLists.txt compiles sweeps.cpp for it.
+// One table per instruction set, indexed by DType (../args.h, whose inline functions sweeps.cpp must not see); defined
+// where CMakeLists.txt compiles sweeps.cpp for it.
 namespace portable {
 extern const Sweeps kSweeps[3];
 }

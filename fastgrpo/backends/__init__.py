@@ -1,4 +1,4 @@
-"""The backends: one module each (torch, cpu, triton) with the same few functions, and the one place that chooses.
+"""The backends: one module each (torch, cpu, triton, cuda) with the same functions, and the place that chooses.
 
 A backend works on rows of logits and knows neither loss types nor layouts beyond `TokenRows` and `TokenSpec`:
 
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch as _torch  # plain `torch` is a submodule of this package
 from torch import Tensor
 
-NAMES = ("cpu", "triton", "torch")  # in order of preference
+NAMES = ("cpu", "cuda", "triton", "torch")
 
 
 class TokenRows(NamedTuple):
@@ -70,21 +70,24 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def select(tensor: Tensor, backend: str = "auto", dtype: _torch.dtype | None = None) -> str:
+def select(tensor: Tensor, backend: str = "auto", dtype: _torch.dtype | None = None, *, one_pass: int = 0) -> str:
     """The name of the backend that takes logits on the device of `tensor`, of its dtype unless one is given.
 
-    "auto" is cpu for CPU tensors and triton for GPU tensors; float64 goes to torch. When torch stands in because a
-    kernel is missing, a RuntimeWarning says why, once.
+    one_pass: V, where the objective is one of a token alone and the gradient is to be written over the logits.
+
+    "auto" is, in this order: torch for float64; cpu for CPU tensors; cuda for one pass over logits whose rows a
+    cluster of an NVIDIA GPU's blocks can hold (compute capability 9.0 and later); triton. When torch stands in because
+    a kernel is missing, a RuntimeWarning says why, once.
 
     Raises:
         ValueError: unknown backend, or a named one that cannot take this tensor.
         RuntimeError: a named backend that cannot run on this machine.
     """
-    return _select(tensor.device.type, dtype or tensor.dtype, backend)
+    return _select(tensor.device.type, tensor.device.index, dtype or tensor.dtype, backend, one_pass)
 
 
 @_torch.compiler.assume_constant_result
-def _select(device_type: str, dtype: _torch.dtype, backend: str) -> str:
+def _select(device_type: str, index: int | None, dtype: _torch.dtype, backend: str, one_pass: int) -> str:
     if backend != "auto":
         module = get(backend)
         if (why := module.unavailable()) is not None:
@@ -94,6 +97,11 @@ def _select(device_type: str, dtype: _torch.dtype, backend: str) -> str:
         return backend
     if dtype == _torch.float64:
         return "torch"
+    if one_pass and device_type == "cuda":
+        cuda = get("cuda")
+        usable = cuda.unavailable() is None and cuda.supports(device_type, dtype) is None
+        if usable and cuda.cluster(one_pass, dtype, index) > 0:
+            return "cuda"
     name = "cpu" if device_type == "cpu" else "triton"
     module = get(name)
     why = module.unavailable() or module.supports(device_type, dtype)

@@ -1,0 +1,314 @@
+// Statistics, objective and gradient of a row in one pass: a cluster of blocks holds the row in its shared memory.
+//
+// Grid: as many clusters as the device holds at once, 288 threads a block, two blocks a multiprocessor (at most 112
+// registers a thread, 113 KiB of shared memory a block); where three rows do not fit into that, one block and 227 KiB.
+// Bytes moved per row: V logits in, V gradients out, both by bulk copies; V in only when no gradient is wanted.
+// A block's ninth warp plans rows and moves them; eight warps sweep: the maximum, the sums, and, after one exchange of
+// (top, sum, weighted, target) between the blocks, the gradient over the logits.
+// Edges of a slice that are not whole 16 bytes are moved element by element: V and addresses may be anything.
+// Rows that are not scored are not read; they and rows whose g and h are 0 cost their zeroes. lse is fp32,
+// addresses 64.
+
+#include "kernels.h"
+#include "launch.h"
+#include "rows.h"
+
+namespace fastgrpo {
+namespace {
+
+constexpr int kThreads = kWorkers + 32;
+constexpr int kMaxBuffers = 4;
+constexpr int kMaxCluster = 16;
+
+struct OnePassArgs {
+  FastgrpoArgs a;
+  OnePassShape shape;
+};
+
+// ---- shared memory, in bytes from its start
+
+constexpr uint32_t kFull = 0;                             // per buffer: a row, or the end, is there
+constexpr uint32_t kReady = kFull + 8 * kMaxBuffers;      // per buffer: the workers are done with it
+constexpr uint32_t kExchange = kReady + 8 * kMaxBuffers;  // for every second row: all parts are there
+constexpr uint32_t kTarget = kExchange + 16;              // for every second row: the target's logit
+constexpr uint32_t kWarpSums = kTarget + 16;
+constexpr uint32_t kParts = kWarpSums + kScratch;  // for every second row: (top, sum, weighted, target) by rank
+constexpr uint32_t kGradient = kParts + 2 * 16 * kMaxCluster;
+constexpr uint32_t kPlan = kGradient + sizeof(RowGradient);  // per buffer
+constexpr uint32_t kBuffers = (kPlan + sizeof(Plan) * kMaxBuffers + 127) / 128 * 128;
+
+template <class T>
+FASTGRPO_DEVICE T shared_get(uint32_t at) {
+  union {
+    Vec v[sizeof(T) / 16];
+    T value;
+  } u;
+  FASTGRPO_UNROLL
+  for (int i = 0; i < (int)(sizeof(T) / 16); ++i) u.v[i] = shared_load<Vec>(at + i * 16);
+  return u.value;
+}
+
+template <class T>
+FASTGRPO_DEVICE void shared_put(uint32_t at, const T& value) {
+  union U {
+    T value;
+    Vec v[sizeof(T) / 16];
+    FASTGRPO_DEVICE U(const T& x) : value(x) {}
+  } u(value);
+  FASTGRPO_UNROLL
+  for (int i = 0; i < (int)(sizeof(T) / 16); ++i) shared_store(at + i * 16, u.v[i]);
+}
+
+FASTGRPO_DEVICE uint32_t full(int buffer) { return kFull + 8 * buffer; }
+FASTGRPO_DEVICE uint32_t ready(int buffer) { return kReady + 8 * buffer; }
+FASTGRPO_DEVICE uint32_t plan_at(int buffer) { return kPlan + (uint32_t)sizeof(Plan) * buffer; }
+FASTGRPO_DEVICE uint32_t buffer_at(const OnePassShape& shape, int buffer) {
+  return kBuffers + shape.buffer_bytes * buffer;
+}
+
+// This block's slice of a row of `base`.
+template <class E>
+FASTGRPO_DEVICE Span<E> slice_of(const void* base, const int64_t (&stride)[2], const OnePassArgs& p, int64_t row) {
+  const int vocab = (int)p.a.vocab, begin = min_of(cluster_rank() * p.shape.slice, vocab);
+  const void* start = row_pointer(base, stride, p.a, row, sizeof(typename E::Bits));
+  return Span<E>(start, begin, min_of(p.shape.slice, vocab - begin));
+}
+
+// Counts rows through the buffers.
+struct Turn {
+  int buffer = 0;
+  uint32_t parity = 0;
+  FASTGRPO_DEVICE void next(const OnePassShape& shape) {
+    if (++buffer == shape.buffers) buffer = 0, parity ^= 1;
+  }
+};
+
+// ---- the warp that moves rows
+
+template <class E>
+FASTGRPO_DEVICE void load_slice(const OnePassArgs& p, const Plan& plan, int buffer, int lane) {
+  using Bits = typename E::Bits;
+  const Span<E> span = slice_of<E>(p.a.logits, p.a.logits_stride, p, plan.row);
+  const uint32_t to = buffer_at(p.shape, buffer);
+  each_edge(span, lane, [&](int position) {
+    const Bits x = span.holds(position) ? global_load(span.at(position)) : E::kMinusInfinity;
+    shared_store(to + position * (uint32_t)sizeof(Bits), x);
+  });
+  if (lane == 0) shared_put(plan_at(buffer), plan);
+  sync_warp();  // the arrival below speaks for what all lanes wrote
+  if (lane != 0) return;
+  const int first = span.first_whole(), vectors = span.end_whole() - first;
+  if (vectors > 0) {
+    barrier_expect(full(buffer), vectors * 16);
+    bulk_load(to + first * 16, span.at(first * E::kCount), vectors * 16, full(buffer));
+  } else {
+    barrier_arrive(full(buffer));
+  }
+}
+
+template <class E>
+FASTGRPO_DEVICE void store_slice(const OnePassArgs& p, int buffer, int lane) {
+  using Bits = typename E::Bits;
+  const int64_t row = shared_load<int64_t>(plan_at(buffer));
+  const Span<E> span = slice_of<E>(p.a.out, p.a.out_stride, p, row);
+  const uint32_t from = buffer_at(p.shape, buffer);
+  const int first = span.first_whole(), vectors = span.end_whole() - first;
+  if (lane == 0 && vectors > 0) bulk_store((void*)span.at(first * E::kCount), from + first * 16, vectors * 16);
+  each_edge(span, lane, [&](int position) {
+    if (!span.holds(position)) return;
+    global_store((Bits*)span.at(position), shared_load<Bits>(from + position * (uint32_t)sizeof(Bits)));
+  });
+  if (lane == 0) bulk_wait_read();
+  sync_warp();  // no lane fills the buffer again before all have read from it
+}
+
+template <class E>
+FASTGRPO_DEVICE void move_rows(const OnePassArgs& p) {
+  const int lane = thread_index() % 32, rank = cluster_rank();
+  const int64_t rows = p.a.batch * p.a.tokens, step = block_count() / cluster_size();
+  Turn in, out;
+  int held = 0;
+  const auto make_room = [&] {
+    barrier_wait(ready(out.buffer), out.parity);
+    if (p.a.out != nullptr) store_slice<E>(p, out.buffer, lane);
+    out.next(p.shape);
+    --held;
+  };
+  for (int64_t row = block_index() / cluster_size(); row < rows; row += step) {
+    const Plan plan = plan_row(p.a, row);
+    if (!plan.scored) {
+      if (p.a.out != nullptr) zero(slice_of<E>(p.a.out, p.a.out_stride, p, row), lane, 32);
+      if (rank == 0 && lane == 0) skip_row(p.a, row);
+      continue;
+    }
+    if (held == p.shape.buffers) make_room();
+    load_slice<E>(p, plan, in.buffer, lane);
+    in.next(p.shape);
+    ++held;
+  }
+  while (held > 0) make_room();
+  Plan end = {};
+  end.row = -1;
+  if (lane == 0) {
+    shared_put(plan_at(in.buffer), end);
+    barrier_arrive(full(in.buffer));
+  }
+}
+
+// ---- the warps that sweep
+
+template <class E, bool kEntropy>
+FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
+  using Bits = typename E::Bits;
+  const int thread = thread_index(), rank = cluster_rank(), blocks = cluster_size();
+  Turn turn;
+  for (uint32_t n = 0;; ++n, turn.next(p.shape)) {
+    barrier_wait(full(turn.buffer), turn.parity);
+    const Plan plan = shared_get<Plan>(plan_at(turn.buffer));
+    if (plan.row < 0) return;
+    const uint32_t at = buffer_at(p.shape, turn.buffer);
+    const Span<E> span = slice_of<E>(p.a.logits, p.a.logits_stride, p, plan.row);
+    const int vectors = span.vectors();
+
+    // The target's own thread takes it out of the row, before its sweeps and back into the gradient after them.
+    const int owner = plan.target < 0 ? -1 : plan.target / p.shape.slice;
+    const int position = owner == rank ? plan.target - rank * p.shape.slice + span.lead : -1;
+    const bool mine = position >= 0 && position / E::kCount % kWorkers == thread;
+    const uint32_t logit_at = kTarget + n % 2 * 4, target_at = at + position * (uint32_t)sizeof(Bits);
+    if (mine) {
+      shared_store(logit_at, E::number(shared_load<Bits>(target_at)));
+      shared_store(target_at, (Bits)E::kMinusInfinity);
+    }
+
+    uint32_t largest = E::kLowest;
+#pragma unroll 4
+    for (int v = thread; v < vectors; v += kWorkers) largest = maximum<E>(shared_load<Vec>(at + v * 16), largest);
+    const float top = block_max(E::largest(largest), kWarpSums);
+
+    const Exponent exponent(top, plan.inv_temperature * kLog2E);
+    ThreadSums<E, kEntropy> sums;
+    if (exponent.near) {
+#pragma unroll 4
+      for (int v = thread; v < vectors; v += kWorkers) {
+        sums.template add<true>(shared_load<Vec>(at + v * 16), exponent);
+      }
+    } else {
+      for (int v = thread; v < vectors; v += kWorkers) {
+        sums.template add<false>(shared_load<Vec>(at + v * 16), exponent);
+      }
+    }
+    const Sums part = block_sums(sums, top, exponent, kWarpSums);
+
+    if (thread < 32) {
+      const uint32_t exchange = kExchange + n % 2 * 8, parts = kParts + n % 2 * 16 * kMaxCluster;
+      if (thread == 0) barrier_expect(exchange, blocks * 16);
+      if (thread < blocks) {
+        const float target = owner == rank ? shared_load<float>(logit_at) : 0.0f;
+        remote_store(parts + rank * 16, exchange, thread,
+                     {{as_bits(part.top), as_bits(part.sum), as_bits(part.weighted), as_bits(target)}});
+      }
+      // A block that is a row ahead writes to the other half: it has heard from this one about the row between.
+      barrier_wait_cluster(exchange, n / 2 % 2);
+      Sums all = nothing();
+      float target = 0.0f;
+      for (int i = 0; i < blocks; ++i) {
+        const Vec v = shared_load<Vec>(parts + i * 16);
+        all = merged(all, {as_float(v.w[0]), as_float(v.w[1]), as_float(v.w[2])}, exponent.c);
+        if (i == owner) target = as_float(v.w[3]);
+      }
+      const RowGradient g = finish_row(p.a, plan, all, target, rank == 0 && thread == 0);
+      if (thread == 0) shared_put(kGradient, g);
+    }
+
+    if (p.a.out != nullptr) {
+      sync_threads(kWorkersBarrier, kWorkers);  // the first warp's gradient is there
+      const RowGradient g = shared_get<RowGradient>(kGradient);
+      if (g.idle) {
+        for (int v = thread; v < vectors; v += kWorkers) shared_store(at + v * 16, Vec{{0, 0, 0, 0}});
+      } else {
+        const Exponent from_top(g.top, g.c);
+        choose_gradient(from_top, g.slope, [&](auto near, auto slope) {
+#pragma unroll 4
+          for (int v = thread; v < vectors; v += kWorkers) {
+            const Vec x = shared_load<Vec>(at + v * 16);
+            shared_store(at + v * 16, gradient<E, near.value, slope.value>(x, from_top, g.constant, g.slope));
+          }
+        });
+        if (mine) shared_store(target_at, E::bits(g.target));
+      }
+    }
+    fence_async();
+    sync_warp();  // the arrival below speaks for what all lanes wrote and fenced
+    if (thread % 32 == 0) barrier_arrive(ready(turn.buffer));
+  }
+}
+
+template <class E, bool kEntropy>
+FASTGRPO_KERNEL(kThreads, 2)
+one_pass_kernel(const OnePassArgs p) {
+  if (thread_index() == 0) {
+    for (int i = 0; i < p.shape.buffers; ++i) {
+      barrier_init(full(i), 1);
+      barrier_init(ready(i), kWarps);
+    }
+    barrier_init(kExchange, 1);
+    barrier_init(kExchange + 8, 1);
+  }
+  cluster_sync();  // no block waits at, or writes to, a barrier that is not there yet
+  if (thread_index() < kWorkers) {
+    sweep_rows<E, kEntropy>(p);
+  } else {
+    move_rows<E>(p);
+  }
+  cluster_sync();  // no block leaves while another may still write to its shared memory
+}
+
+template <class E>
+void (*kernel_for(bool entropy))(OnePassArgs) {
+  return entropy ? one_pass_kernel<E, true> : one_pass_kernel<E, false>;
+}
+
+auto kernel_for(const FastgrpoArgs& args) {
+  const bool entropy = args.entropy != nullptr || args.h != nullptr;
+  return args.dtype == kBFloat16  ? kernel_for<BFloat16>(entropy)
+         : args.dtype == kFloat16 ? kernel_for<Float16>(entropy)
+                                  : kernel_for<Float32>(entropy);
+}
+
+Launch launch_for(const OnePassShape& shape, int64_t clusters, cudaStream_t stream) {
+  return {clusters * shape.cluster, kThreads, shape.cluster, shape.shared_bytes, stream};
+}
+
+}  // namespace
+
+OnePassShape one_pass_shape(int32_t dtype, int64_t vocab, int cluster) {
+  const int size = dtype == kFloat32 ? 4 : 2;
+  // Half of a multiprocessor's shared memory with three rows on their way, or all of it with two.
+  const struct {
+    int bytes, buffers;
+  } budgets[] = {{113 << 10, 3}, {227 << 10, 2}};
+  for (const auto& budget : budgets) {
+    for (int blocks = cluster > 0 ? cluster : 1; blocks <= kMaxCluster; blocks *= 2) {
+      const int64_t line = 128 / size, slice = ((vocab + blocks - 1) / blocks + line - 1) / line * line;
+      const int64_t buffer_bytes = slice * size + 16, room = (budget.bytes - kBuffers) / buffer_bytes;
+      if (room >= budget.buffers) {
+        const int buffers = room < kMaxBuffers ? (int)room : kMaxBuffers;
+        const int shared = (int)(kBuffers + buffers * buffer_bytes);
+        return {blocks, (int)slice, buffers, (int)buffer_bytes, shared};
+      }
+      if (cluster > 0) break;
+    }
+  }
+  return {};
+}
+
+int one_pass_clusters(const FastgrpoArgs& args, const OnePassShape& shape) {
+  return active_clusters(kernel_for(args), launch_for(shape, 1, nullptr));
+}
+
+cudaError_t one_pass(const FastgrpoArgs& args, const OnePassShape& shape, int clusters, cudaStream_t stream) {
+  const int64_t rows = args.batch * args.tokens;
+  return launch(kernel_for(args), launch_for(shape, clusters < rows ? clusters : rows, stream), {args, shape});
+}
+
+}  // namespace fastgrpo

@@ -1,0 +1,233 @@
+// Statistics and gradient of a row as two sweeps over global memory, for chips without clusters, rows that no cluster
+// holds, and gradients whose coefficients come from outside (sequence level, an upstream gradient per token).
+//
+// Grid: one block of 256 threads a row; 3 blocks a multiprocessor (at most 80 registers a thread) for the statistics,
+// 4 (64 registers) for the gradient and the scaling.
+// Bytes moved per row: V in for the statistics; V in, V out for the gradient and the scaling. A tile of 8 vectors a
+// thread stays in registers between its maximum and its sums. All accesses to whole vectors are 128 bits wide; what
+// is left at the ends of a row goes element by element, and so do gradients whose rows start at another address modulo
+// 16 than their logits. Rows that are not scored are not read, nor are those whose g and h are 0: they get zeroes.
+
+#include "kernels.h"
+#include "launch.h"
+#include "rows.h"
+
+namespace fastgrpo {
+namespace {
+
+constexpr int kHeld = 8;  // vectors of a tile in a thread
+constexpr int kTile = kHeld * kWorkers;
+
+template <class E>
+FASTGRPO_DEVICE Span<E> row_of(const void* base, const int64_t (&stride)[2], const FastgrpoArgs& a, int64_t row) {
+  return Span<E>(row_pointer(base, stride, a, row, sizeof(typename E::Bits)), 0, (int)a.vocab);
+}
+
+template <class E>
+FASTGRPO_DEVICE const Vec* vectors_of(const Span<E>& span) {
+  return (const Vec*)span.at(0);
+}
+
+// Where the vectors of the edges wait, filled up with -inf: that before the first whole one, and that after the last.
+constexpr uint32_t kEdges = kScratch;
+constexpr int kSharedBytes = kScratch + 2 * 16;
+
+template <class E>
+FASTGRPO_DEVICE uint32_t edge_at(const Span<E>& span, int v) {
+  return kEdges + (v < span.first_whole() ? 0 : 16);
+}
+
+template <class E>
+FASTGRPO_DEVICE void load_edges(const Span<E>& span) {
+  using Bits = typename E::Bits;
+  each_edge(span, thread_index(), [&](int position) {
+    const Bits x = span.holds(position) ? global_load(span.at(position)) : E::kMinusInfinity;
+    shared_store(edge_at(span, position / E::kCount) + position % E::kCount * (uint32_t)sizeof(Bits), x);
+  });
+  sync_threads(kWorkersBarrier, kWorkers);  // any thread may hold an edge
+}
+
+struct StatsArgs {
+  FastgrpoArgs a;
+};
+
+template <class E, bool kEntropy>
+FASTGRPO_KERNEL(kWorkers, 3)
+stats_kernel(const StatsArgs p) {
+  const int64_t row = block_index();
+  const int thread = thread_index();
+  const Plan plan = plan_row(p.a, row);
+  if (!plan.scored) {
+    if (thread == 0) skip_row(p.a, row);
+    return;
+  }
+  const Span<E> span = row_of<E>(p.a.logits, p.a.logits_stride, p.a, row);
+  const int vectors = span.vectors(), target = plan.target < 0 ? -1 : span.lead + plan.target;
+  const float c = plan.inv_temperature * kLog2E;
+  load_edges(span);
+  Sums all = nothing();
+  for (int first = 0; first < vectors; first += kTile) {
+    Vec held[kHeld];
+    if (first >= span.first_whole() && first + kTile <= span.end_whole()) {
+      FASTGRPO_UNROLL
+      for (int i = 0; i < kHeld; ++i)
+        held[i] = global_load_streaming(vectors_of(span) + first + i * kWorkers + thread);
+    } else {
+      FASTGRPO_UNROLL
+      for (int i = 0; i < kHeld; ++i) {
+        const int v = first + i * kWorkers + thread;
+        held[i] = {{E::kLowest, E::kLowest, E::kLowest, E::kLowest}};
+        if (span.whole(v)) {
+          held[i] = global_load_streaming(vectors_of(span) + v);
+        } else if (v < vectors) {
+          held[i] = shared_load<Vec>(edge_at(span, v));
+        }
+      }
+    }
+    const int apart = target < 0 ? -1 : target / E::kCount - first;  // the target's vector in this tile
+    if (apart >= 0 && apart < kTile) {
+      FASTGRPO_UNROLL
+      for (int i = 0; i < kHeld; ++i) {
+        if (apart == i * kWorkers + thread) held[i] = without<E>(held[i], target % E::kCount);
+      }
+    }
+    uint32_t largest = E::kLowest;
+    FASTGRPO_UNROLL
+    for (int i = 0; i < kHeld; ++i) largest = maximum<E>(held[i], largest);
+    const float top = block_max(E::largest(largest), 0);
+    const Exponent exponent(top, c);
+    ThreadSums<E, kEntropy> sums;
+    if (exponent.near) {
+      FASTGRPO_UNROLL
+      for (int i = 0; i < kHeld; ++i) sums.template add<true>(held[i], exponent);
+    } else {
+      FASTGRPO_UNROLL
+      for (int i = 0; i < kHeld; ++i) sums.template add<false>(held[i], exponent);
+    }
+    all = merged(all, block_sums(sums, top, exponent, 0), c);
+  }
+  if (thread >= 32) return;
+  const float logit = plan.target < 0 ? 0.0f : E::number(global_load(span.at(target)));
+  finish_row(p.a, plan, all, logit, thread == 0);
+}
+
+struct GradArgs {
+  FastgrpoArgs a;
+};
+
+template <class E>
+FASTGRPO_KERNEL(kWorkers, 4)
+grad_kernel(const GradArgs p) {
+  using Bits = typename E::Bits;
+  const FastgrpoArgs& a = p.a;
+  const int64_t row = block_index();
+  const int thread = thread_index();
+  const float g = global_load(a.g + row), h = or_else(a.h, row, 0.0f);
+  const bool masked = a.mask != nullptr && global_load(a.mask + row) == 0;
+  const Span<E> out = row_of<E>(a.out, a.out_stride, a, row);
+  if (masked || (g == 0.0f && h == 0.0f)) {
+    zero(out, thread, kWorkers);
+    return;
+  }
+  const Span<E> span = row_of<E>(a.logits, a.logits_stride, a, row);
+  const int64_t id = global_load(a.ids + row);
+  const int target = id >= 0 && id < a.vocab ? (int)id : -1;
+  const float lse = global_load(a.lse + row), inv_t = global_load(a.inv_temperature + row);
+  const float entropy = h == 0.0f ? 0.0f : global_load(a.entropy + row);
+  // The row counted from lse / inv_temperature: where p is 1. The quotient's rounding goes with the factor.
+  const float top = lse / inv_t, error = fmaf(-top, inv_t, lse);
+  const float logit = target < 0 ? 0.0f : E::number(global_load(span.at(span.lead + target)));
+  const float logp = fmaf(logit - top, inv_t, -error);
+  const RowGradient r = row_gradient(target < 0 ? 0.0f : logp, error, entropy, top, g, h, inv_t);
+  const Exponent exponent(top, r.c);
+  sync_threads(kWorkersBarrier, kWorkers);  // all have the target's logit before its gradient takes its place
+  choose_gradient(exponent, r.slope, [&](auto near, auto slope) {
+    const Vec* const from = vectors_of(span);
+    if (span.lead == out.lead) {
+      Vec* const to = (Vec*)vectors_of(out);
+#pragma unroll 4
+      for (int v = span.first_whole() + thread; v < span.end_whole(); v += kWorkers) {
+        const Vec x = global_load_streaming(from + v);
+        global_store_streaming(to + v, gradient<E, near.value, slope.value>(x, exponent, r.constant, r.slope));
+      }
+    } else {
+      for (int v = span.first_whole() + thread; v < span.end_whole(); v += kWorkers) {
+        const Vec x = global_load_streaming(from + v);
+        const Vec y = gradient<E, near.value, slope.value>(x, exponent, r.constant, r.slope);
+        FASTGRPO_UNROLL
+        for (int k = 0; k < E::kCount; ++k) {
+          global_store((Bits*)out.at(v * E::kCount + k - span.lead + out.lead), element<E>(y, k));
+        }
+      }
+    }
+    each_edge(span, thread, [&](int position) {
+      if (!span.holds(position)) return;
+      Vec v = {};
+      v.w[0] = global_load(span.at(position));
+      v = gradient<E, near.value, slope.value>(v, exponent, r.constant, r.slope);
+      global_store((Bits*)out.at(position - span.lead + out.lead), (Bits)v.w[0]);
+    });
+  });
+  sync_threads(kWorkersBarrier, kWorkers);  // the target's own gradient comes last
+  if (target >= 0 && thread == 0) global_store((Bits*)out.at(out.lead + target), E::bits(r.target));
+}
+
+struct ScaleArgs {
+  FastgrpoArgs a;
+  const float* factor;
+};
+
+template <class E>
+FASTGRPO_DEVICE Vec scaled(const Vec& v, float factor) {
+  float x[E::kCount];
+  unpack<E>(v, x);
+  FASTGRPO_UNROLL
+  for (int k = 0; k < E::kCount; ++k) x[k] *= factor;
+  return pack<E>(x);
+}
+
+template <class E>
+FASTGRPO_KERNEL(kWorkers, 4)
+scale_kernel(const ScaleArgs p) {
+  const float factor = global_load(p.factor);
+  if (factor == 1.0f) return;
+  using Bits = typename E::Bits;
+  const Span<E> span = row_of<E>(p.a.logits, p.a.logits_stride, p.a, block_index());
+  Vec* const vectors = (Vec*)vectors_of(span);
+#pragma unroll 4
+  for (int v = span.first_whole() + thread_index(); v < span.end_whole(); v += kWorkers) {
+    global_store_streaming(vectors + v, scaled<E>(global_load_streaming(vectors + v), factor));
+  }
+  each_edge(span, thread_index(), [&](int position) {
+    Bits* const x = (Bits*)span.at(position);
+    if (span.holds(position)) global_store(x, E::bits(E::number(global_load(x)) * factor));
+  });
+}
+
+template <class Arguments>
+cudaError_t launch_rows(void (*kernel)(Arguments), const Arguments& arguments, cudaStream_t stream) {
+  const int64_t rows = arguments.a.batch * arguments.a.tokens;
+  return launch(kernel, {rows, kWorkers, 1, kSharedBytes, stream}, arguments);
+}
+
+}  // namespace
+
+cudaError_t stats(const FastgrpoArgs& args, cudaStream_t stream) {
+  const bool entropy = args.entropy != nullptr || args.h != nullptr;
+  void (*const kernels[3][2])(StatsArgs) = {{stats_kernel<Float32, false>, stats_kernel<Float32, true>},
+                                            {stats_kernel<BFloat16, false>, stats_kernel<BFloat16, true>},
+                                            {stats_kernel<Float16, false>, stats_kernel<Float16, true>}};
+  return launch_rows(kernels[args.dtype][entropy], {args}, stream);
+}
+
+cudaError_t grad(const FastgrpoArgs& args, cudaStream_t stream) {
+  void (*const kernels[3])(GradArgs) = {grad_kernel<Float32>, grad_kernel<BFloat16>, grad_kernel<Float16>};
+  return launch_rows(kernels[args.dtype], {args}, stream);
+}
+
+cudaError_t scale(const FastgrpoArgs& args, const float* factor, cudaStream_t stream) {
+  void (*const kernels[3])(ScaleArgs) = {scale_kernel<Float32>, scale_kernel<BFloat16>, scale_kernel<Float16>};
+  return launch_rows(kernels[args.dtype], {args, factor}, stream);
+}
+
+}  // namespace fastgrpo
