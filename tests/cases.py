@@ -77,6 +77,11 @@ def make_inputs(
     return logits.to(device), ids.to(device), move
 
 
+def softcap_on(backend: str, softcap: float) -> float | None:
+    """The softcap to test a backend with: the CUDA kernels take none."""
+    return None if backend == "cuda" else softcap
+
+
 def loss_and_grad(function, logits, ids, upstream=1.0, **kwargs):
     """(output, gradient of the logits) of a call on a fresh leaf."""
     leaf = logits.clone().requires_grad_()

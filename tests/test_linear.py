@@ -18,6 +18,7 @@ from cases import (
     objective_for,
     pack,
     rel_norm,
+    softcap_on,
 )
 
 from fastgrpo import (
@@ -130,6 +131,8 @@ def test_head_options(name, level, backend, device):
     objective = objective_for("grpo", level, dict(beta=0.1, entropy_coef=0.02))
     hidden, weight, ids, kwargs = make_linear_inputs(("old", "ref"), device=device, backend=backend)
     head = dict(HEADS[name])
+    if "softcap" in head:
+        head["softcap"] = softcap_on(backend, head["softcap"])
     if head.pop("bias", False):
         head["bias"] = torch.randn(len(weight), device=device)
     if (temperature := head.get("temperature")) in ("sequence", "token"):
@@ -153,6 +156,7 @@ def test_half_precision_errs_at_most_twice_as_much(loss_type, level, softcap, dt
     hidden, weight, ids, kwargs = make_linear_inputs(
         ("old", "ref"), vocab=130, dtype=dtype, device=device, backend=backend
     )
+    softcap = softcap_on(backend, softcap)
     call = dict(objective=objective, softcap=softcap, **kwargs)
     want = linear_truth(hidden, weight, ids, **call)
 
@@ -477,8 +481,9 @@ def test_a_second_backward_is_refused(backend, device):
 def test_module_holds_objective_and_options(backend, device):
     hidden, weight, ids, kwargs = make_linear_inputs(("old",), device=device, backend=backend)
     objective = Objective(loss_type="grpo")
-    module = LinearGRPOLoss(objective, softcap=5.0, backend=backend)
-    want = linear_grpo_loss(hidden, weight, ids, objective=objective, softcap=5.0, backend=backend, **kwargs)
+    call = dict(softcap=softcap_on(backend, 5.0), backend=backend)
+    module = LinearGRPOLoss(objective, **call)
+    want = linear_grpo_loss(hidden, weight, ids, objective=objective, **call, **kwargs)
     assert torch.equal(module(hidden, weight, ids, **kwargs).loss, want.loss)
     with pytest.raises(ValueError, match="inplace: expected a keyword argument of linear_grpo_loss"):
         LinearGRPOLoss(inplace=True)

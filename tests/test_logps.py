@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import assert_close, loss_and_grad, make_inputs, make_linear_inputs, truth
+from cases import assert_close, loss_and_grad, make_inputs, make_linear_inputs, softcap_on, truth
 
 from fastgrpo import Objective, grpo_loss, linear_logps, projection, selective_logps
 from fastgrpo.reference import project
@@ -248,9 +248,6 @@ def test_addresses_beyond_2_to_the_31(backend, device):
 # The same from hidden states
 
 
-HEAD = dict(logit_scale=0.7, softcap=6.0, vocab_size=50)
-
-
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize("masked", [False, True])
 def test_linear_logps(masked, chunk_size, backend, device):
@@ -268,10 +265,11 @@ def test_linear_logps(masked, chunk_size, backend, device):
         return *results, *(leaf.grad for leaf in leaves)
 
     def plain(hidden, weight, bias):
-        logits = project(hidden, weight[:50], bias[:50], 0.7, 6.0) / temperature.cpu()[..., None]
+        logits = project(hidden, weight[:50], bias[:50], 0.7, head["softcap"]) / temperature.cpu()[..., None]
         return [x * mask.cpu() for x in exact(logits, ids)]
 
-    call = dict(mask=mask if masked else None, temperature=temperature, chunk_size=chunk_size, backend=backend, **HEAD)
+    head = dict(logit_scale=0.7, softcap=softcap_on(backend, 6.0), vocab_size=50)
+    call = dict(mask=mask if masked else None, temperature=temperature, chunk_size=chunk_size, backend=backend, **head)
     inputs = (hidden, weight, bias)
     got = run(lambda h, w, b: linear_logps(h, w, ids, bias=b, return_entropy=True, **call), inputs)
     want = run(plain, [x.cpu().double() for x in inputs])
@@ -285,6 +283,12 @@ def test_softcap_keeps_its_digits(softcap, backend, device):
     """From a cap that all logits reach to one that none comes near; infinite logits end at the cap."""
     if backend == "triton" and softcap > 100:
         pytest.skip("the Triton kernels cap logits to 1e-7 of the cap, which is no model's when it is that large")
+    if softcap_on(backend, softcap) is None:
+        with pytest.raises(ValueError, match="softcap: expected None with backend 'cuda'"):
+            linear_logps(
+                torch.ones(1, 1, 4), torch.ones(9, 4), torch.ones(1, 1).long(), softcap=softcap, backend="cuda"
+            )
+        return
     hidden, weight, ids, _ = make_linear_inputs(batch=1, length=3, width=32, vocab=700, device=device, backend=backend)
     bias = torch.zeros(len(weight), device=device)
     bias[3], bias[5] = torch.inf, -torch.inf

@@ -9,6 +9,7 @@ from cases import (
     make_inputs,
     make_linear_inputs,
     objective_for,
+    softcap_on,
 )
 from torch.library import opcheck
 
@@ -88,6 +89,7 @@ def test_opcheck_linear(softcap, dtype, backend, device):
     objective = objective_for("grpo", "sequence", dict(beta=0.1, entropy_coef=0.1))
     batch = make_batch(ids, kwargs.pop("advantages"), objective=objective, dtype=torch.float32, **kwargs)
     head = [x.clone().requires_grad_() for x in (hidden, weight, torch.randn(37, device=device).to(dtype))]
+    softcap = softcap_on(backend, softcap) or 0.0
     options = (37, softcap, 4, dtype, backend)
     for mask, want_entropy in ((None, False), (batch.mask, True)):
         rows = (batch.ids, mask, -1, batch.inv_temperature, want_entropy)
@@ -110,9 +112,10 @@ def test_compile_fullgraph_linear(loss_type, level, chunk_size, backend, device)
     """One operator with the gradient in the forward pass, or two where a graph cannot know the sequences' lengths."""
     objective = objective_for(loss_type, level, dict(beta=0.1, entropy_coef=0.01, delta=1.5))
     hidden, weight, ids, kwargs = make_linear_inputs(("old", "ref"), device=device, backend=backend)
+    cap = softcap_on(backend, 5.0)
 
     def step(hidden, weight, ids, **kwargs):
-        call = dict(objective=objective, softcap=5.0, backend=backend, chunk_size=chunk_size)
+        call = dict(objective=objective, softcap=cap, backend=backend, chunk_size=chunk_size)
         out = linear_grpo_loss(hidden * 1, weight, ids, **call, **kwargs)
         return out._replace(loss=out.loss * 3)
 

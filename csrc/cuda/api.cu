@@ -145,6 +145,6 @@ int32_t fastgrpo_cuda_token_loss(const FastgrpoArgs* args, int32_t device, void*
   });
 }
 
-int32_t fastgrpo_cuda_scale(const FastgrpoArgs* args, const float* factor, int32_t device, void* stream) {
-  return on_device(device, [&] { return scale(*args, factor, (cudaStream_t)stream); });
+int32_t fastgrpo_cuda_scale(const FastgrpoArgs* args, int32_t device, void* stream, int32_t) {
+  return on_device(device, [&] { return scale(*args, (cudaStream_t)stream); });
 }

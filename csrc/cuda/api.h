@@ -22,5 +22,5 @@ FASTGRPO_API int32_t fastgrpo_cuda_row_stats(const FastgrpoArgs* args, int32_t d
 FASTGRPO_API int32_t fastgrpo_cuda_row_grad(const FastgrpoArgs* args, int32_t device, void* stream, int32_t cluster);
 // With args->h, args->entropy must not be null.
 FASTGRPO_API int32_t fastgrpo_cuda_token_loss(const FastgrpoArgs* args, int32_t device, void* stream, int32_t cluster);
-// logits *= *factor, which is on the device; not touched when it is 1.
-FASTGRPO_API int32_t fastgrpo_cuda_scale(const FastgrpoArgs* args, const float* factor, int32_t device, void* stream);
+// logits *= *weight; not touched when that is 1.
+FASTGRPO_API int32_t fastgrpo_cuda_scale(const FastgrpoArgs* args, int32_t device, void* stream, int32_t cluster);

@@ -24,10 +24,11 @@ OnePassShape one_pass_shape(int32_t dtype, int64_t vocab, int cluster);
 int one_pass_clusters(const FastgrpoArgs& args, const OnePassShape& shape);  // at once on the current device
 cudaError_t one_pass(const FastgrpoArgs& args, const OnePassShape& shape, int clusters, cudaStream_t stream);
 
-// The same without args.out, and row_grad, which zeroes rows outside of args.mask where there is one; sm_80.
+// The same without args.out, and row_grad, which also serves token_loss: with a mask, it zeroes what is outside of it,
+// and with logps it takes these. sm_80.
 cudaError_t stats(const FastgrpoArgs& args, cudaStream_t stream);
 cudaError_t grad(const FastgrpoArgs& args, cudaStream_t stream);
-// args.logits, which are args.out, times *factor.
-cudaError_t scale(const FastgrpoArgs& args, const float* factor, cudaStream_t stream);
+// args.logits *= *args.weight.
+cudaError_t scale(const FastgrpoArgs& args, cudaStream_t stream);
 
 }  // namespace fastgrpo

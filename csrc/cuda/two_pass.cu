@@ -47,21 +47,17 @@ FASTGRPO_DEVICE void load_edges(const Span<E>& span) {
   sync_threads(kWorkersBarrier, kWorkers);  // any thread may hold an edge
 }
 
-struct StatsArgs {
-  FastgrpoArgs a;
-};
-
 template <class E, bool kEntropy>
 FASTGRPO_KERNEL(kWorkers, 3)
-stats_kernel(const StatsArgs p) {
+stats_kernel(const FastgrpoArgs a) {
   const int64_t row = block_index();
   const int thread = thread_index();
-  const Plan plan = plan_row(p.a, row);
+  const Plan plan = plan_row(a, row);
   if (!plan.scored) {
-    if (thread == 0) skip_row(p.a, row);
+    if (thread == 0) skip_row(a, row);
     return;
   }
-  const Span<E> span = row_of<E>(p.a.logits, p.a.logits_stride, p.a, row);
+  const Span<E> span = row_of<E>(a.logits, a.logits_stride, a, row);
   const int vectors = span.vectors(), target = plan.target < 0 ? -1 : span.lead + plan.target;
   const float c = plan.inv_temperature * kLog2E;
   load_edges(span);
@@ -108,18 +104,13 @@ stats_kernel(const StatsArgs p) {
   }
   if (thread >= 32) return;
   const float logit = plan.target < 0 ? 0.0f : E::number(global_load(span.at(target)));
-  finish_row(p.a, plan, all, logit, thread == 0);
+  finish_row(a, plan, all, logit, thread == 0);
 }
-
-struct GradArgs {
-  FastgrpoArgs a;
-};
 
 template <class E>
 FASTGRPO_KERNEL(kWorkers, 4)
-grad_kernel(const GradArgs p) {
+grad_kernel(const FastgrpoArgs a) {
   using Bits = typename E::Bits;
-  const FastgrpoArgs& a = p.a;
   const int64_t row = block_index();
   const int thread = thread_index();
   const float g = global_load(a.g + row), h = or_else(a.h, row, 0.0f);
@@ -136,9 +127,13 @@ grad_kernel(const GradArgs p) {
   const float entropy = h == 0.0f ? 0.0f : global_load(a.entropy + row);
   // The row counted from lse / inv_temperature: where p is 1. The quotient's rounding goes with the factor.
   const float top = lse / inv_t, error = fmaf(-top, inv_t, lse);
-  const float logit = target < 0 ? 0.0f : E::number(global_load(span.at(span.lead + target)));
-  const float logp = fmaf(logit - top, inv_t, -error);
-  const RowGradient r = row_gradient(target < 0 ? 0.0f : logp, error, entropy, top, g, h, inv_t);
+  float logp = 0.0f;
+  if (a.logp != nullptr) {
+    logp = global_load(a.logp + row);  // of a pass before: it has digits that lse has lost when p is near 1
+  } else if (target >= 0) {
+    logp = fmaf(E::number(global_load(span.at(span.lead + target))) - top, inv_t, -error);
+  }
+  const RowGradient r = row_gradient(logp, error, entropy, top, g, h, inv_t);
   const Exponent exponent(top, r.c);
   sync_threads(kWorkersBarrier, kWorkers);  // all have the target's logit before its gradient takes its place
   choose_gradient(exponent, r.slope, [&](auto near, auto slope) {
@@ -172,11 +167,6 @@ grad_kernel(const GradArgs p) {
   if (target >= 0 && thread == 0) global_store((Bits*)out.at(out.lead + target), E::bits(r.target));
 }
 
-struct ScaleArgs {
-  FastgrpoArgs a;
-  const float* factor;
-};
-
 template <class E>
 FASTGRPO_DEVICE Vec scaled(const Vec& v, float factor) {
   float x[E::kCount];
@@ -188,11 +178,11 @@ FASTGRPO_DEVICE Vec scaled(const Vec& v, float factor) {
 
 template <class E>
 FASTGRPO_KERNEL(kWorkers, 4)
-scale_kernel(const ScaleArgs p) {
-  const float factor = global_load(p.factor);
+scale_kernel(const FastgrpoArgs a) {
+  const float factor = global_load(a.weight);
   if (factor == 1.0f) return;
   using Bits = typename E::Bits;
-  const Span<E> span = row_of<E>(p.a.logits, p.a.logits_stride, p.a, block_index());
+  const Span<E> span = row_of<E>(a.logits, a.logits_stride, a, block_index());
   Vec* const vectors = (Vec*)vectors_of(span);
 #pragma unroll 4
   for (int v = span.first_whole() + thread_index(); v < span.end_whole(); v += kWorkers) {
@@ -204,30 +194,28 @@ scale_kernel(const ScaleArgs p) {
   });
 }
 
-template <class Arguments>
-cudaError_t launch_rows(void (*kernel)(Arguments), const Arguments& arguments, cudaStream_t stream) {
-  const int64_t rows = arguments.a.batch * arguments.a.tokens;
-  return launch(kernel, {rows, kWorkers, 1, kSharedBytes, stream}, arguments);
+cudaError_t launch_rows(void (*kernel)(FastgrpoArgs), const FastgrpoArgs& args, cudaStream_t stream) {
+  return launch(kernel, {args.batch * args.tokens, kWorkers, 1, kSharedBytes, stream}, args);
 }
 
 }  // namespace
 
 cudaError_t stats(const FastgrpoArgs& args, cudaStream_t stream) {
   const bool entropy = args.entropy != nullptr || args.h != nullptr;
-  void (*const kernels[3][2])(StatsArgs) = {{stats_kernel<Float32, false>, stats_kernel<Float32, true>},
+  void (*const kernels[3][2])(FastgrpoArgs) = {{stats_kernel<Float32, false>, stats_kernel<Float32, true>},
                                             {stats_kernel<BFloat16, false>, stats_kernel<BFloat16, true>},
                                             {stats_kernel<Float16, false>, stats_kernel<Float16, true>}};
-  return launch_rows(kernels[args.dtype][entropy], {args}, stream);
+  return launch_rows(kernels[args.dtype][entropy], args, stream);
 }
 
 cudaError_t grad(const FastgrpoArgs& args, cudaStream_t stream) {
-  void (*const kernels[3])(GradArgs) = {grad_kernel<Float32>, grad_kernel<BFloat16>, grad_kernel<Float16>};
-  return launch_rows(kernels[args.dtype], {args}, stream);
+  void (*const kernels[3])(FastgrpoArgs) = {grad_kernel<Float32>, grad_kernel<BFloat16>, grad_kernel<Float16>};
+  return launch_rows(kernels[args.dtype], args, stream);
 }
 
-cudaError_t scale(const FastgrpoArgs& args, const float* factor, cudaStream_t stream) {
-  void (*const kernels[3])(ScaleArgs) = {scale_kernel<Float32>, scale_kernel<BFloat16>, scale_kernel<Float16>};
-  return launch_rows(kernels[args.dtype], {args, factor}, stream);
+cudaError_t scale(const FastgrpoArgs& args, cudaStream_t stream) {
+  void (*const kernels[3])(FastgrpoArgs) = {scale_kernel<Float32>, scale_kernel<BFloat16>, scale_kernel<Float16>};
+  return launch_rows(kernels[args.dtype], args, stream);
 }
 
 }  // namespace fastgrpo

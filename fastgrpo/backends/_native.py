@@ -49,13 +49,18 @@ class Args(ctypes.Structure):
     ]
 
 
+def library_path(name: str) -> Path:
+    """Where the build puts the library `name`."""
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    return Path(__file__).parents[1] / "lib" / (("" if sys.platform == "win32" else "lib") + name + suffix)
+
+
 def load(name: str, tool: str, **functions: tuple) -> tuple[ctypes.CDLL | None, str | None]:
     """The library `name`, or why there is none; `tool` is what it takes to build it, "a C++ compiler" for one.
 
     The functions to be called are given as name=(result type, *argument types), without the library's name in theirs.
     """
-    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-    path = Path(__file__).parents[1] / "lib" / (("" if sys.platform == "win32" else "lib") + name + suffix)
+    path = library_path(name)
     if not path.exists():
         return None, f"{path} does not exist: fastgrpo was built without {tool} (install one, then reinstall)"
     try:

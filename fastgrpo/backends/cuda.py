@@ -35,7 +35,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         row_stats=_ROWS,
         row_grad=_ROWS,
         token_loss=_ROWS,
-        scale=(_INT, ctypes.POINTER(Args), _POINTER, _INT, _POINTER),
+        scale=_ROWS,
     )
 
 
@@ -71,21 +71,17 @@ def _place(device: torch.device) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _check(error: int, function: str, args: Args, device: torch.device) -> None:
-    if error:
-        why = _load()[0].fastgrpo_cuda_error(error).decode()
-        raise RuntimeError(
-            f"backend 'cuda': {function} of logits of shape ({args.batch}, {args.tokens}, {args.vocab}) on {device}: "
-            f"{why}"
-        )
-
-
 def _call(function: str, args: Args, device: torch.device) -> None:
     if args.softcap:
-        raise ValueError("backend 'cuda' cannot take a softcap; backend 'triton' can")
-    if args.batch * args.tokens:
-        launch = getattr(_load()[0], f"fastgrpo_cuda_{function}")
-        _check(launch(args, *_place(device), _CLUSTER), function, args, device)
+        raise ValueError("softcap: expected None with backend 'cuda'; backend 'triton' takes one")
+    if args.batch * args.tokens == 0:
+        return
+    library = _load()[0]
+    error = getattr(library, f"fastgrpo_cuda_{function}")(args, *_place(device), _CLUSTER)
+    if error:
+        shape = (args.batch, args.tokens, args.vocab)
+        why = library.fastgrpo_cuda_error(error).decode()
+        raise RuntimeError(f"backend 'cuda': {function} of logits of shape {shape} on {device}: {why}")
 
 
 _rows = Rows(_call)
@@ -94,7 +90,4 @@ row_stats, row_grad, token_loss = _rows.row_stats, _rows.row_grad, _rows.token_l
 
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, which is not read on the host; x is not touched when it is 1."""
-    args, factor = make_args(x), factor.float()
-    if x.shape[0] * x.shape[1]:
-        error = _load()[0].fastgrpo_cuda_scale(args, factor.data_ptr(), *_place(x.device))
-        _check(error, "scale_", args, x.device)
+    _call("scale", make_args(x, weight=factor.float()), x.device)
