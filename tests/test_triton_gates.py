@@ -12,9 +12,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import sass
 
 pytest.importorskip("triton")
 
@@ -82,29 +84,16 @@ def compile_case(target: str, dtype: str, kernel: str) -> dict:
 
 
 def read_sass(cubin: bytes) -> dict:
-    import tempfile
-
-    from triton.backends import nvidia
-
-    tools = Path(nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.check_output([tools / "cuobjdump", "--dump-resource-usage", file.name], text=True)
-        sass = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True)
-    labels, code = {}, []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(instruction[1])
-    number = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
+        (kernel,) = sass.kernels(Path(file.name))
     return {
-        "registers": number["REG"],
-        "spilled": number["STACK"] + number["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "registers": kernel.usage["REG"],
+        "spilled": kernel.spilled,
         "loops": loops(
-            code, labels, r"\bBRA\b.*`\((\.L\w+)\)", exp=r"MUFU\.EX2", load=r"\bLDGS?T?S?\b", store=r"\bSTG\b",
-            wide=r"\.128\b", pause=r"\bBAR\b", ignore=r"\bNOP\b",
+            kernel.code, kernel.labels, sass.BRANCH, exp=r"MUFU\.EX2", load=r"\bLDGS?T?S?\b", store=r"\bSTG\b",
+            wide=sass.WIDE, pause=r"\bBAR\b", ignore=r"\bNOP\b",
         ),
     }  # fmt: skip
 
@@ -130,15 +119,9 @@ def read_amdgcn(text: str) -> dict:
 
 
 def loops(code, labels, branch, *, exp, load, store, wide, pause, ignore) -> list[dict]:
-    """The innermost loops with 128-bit loads and exponentials; a loop ends at the last branch back to its label."""
-    spans = {}
-    for end, instruction in enumerate(code):
-        if (target := re.search(branch, instruction)) and labels.get(target[1], end + 1) <= end:
-            spans[labels[target[1]]] = end
+    """The innermost loops with 128-bit loads and exponentials."""
     found = []
-    for start, end in sorted(spans.items()):
-        if any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans.items()):
-            continue
+    for start, end in sass.innermost(code, labels, branch):
         body = [x for x in code[start : end + 1] if not re.search(ignore, x)]
         loads = [x for x in body if re.search(load, x)]
         stores = [x for x in body if re.search(store, x)]
