@@ -1,6 +1,6 @@
 // Statistics, objective and gradient of a row in one pass: a cluster of blocks holds the row in its shared memory.
 //
-// Grid: as many clusters as the device holds at once, 288 threads a block, two blocks a multiprocessor (at most 112
+// Grid: as many clusters as the device holds at once, 288 threads a block, two blocks a multiprocessor (at most 96
 // registers a thread, 113 KiB of shared memory a block); where three rows do not fit into that, one block and 227 KiB.
 // Bytes moved per row: V logits in, V gradients out, both by bulk copies; V in only when no gradient is wanted.
 // A block's ninth warp plans rows and moves them; eight warps sweep: the maximum, the sums, and, after one exchange of
@@ -37,28 +37,6 @@ constexpr uint32_t kGradient = kParts + 2 * 16 * kMaxCluster;
 constexpr uint32_t kPlan = kGradient + sizeof(RowGradient);  // per buffer
 constexpr uint32_t kBuffers = (kPlan + sizeof(Plan) * kMaxBuffers + 127) / 128 * 128;
 
-template <class T>
-FASTGRPO_DEVICE T shared_get(uint32_t at) {
-  union {
-    Vec v[sizeof(T) / 16];
-    T value;
-  } u;
-  FASTGRPO_UNROLL
-  for (int i = 0; i < (int)(sizeof(T) / 16); ++i) u.v[i] = shared_load<Vec>(at + i * 16);
-  return u.value;
-}
-
-template <class T>
-FASTGRPO_DEVICE void shared_put(uint32_t at, const T& value) {
-  union U {
-    T value;
-    Vec v[sizeof(T) / 16];
-    FASTGRPO_DEVICE U(const T& x) : value(x) {}
-  } u(value);
-  FASTGRPO_UNROLL
-  for (int i = 0; i < (int)(sizeof(T) / 16); ++i) shared_store(at + i * 16, u.v[i]);
-}
-
 FASTGRPO_DEVICE uint32_t full(int buffer) { return kFull + 8 * buffer; }
 FASTGRPO_DEVICE uint32_t ready(int buffer) { return kReady + 8 * buffer; }
 FASTGRPO_DEVICE uint32_t plan_at(int buffer) { return kPlan + (uint32_t)sizeof(Plan) * buffer; }
@@ -86,9 +64,12 @@ struct Turn {
 // ---- the warp that moves rows
 
 template <class E>
-FASTGRPO_DEVICE void load_slice(const OnePassArgs& p, const Plan& plan, int buffer, int lane) {
+FASTGRPO_DEVICE void load_slice(const OnePassArgs& p, Plan plan, int buffer, int lane) {
   using Bits = typename E::Bits;
   const Span<E> span = slice_of<E>(p.a.logits, p.a.logits_stride, p, plan.row);
+  plan.vectors = span.vectors();
+  plan.owner = plan.target < 0 ? -1 : plan.target / p.shape.slice;
+  plan.position = plan.owner == cluster_rank() ? span.lead + plan.target % p.shape.slice : -1;
   const uint32_t to = buffer_at(p.shape, buffer);
   each_edge(span, lane, [&](int position) {
     const Bits x = span.holds(position) ? global_load(span.at(position)) : E::kMinusInfinity;
@@ -167,12 +148,9 @@ FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
     const Plan plan = shared_get<Plan>(plan_at(turn.buffer));
     if (plan.row < 0) return;
     const uint32_t at = buffer_at(p.shape, turn.buffer);
-    const Span<E> span = slice_of<E>(p.a.logits, p.a.logits_stride, p, plan.row);
-    const int vectors = span.vectors();
+    const int vectors = plan.vectors, position = plan.position;
 
     // The target's own thread takes it out of the row, before its sweeps and back into the gradient after them.
-    const int owner = plan.target < 0 ? -1 : plan.target / p.shape.slice;
-    const int position = owner == rank ? plan.target - rank * p.shape.slice + span.lead : -1;
     const bool mine = position >= 0 && position / E::kCount % kWorkers == thread;
     const uint32_t logit_at = kTarget + n % 2 * 4, target_at = at + position * (uint32_t)sizeof(Bits);
     if (mine) {
@@ -203,7 +181,7 @@ FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
       const uint32_t exchange = kExchange + n % 2 * 8, parts = kParts + n % 2 * 16 * kMaxCluster;
       if (thread == 0) barrier_expect(exchange, blocks * 16);
       if (thread < blocks) {
-        const float target = owner == rank ? shared_load<float>(logit_at) : 0.0f;
+        const float target = plan.owner == rank ? shared_load<float>(logit_at) : 0.0f;
         remote_store(parts + rank * 16, exchange, thread,
                      {{as_bits(part.top), as_bits(part.sum), as_bits(part.weighted), as_bits(target)}});
       }
@@ -214,7 +192,7 @@ FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
       for (int i = 0; i < blocks; ++i) {
         const Vec v = shared_load<Vec>(parts + i * 16);
         all = merged(all, {as_float(v.w[0]), as_float(v.w[1]), as_float(v.w[2])}, exponent.c);
-        if (i == owner) target = as_float(v.w[3]);
+        if (i == plan.owner) target = as_float(v.w[3]);
       }
       const RowGradient g = finish_row(p.a, plan, all, target, rank == 0 && thread == 0);
       if (thread == 0) shared_put(kGradient, g);

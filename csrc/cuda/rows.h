@@ -295,14 +295,38 @@ FASTGRPO_DEVICE Sums nothing() { return {-INFINITY, 0.0f, 0.0f}; }
 
 // ---- what a row is asked, and what comes of it
 
+// Structs of whole vectors in shared memory.
+template <class T>
+FASTGRPO_DEVICE T shared_get(uint32_t at) {
+  union {
+    Vec v[sizeof(T) / 16];
+    T value;
+  } u;
+  FASTGRPO_UNROLL
+  for (int i = 0; i < (int)(sizeof(T) / 16); ++i) u.v[i] = shared_load<Vec>(at + i * 16);
+  return u.value;
+}
+
+template <class T>
+FASTGRPO_DEVICE void shared_put(uint32_t at, const T& value) {
+  union U {
+    T value;
+    Vec v[sizeof(T) / 16];
+    FASTGRPO_DEVICE U(const T& x) : value(x) {}
+  } u(value);
+  FASTGRPO_UNROLL
+  for (int i = 0; i < (int)(sizeof(T) / 16); ++i) shared_store(at + i * 16, u.v[i]);
+}
+
 struct alignas(16) Plan {
   int64_t row;
+  int32_t scored;
   int32_t target;  // its id, or -1 when that is out of range
   float inv_temperature;
-  float advantage, weight, old_logp, ref_logp;
-  float policy_scale, h;
-  int32_t scored;
-  int32_t unused;
+  float advantage, weight, old_logp, ref_logp, policy_scale, h;
+  // of the slice in this block: its vectors, where in these the target is or -1, and the block that has it
+  int32_t vectors, position, owner;
+  int32_t unused[2];
 };
 
 FASTGRPO_DEVICE int min_of(int a, int b) { return a < b ? a : b; }

@@ -30,7 +30,8 @@ FASTGRPO_DEVICE const Vec* vectors_of(const Span<E>& span) {
 
 // Where the vectors of the edges wait, filled up with -inf: that before the first whole one, and that after the last.
 constexpr uint32_t kEdges = kScratch;
-constexpr int kSharedBytes = kScratch + 2 * 16;
+constexpr uint32_t kPlan = kEdges + 2 * 16;
+constexpr int kSharedBytes = kPlan + sizeof(Plan);
 
 template <class E>
 FASTGRPO_DEVICE uint32_t edge_at(const Span<E>& span, int v) {
@@ -52,7 +53,12 @@ FASTGRPO_KERNEL(kWorkers, 3)
 stats_kernel(const FastgrpoArgs a) {
   const int64_t row = block_index();
   const int thread = thread_index();
-  const Plan plan = plan_row(a, row);
+  if (thread < 32) {  // the statistics of a group are in double, which some chips are slow at
+    const Plan plan = plan_row(a, row);
+    if (thread == 0) shared_put(kPlan, plan);
+  }
+  sync_threads(kWorkersBarrier, kWorkers);  // the plan is there
+  const Plan plan = shared_get<Plan>(kPlan);
   if (!plan.scored) {
     if (thread == 0) skip_row(a, row);
     return;
@@ -203,8 +209,8 @@ cudaError_t launch_rows(void (*kernel)(FastgrpoArgs), const FastgrpoArgs& args, 
 cudaError_t stats(const FastgrpoArgs& args, cudaStream_t stream) {
   const bool entropy = args.entropy != nullptr || args.h != nullptr;
   void (*const kernels[3][2])(FastgrpoArgs) = {{stats_kernel<Float32, false>, stats_kernel<Float32, true>},
-                                            {stats_kernel<BFloat16, false>, stats_kernel<BFloat16, true>},
-                                            {stats_kernel<Float16, false>, stats_kernel<Float16, true>}};
+                                               {stats_kernel<BFloat16, false>, stats_kernel<BFloat16, true>},
+                                               {stats_kernel<Float16, false>, stats_kernel<Float16, true>}};
   return launch_rows(kernels[args.dtype][entropy], args, stream);
 }
 
