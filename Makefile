@@ -1,4 +1,4 @@
-.PHONY: install test bench check format
+.PHONY: install test bench gpu memcheck racecheck check format
 
 install: ## the package with its test tools, from this checkout
 	pip install -c constraints.txt ".[test]"
@@ -8,6 +8,20 @@ test:
 
 bench: ## paired timings; compare across commits with --benchmark-autosave --benchmark-compare
 	pytest benchmarks
+
+gpu: ## on a machine with an NVIDIA GPU
+	pytest -m gpu tests
+	pytest tests/test_backend_cuda.py
+	pytest benchmarks/test_gpu.py -s
+
+SANITIZE = compute-sanitizer --error-exitcode 1 --target-processes all
+SMALL = pytest -q tests/test_backend_cuda.py -k "statistics or family or not_count or bits_everywhere"
+
+memcheck: ## the CUDA kernels under compute-sanitizer, without torch's caching of memory, which would hide accesses
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(SMALL)
+
+racecheck:
+	$(SANITIZE) --tool racecheck $(SMALL)
 
 check:
 	ruff check .
