@@ -151,25 +151,27 @@ def test_rows_that_do_not_count(cluster, use, device):
     advantages[5:9] = 0
     h = torch.ones(B * T, device=device)  # also where the mask is off: it must not matter there
     logits.view(-1, V)[~mask] = math.nan
-    for skip, slope in ((0, None), (1, None), (0, h)):
-        rows = rows_of(B * T, device, advantages=advantages, h=slope)
-        spec = TokenSpec(skip_zero=skip)
-        scored = mask & ((advantages != 0) | (skip == 0))
+    ref = torch.randn(B * T, generator=generator).to(device)
+    for skip, slope, beta in ((0, None, 0.0), (1, None, 0.0), (0, h, 0.0), (1, h, 0.0), (1, None, 0.1)):
+        rows = rows_of(B * T, device, advantages=advantages, h=slope, ref=ref if beta else None)
+        spec = TokenSpec(skip_zero=skip, beta=beta)
+        skips = skip and slope is None and beta == 0  # else a row without advantage still has a gradient
+        scored = mask & ((advantages != 0) | (not skips))
         x = torch.where(mask[:, None], logits.flatten(0, 1), 0.0).view(logits.shape)
         logp, _, entropy, p, log_p = exact(x, ids, inv_t)
-        want = exact_grad(ids, -0.25 * advantages, slope, inv_t, entropy, p, log_p) * mask[:, None]
+        dkl = -torch.expm1(ref.double() - logp) if beta else 0.0
+        want = exact_grad(ids, 0.25 * (beta * dkl - advantages), slope, inv_t, entropy, p, log_p) * mask[:, None]
         for seed in (1, 2, 3):
             use(cluster, seed=seed)
             out = logits._base.clone().as_strided(logits.shape, logits.stride(), 3)
-            if skip:
-                out.flatten(0, 1)[~scored] = math.nan  # not read
+            out.flatten(0, 1)[~scored] = math.nan  # not read
             loss, got, lse, _, kl, ratio, g = cuda.token_loss(out, ids, mask, inv_t, False, rows, spec, out)
             for result in (loss, got, lse, kl, ratio, g):
                 assert (result[~scored] == 0).all() and result.isfinite().all()
             torch.testing.assert_close(got[scored].double(), logp[scored], rtol=1e-6, atol=2e-6)
             assert (ratio[scored] == 1).all()
             torch.testing.assert_close(out.flatten(0, 1).double(), want, rtol=2**-8, atol=1e-6)
-            idle = ~mask if slope is not None else ~mask | (advantages == 0)
+            idle = ~mask if slope is not None or beta else ~mask | (advantages == 0)
             assert (out.flatten(0, 1)[idle] == 0).all()
 
 
@@ -318,6 +320,43 @@ def test_a_real_vocabulary(V, use, device):
         torch.testing.assert_close(results[1].double(), want[0], rtol=1e-6, atol=2e-6)
         torch.testing.assert_close(results[3].double(), want[2], rtol=1e-6, atol=2e-6)
         assert_close(out[0], grad, 2**-8)
+
+
+def test_another_stride_for_the_gradient(use, device):
+    """Base addresses agree modulo 16, rows do not: no bulk copy can move such a row from one to the other."""
+    logits, ids, mask, inv_t = make(1, 3, 1003, torch.bfloat16, stride=1008, device=device)
+    out = torch.full((1, 3, 1003), math.nan, dtype=torch.bfloat16, device=device)
+    rows = rows_of(3, device, advantages=torch.tensor([1.0, -2.0, 3.0], device=device))
+    want = exact(logits, ids, inv_t)
+    use(2)
+    cuda.token_loss(logits, ids, mask, inv_t, False, rows, TokenSpec(), out)
+    assert_close(out[0], exact_grad(ids, -0.25 * rows.advantages, None, inv_t, want[2], *want[3:]), 2**-8)
+
+
+def test_shapes_are_remembered_apart(use, device):
+    """The same vocabulary in another dtype has another shape, whichever comes first."""
+    use(2)
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        logits, ids, mask, inv_t = make(24, 1, 5003, dtype, device=device)
+        for want_entropy in (False, True):
+            logp, *_ = cuda.row_stats(logits, ids, mask, inv_t, want_entropy)
+            torch.testing.assert_close(logp.double(), exact(logits, ids, inv_t)[0], rtol=1e-6, atol=2e-6)
+
+
+def test_a_smaller_cluster_where_a_large_one_finds_no_room(cuda_host_library):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here, with room of its own")
+    with cuda_host.backend(cuda_host_library) as machine:
+        library = cuda._load()[0]
+        try:
+            machine.fastgrpo_host_largest_cluster(8)
+            assert library.fastgrpo_cuda_cluster(1, 262_145, 0) == 8
+            machine.fastgrpo_host_largest_cluster(2)
+            assert library.fastgrpo_cuda_cluster(1, 262_146, 0) == 0
+        finally:
+            machine.fastgrpo_host_largest_cluster(16)
+        assert library.fastgrpo_cuda_cluster(1, 262_147, 0) == 16
+        assert library.fastgrpo_cuda_cluster(0, 4096, 0) == 1
 
 
 def test_rows_that_no_cluster_holds(use, device):

@@ -146,7 +146,7 @@ def kind_of(case: tuple, loop: dict) -> str:
     if kernel == "grad" and every and stores == 0 and loop["narrow stores"] == loads * DTYPES[dtype]:
         return "other phase"  # whose vectors to write start at other addresses than those read
     if kernel == "one_pass" and stores == 0:
-        kinds = {0: "maximum", 2 * loads: "parts", loads * DTYPES[dtype]: "sums"}  # parts: those of a row's blocks
+        kinds = {0: "maximum", loads: "parts", loads * DTYPES[dtype]: "sums"}  # parts: those of a row's blocks
         return kinds.get(loop["exponentials"], "unknown")
     return "unknown"
 
@@ -336,7 +336,7 @@ def one_pass_shape(tmp_path_factory):
     wrapper.write_text("""
 #include "kernels.h"
 extern "C" void shape(int32_t dtype, int64_t vocab, int32_t cluster, int32_t* to) {
-  const auto s = fastgrpo::one_pass_shape(dtype, vocab, cluster);
+  const auto s = fastgrpo::one_pass_shape(dtype, vocab, cluster, 227 << 10);
   to[0] = s.cluster, to[1] = s.slice, to[2] = s.buffers, to[3] = s.buffer_bytes, to[4] = s.shared_bytes;
 }
 """)

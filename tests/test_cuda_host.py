@@ -45,6 +45,7 @@ KERNELS = {
     "load_awaited_by_another": (1, 33, r"in flight: |race: .*a copy that completed on the barrier|unwritten: "),
     "wrong_bytes": (1, 33, r"deadlock: .*\n  block 0: 64 threads \(first 0\): barrier_wait\(512, 0\)"),
     "load_over_readers": (1, 33, r"race: .*bulk_load of 256.* was (read|written) by|in flight: "),
+    "load_over_unfenced": (1, 33, r"missing fence: block 0, thread 0: bulk_load of 256 bytes"),
     "misaligned_load": (1, 33, r"misaligned: block 0, thread 0: bulk_load of 256 bytes at offset 8"),
     "load_bounds": (1, 33, r"out of bounds: block 0, thread 0: bulk_load of 256 bytes at address"),
     "missing_fence": (1, 33, r"missing fence: block 0, thread 0: bulk_store.* written by thread 40"),
@@ -157,8 +158,8 @@ def test_launch_limits(lib, blocks, threads, cluster, shared_bytes, asks, error)
 def test_clusters_need_sm_90(lib):
     lib.fastgrpo_host_capability(8, 0)
     try:
-        assert lib.shape(2, 32, 2, 0, 1) == INVALID_CONFIGURATION
-        assert lib.shape(2, 32, 1, 0, 1) == OK
+        for cluster, error in ((0, OK), (1, INVALID_CONFIGURATION), (2, INVALID_CONFIGURATION)):
+            assert lib.shape(2, 32, cluster, 0, 1) == error
     finally:
         lib.fastgrpo_host_capability(9, 0)
 

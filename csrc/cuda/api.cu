@@ -6,6 +6,7 @@
 
 #include "api.h"
 #include "kernels.h"
+#include "launch.h"
 
 namespace fastgrpo {
 namespace {
@@ -46,13 +47,15 @@ struct OnePass {
 };
 
 OnePass find_one_pass(const FastgrpoArgs& args, int device, int cluster) {
-  int found = 0;
+  int found = 0, limit = 0;
   if (cluster < 0 || capability(device, found) != cudaSuccess || found < 90) return {};
-  OnePassShape shape = one_pass_shape(args.dtype, args.vocab, cluster);
+  if (shared_limit(limit) != cudaSuccess) return {};
+  OnePassShape shape = one_pass_shape(args.dtype, args.vocab, cluster, limit);
   while (shape.cluster > 0) {
     if (const int clusters = one_pass_clusters(args, shape)) return {shape, clusters};
     if (cluster > 0 || shape.cluster == 1) break;
-    shape = one_pass_shape(args.dtype, args.vocab, shape.cluster / 2);  // of fewer blocks, with more memory each
+    shape =
+        one_pass_shape(args.dtype, args.vocab, shape.cluster / 2, limit);  // of fewer blocks, with more memory each
   }
   return {};
 }
@@ -84,6 +87,7 @@ int32_t on_device(int32_t device, F f) {
 }
 
 const char* const kTooOld = "the GPU has a compute capability below 8.0";
+const char* const kNoDriver = "there is no NVIDIA driver, or it is older than the CUDA toolkit that built the library";
 
 }  // namespace
 }  // namespace fastgrpo
@@ -97,15 +101,19 @@ int64_t fastgrpo_cuda_args_size(void) { return sizeof(FastgrpoArgs); }
 const char* fastgrpo_cuda_error(int32_t error) { return cudaGetErrorString((cudaError_t)error); }
 
 const char* fastgrpo_cuda_device_unavailable(int32_t device) {
+  const OnDevice here(device);
   int found = 0;
-  const cudaError_t error = capability(device, found);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  return found >= 80 ? nullptr : kTooOld;
+  cudaError_t error = here.error();
+  if (error == cudaSuccess) error = capability(device, found);
+  if (error == cudaSuccess && found < 80) return kTooOld;
+  if (error == cudaSuccess) error = loadable();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 const char* fastgrpo_cuda_unavailable(void) {
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error == cudaErrorInsufficientDriver) return kNoDriver;
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const char* why = "there is no NVIDIA GPU";
   for (int device = 0; device < devices; ++device) {

@@ -1,4 +1,4 @@
-// Every kernel is launched here: one argument struct by value, clusters, shared memory beyond the default limit.
+// Every kernel is launched here: one argument struct by value, clusters, all the shared memory that a block may have.
 
 #pragma once
 
@@ -7,10 +7,18 @@
 
 namespace fastgrpo {
 
+// Bytes of shared memory that a block may have on the current device.
+inline cudaError_t shared_limit(int& bytes) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error
+                              : cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 struct Launch {
   int64_t blocks;
   int threads;
-  int cluster;       // blocks per cluster; 1: none
+  int cluster;       // blocks per cluster; 0: no clusters
   int shared_bytes;  // dynamic
   cudaStream_t stream;
 };
@@ -30,12 +38,20 @@ struct LaunchConfig {
     attribute.val.clusterDim.x = launch.cluster;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.attrs = &attribute;
-    config.numAttrs = launch.cluster > 1 ? 1 : 0;
-    if (launch.shared_bytes > 48 << 10) {
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
-    }
-    if (error == cudaSuccess && launch.cluster > 8) {
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (launch.cluster == 0) return;
+    config.numAttrs = 1;
+    // Attributes are the kernel's, not the launch's: the same for every launch, or threads would change them for
+    // others.
+    int limit = 0;
+    error = shared_limit(limit);
+    const struct {
+      cudaFuncAttribute name;
+      int value;
+    } attributes[] = {{cudaFuncAttributeMaxDynamicSharedMemorySize, limit},
+                      {cudaFuncAttributePreferredSharedMemoryCarveout, 100},
+                      {cudaFuncAttributeNonPortableClusterSizeAllowed, 1}};
+    for (const auto& attribute : attributes) {
+      if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute.name, attribute.value);
     }
   }
 };

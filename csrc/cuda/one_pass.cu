@@ -2,12 +2,10 @@
 //
 // Grid: as many clusters as the device holds at once, 288 threads a block, two blocks a multiprocessor (at most 96
 // registers a thread, 113 KiB of shared memory a block); where three rows do not fit into that, one block and 227 KiB.
-// Bytes moved per row: V logits in, V gradients out, both by bulk copies; V in only when no gradient is wanted.
-// A block's ninth warp plans rows and moves them; eight warps sweep: the maximum, the sums, and, after one exchange of
-// (top, sum, weighted, target) between the blocks, the gradient over the logits.
-// Edges of a slice that are not whole 16 bytes are moved element by element: V and addresses may be anything.
-// Rows that are not scored are not read; they and rows whose g and h are 0 cost their zeroes. lse is fp32,
-// addresses 64.
+// Bytes moved per row: V logits in and, if a gradient is wanted, V out, by bulk copies; ends that are not whole 16
+// bytes element by element. A ninth warp plans rows and moves them. Eight sweep: maximum, sums and, after one exchange
+// of (top, sum, weighted, target) between blocks, the gradient over the logits. lse is fp32, addresses 64-bit.
+// Rows that are not scored are not read; they and rows whose g and h are 0 cost their zeroes.
 
 #include "kernels.h"
 #include "launch.h"
@@ -76,7 +74,8 @@ FASTGRPO_DEVICE void load_slice(const OnePassArgs& p, Plan plan, int buffer, int
     shared_store(to + position * (uint32_t)sizeof(Bits), x);
   });
   if (lane == 0) shared_put(plan_at(buffer), plan);
-  sync_warp();  // the arrival below speaks for what all lanes wrote
+  fence_async();  // where these edges are, the next row's copy may come
+  sync_warp();    // the arrival below speaks for what all lanes wrote
   if (lane != 0) return;
   const int first = span.first_whole(), vectors = span.end_whole() - first;
   if (vectors > 0) {
@@ -100,7 +99,8 @@ FASTGRPO_DEVICE void store_slice(const OnePassArgs& p, int buffer, int lane) {
     global_store((Bits*)span.at(position), shared_load<Bits>(from + position * (uint32_t)sizeof(Bits)));
   });
   if (lane == 0) bulk_wait_read();
-  sync_warp();  // no lane fills the buffer again before all have read from it
+  fence_async();
+  sync_warp();  // nothing fills the buffer again before all lanes have read from it
 }
 
 template <class E>
@@ -109,6 +109,7 @@ FASTGRPO_DEVICE void move_rows(const OnePassArgs& p) {
   const int64_t rows = p.a.batch * p.a.tokens, step = block_count() / cluster_size();
   Turn in, out;
   int held = 0;
+  Advantage advantage;
   const auto make_room = [&] {
     barrier_wait(ready(out.buffer), out.parity);
     if (p.a.out != nullptr) store_slice<E>(p, out.buffer, lane);
@@ -116,7 +117,7 @@ FASTGRPO_DEVICE void move_rows(const OnePassArgs& p) {
     --held;
   };
   for (int64_t row = block_index() / cluster_size(); row < rows; row += step) {
-    const Plan plan = plan_row(p.a, row);
+    const Plan plan = plan_row(p.a, row, advantage);
     if (!plan.scored) {
       if (p.a.out != nullptr) zero(slice_of<E>(p.a.out, p.a.out_stride, p, row), lane, 32);
       if (rank == 0 && lane == 0) skip_row(p.a, row);
@@ -187,11 +188,14 @@ FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
       }
       // A block that is a row ahead writes to the other half: it has heard from this one about the row between.
       barrier_wait_cluster(exchange, n / 2 % 2);
-      Sums all = nothing();
+      Sums all = {-INFINITY, 0.0f, 0.0f};
+      for (int i = 0; i < blocks; ++i) all.top = max_f32(all.top, shared_load<float>(parts + i * 16));
       float target = 0.0f;
       for (int i = 0; i < blocks; ++i) {
         const Vec v = shared_load<Vec>(parts + i * 16);
-        all = merged(all, {as_float(v.w[0]), as_float(v.w[1]), as_float(v.w[2])}, exponent.c);
+        const Sums other = raised({as_float(v.w[0]), as_float(v.w[1]), as_float(v.w[2])}, all.top, exponent.c);
+        all.sum += other.sum;
+        all.weighted += other.weighted;
         if (i == plan.owner) target = as_float(v.w[3]);
       }
       const RowGradient g = finish_row(p.a, plan, all, target, rank == 0 && thread == 0);
@@ -259,12 +263,13 @@ Launch launch_for(const OnePassShape& shape, int64_t clusters, cudaStream_t stre
 
 }  // namespace
 
-OnePassShape one_pass_shape(int32_t dtype, int64_t vocab, int cluster) {
+OnePassShape one_pass_shape(int32_t dtype, int64_t vocab, int cluster, int shared_limit) {
   const int size = dtype == kFloat32 ? 4 : 2;
-  // Half of a multiprocessor's shared memory with three rows on their way, or all of it with two.
+  // Half of a multiprocessor's shared memory with three rows on their way, or all of it with two. A block takes 1 KiB
+  // beside its own, and what one block may have is all there is but that.
   const struct {
     int bytes, buffers;
-  } budgets[] = {{113 << 10, 3}, {227 << 10, 2}};
+  } budgets[] = {{(shared_limit + 1024) / 2 - 1024, 3}, {shared_limit, 2}};
   for (const auto& budget : budgets) {
     for (int blocks = cluster > 0 ? cluster : 1; blocks <= kMaxCluster; blocks *= 2) {
       const int64_t line = 128 / size, slice = ((vocab + blocks - 1) / blocks + line - 1) / line * line;

@@ -149,6 +149,7 @@ FASTGRPO_DEVICE int cluster_size() {
 
 // All threads of all blocks of the cluster come here together.
 FASTGRPO_DEVICE void cluster_sync() {
+  __syncwarp();  // the lanes may come from different ways, and must not leave it like that
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -216,7 +217,7 @@ FASTGRPO_DEVICE void bulk_store(void* to, uint32_t from, uint32_t bytes) {
 // Waits until all bulk stores of this thread have read their shared memory.
 FASTGRPO_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-// What this thread wrote to shared memory before, bulk copies may read after (once a sync says so).
+// What this thread did to shared memory before, bulk copies read or overwrite after (once a sync says so).
 FASTGRPO_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Writes 16 bytes at `at` of the shared memory of block `rank` of the cluster, and completes them on its `barrier`.

@@ -1,12 +1,10 @@
-// Statistics and gradient of a row as two sweeps over global memory, for chips without clusters, rows that no cluster
-// holds, and gradients whose coefficients come from outside (sequence level, an upstream gradient per token).
+// Statistics and gradient of a row as two sweeps over global memory: for chips without clusters, rows that no cluster
+// holds, and coefficients from outside (sequence level, an upstream gradient per token).
 //
 // Grid: one block of 256 threads a row; 3 blocks a multiprocessor (at most 80 registers a thread) for the statistics,
-// 4 (64 registers) for the gradient and the scaling.
-// Bytes moved per row: V in for the statistics; V in, V out for the gradient and the scaling. A tile of 8 vectors a
-// thread stays in registers between its maximum and its sums. All accesses to whole vectors are 128 bits wide; what
-// is left at the ends of a row goes element by element, and so do gradients whose rows start at another address modulo
-// 16 than their logits. Rows that are not scored are not read, nor are those whose g and h are 0: they get zeroes.
+// 4 (64) for the gradient and the scaling. Bytes moved per row: V in; for these two V out as well. A tile of 8 vectors
+// a thread stays in registers between its maximum and its sums. Accesses are 128 bits wide, but at a row's ends and
+// where gradients lie otherwise modulo 16 than their logits. Rows that do not count are not read; they get zeroes.
 
 #include "kernels.h"
 #include "launch.h"
@@ -26,6 +24,20 @@ FASTGRPO_DEVICE Span<E> row_of(const void* base, const int64_t (&stride)[2], con
 template <class E>
 FASTGRPO_DEVICE const Vec* vectors_of(const Span<E>& span) {
   return (const Vec*)span.at(0);
+}
+
+// to[v] = f(from[v]) for the block's vectors from `first` to `end`, four loads of a thread under way at once.
+template <class F>
+FASTGRPO_DEVICE void each_vector(const Vec* from, Vec* to, int first, int end, F f) {
+  int v = first + thread_index();
+  for (; v + 3 * kWorkers < end; v += 4 * kWorkers) {
+    Vec x[4];
+    FASTGRPO_UNROLL
+    for (int i = 0; i < 4; ++i) x[i] = global_load_streaming(from + v + i * kWorkers);
+    FASTGRPO_UNROLL
+    for (int i = 0; i < 4; ++i) global_store_streaming(to + v + i * kWorkers, f(x[i]));
+  }
+  for (; v < end; v += kWorkers) global_store_streaming(to + v, f(global_load_streaming(from + v)));
 }
 
 // Where the vectors of the edges wait, filled up with -inf: that before the first whole one, and that after the last.
@@ -54,7 +66,8 @@ stats_kernel(const FastgrpoArgs a) {
   const int64_t row = block_index();
   const int thread = thread_index();
   if (thread < 32) {  // the statistics of a group are in double, which some chips are slow at
-    const Plan plan = plan_row(a, row);
+    Advantage advantage;
+    const Plan plan = plan_row(a, row, advantage);
     if (thread == 0) shared_put(kPlan, plan);
   }
   sync_threads(kWorkersBarrier, kWorkers);  // the plan is there
@@ -145,12 +158,9 @@ grad_kernel(const FastgrpoArgs a) {
   choose_gradient(exponent, r.slope, [&](auto near, auto slope) {
     const Vec* const from = vectors_of(span);
     if (span.lead == out.lead) {
-      Vec* const to = (Vec*)vectors_of(out);
-#pragma unroll 4
-      for (int v = span.first_whole() + thread; v < span.end_whole(); v += kWorkers) {
-        const Vec x = global_load_streaming(from + v);
-        global_store_streaming(to + v, gradient<E, near.value, slope.value>(x, exponent, r.constant, r.slope));
-      }
+      each_vector(from, (Vec*)vectors_of(out), span.first_whole(), span.end_whole(), [&](const Vec& x) {
+        return gradient<E, near.value, slope.value>(x, exponent, r.constant, r.slope);
+      });
     } else {
       for (int v = span.first_whole() + thread; v < span.end_whole(); v += kWorkers) {
         const Vec x = global_load_streaming(from + v);
@@ -190,10 +200,8 @@ scale_kernel(const FastgrpoArgs a) {
   using Bits = typename E::Bits;
   const Span<E> span = row_of<E>(a.logits, a.logits_stride, a, block_index());
   Vec* const vectors = (Vec*)vectors_of(span);
-#pragma unroll 4
-  for (int v = span.first_whole() + thread_index(); v < span.end_whole(); v += kWorkers) {
-    global_store_streaming(vectors + v, scaled<E>(global_load_streaming(vectors + v), factor));
-  }
+  each_vector(vectors, vectors, span.first_whole(), span.end_whole(),
+              [&](const Vec& x) { return scaled<E>(x, factor); });
   each_edge(span, thread_index(), [&](int position) {
     Bits* const x = (Bits*)span.at(position);
     if (span.holds(position)) global_store(x, E::bits(E::number(global_load(x)) * factor));
@@ -201,7 +209,7 @@ scale_kernel(const FastgrpoArgs a) {
 }
 
 cudaError_t launch_rows(void (*kernel)(FastgrpoArgs), const FastgrpoArgs& args, cudaStream_t stream) {
-  return launch(kernel, {args.batch * args.tokens, kWorkers, 1, kSharedBytes, stream}, args);
+  return launch(kernel, {args.batch * args.tokens, kWorkers, 0, kSharedBytes, stream}, args);
 }
 
 }  // namespace
@@ -217,6 +225,11 @@ cudaError_t stats(const FastgrpoArgs& args, cudaStream_t stream) {
 cudaError_t grad(const FastgrpoArgs& args, cudaStream_t stream) {
   void (*const kernels[3])(FastgrpoArgs) = {grad_kernel<Float32>, grad_kernel<BFloat16>, grad_kernel<Float16>};
   return launch_rows(kernels[args.dtype], args, stream);
+}
+
+cudaError_t loadable() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, scale_kernel<Float32>);
 }
 
 cudaError_t scale(const FastgrpoArgs& args, cudaStream_t stream) {

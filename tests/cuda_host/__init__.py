@@ -1,4 +1,4 @@
-"""Builds CUDA sources for the machine in machine.cpp, so that a CPU runs them and checks every access; and lets the
+"""Builds CUDA sources for the machine in this folder, so that a CPU runs them and checks every access; and lets the
 cuda backend run on it, with CPU tensors."""
 
 import contextlib
@@ -26,7 +26,7 @@ def build(directory: Path, sources, *, options=()) -> Path:
     out = Path(directory) / "libfastgrpo_cuda_host.so"
     objects = []
     running = []
-    for source in [*map(Path, sources), HERE / "machine.cpp"]:
+    for source in [*map(Path, sources), *HERE.glob("*.cpp")]:
         objects.append(out.with_name(source.name + ".o"))
         command = ["g++", *FLAGS, *options, *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(objects[-1])]
         running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
@@ -43,10 +43,10 @@ def library(path: Path) -> ctypes.CDLL:
     lib.fastgrpo_host_violation.restype = ctypes.c_char_p
     lib.fastgrpo_host_seed.argtypes = [ctypes.c_uint64]
     lib.fastgrpo_host_allow.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    for name in ("devices", "multiprocessors", "active_clusters"):
+    for name in ("devices", "active_clusters", "largest_cluster"):
         getattr(lib, f"fastgrpo_host_{name}").argtypes = [ctypes.c_int]
     lib.fastgrpo_host_capability.argtypes = [ctypes.c_int, ctypes.c_int]
-    for name in ("seed", "allow", "forget", "devices", "capability", "multiprocessors", "active_clusters"):
+    for name in ("seed", "allow", "forget", "devices", "capability", "active_clusters", "largest_cluster"):
         getattr(lib, f"fastgrpo_host_{name}").restype = None
     return lib
 

@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/ptx.h: the same machine, played on a CPU by machine.cpp, which checks every access.
+// Stands in for csrc/cuda/ptx.h: the same machine, played on a CPU, which checks every access (see machine.h).
 
 #pragma once
 

@@ -248,12 +248,23 @@ CASE(wrong_bytes, 1) {
 CASE(load_over_readers, 1) {
   make_barrier(1);
   put(input(a));
+  fence_async();
   sync_threads(0, 64);
   const float x = exchanged(33);
   if (!fault) sync_threads(0, 64);
   load_all(a);
   barrier_wait(kBarrierAt, 0);
   output(a, x);
+}
+
+CASE(load_over_unfenced, 1) {
+  make_barrier(1);
+  put(input(a));
+  if (!fault) fence_async();
+  sync_threads(0, 64);
+  load_all(a);
+  barrier_wait(kBarrierAt, 0);
+  output(a, exchanged(33));
 }
 
 CASE(misaligned_load, 1) {

@@ -1,0 +1,154 @@
+// The CUDA runtime of cuda_runtime.h, for a device of the tests' making, and what the tests set and ask.
+
+#include <map>
+
+#include "cuda_runtime.h"
+#include "machine.h"
+
+using fastgrpo_host::m;
+
+namespace {
+
+constexpr int kMaxSharedBytes = 227 << 10;
+
+struct Attributes {
+  int shared_bytes = 48 << 10;
+  bool wide = false;
+};
+
+struct {
+  int count = 1, major = 9, minor = 0, active_clusters = 2, largest_cluster = 16;
+  cudaError_t error = cudaSuccess;
+  std::map<const void*, Attributes> attributes;
+} device;
+
+cudaError_t noted(cudaError_t error) {
+  if (error != cudaSuccess) device.error = error;
+  return error;
+}
+
+cudaError_t check_device(int index) {
+  return noted(index >= 0 && index < device.count ? cudaSuccess : cudaErrorInvalidDevice);
+}
+
+// 0: the launch does not say.
+unsigned cluster_of(const cudaLaunchConfig_t* config) {
+  unsigned cluster = 0;
+  for (unsigned i = 0; i < config->numAttrs; i++) {
+    const auto& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = attribute.val.clusterDim.x;
+  }
+  return cluster;
+}
+
+cudaError_t check_launch(const void* kernel, const cudaLaunchConfig_t* config) {
+  const Attributes& allowed = device.attributes[kernel];
+  const dim3 &grid = config->gridDim, &block = config->blockDim;
+  const bool clustered = cluster_of(config) > 0;
+  const unsigned cluster = clustered ? cluster_of(config) : 1;
+  if (config->dynamicSmemBytes > (size_t)allowed.shared_bytes) return noted(cudaErrorInvalidValue);
+  const bool legal = grid.x && grid.x < 1u << 31 && grid.y == 1 && grid.z == 1 && block.x && block.x <= 1024 &&
+                     block.x % fastgrpo_host::kLanes == 0 && block.y == 1 && block.z == 1 && grid.x % cluster == 0 &&
+                     cluster <= (allowed.wide ? 16u : 8u) && (!clustered || device.major >= 9);
+  return noted(legal ? cudaSuccess : cudaErrorInvalidConfiguration);
+}
+
+}  // namespace
+
+namespace fastgrpo_host {
+
+cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  Attributes& attributes = device.attributes[kernel];
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    attributes.wide = value;
+  } else if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
+    if (value < -1 || value > 100) return noted(cudaErrorInvalidValue);
+  } else if (value < 0 || value > kMaxSharedBytes) {
+    return noted(cudaErrorInvalidValue);
+  } else {
+    attributes.shared_bytes = value;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t active_clusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config) {
+  const int cluster = (int)cluster_of(config);
+  if (cluster == 0) return noted(cudaErrorInvalidClusterSize);
+  *clusters = cluster <= device.largest_cluster ? device.active_clusters : 0;
+  return check_launch(kernel, config);
+}
+
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t* config, void (*thread)(void*), void* context) {
+  const cudaError_t error = check_launch(kernel, config);
+  if (error != cudaSuccess) return error;
+  const int cluster = cluster_of(config) ? (int)cluster_of(config) : 1;
+  const bool fine =
+      run_grid(thread, context, config->gridDim.x, cluster, config->blockDim.x, config->dynamicSmemBytes);
+  return noted(fine ? cudaSuccess : cudaErrorLaunchFailure);
+}
+
+}  // namespace fastgrpo_host
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = device.count;
+  return noted(device.count ? cudaSuccess : cudaErrorNoDevice);
+}
+
+cudaError_t cudaGetDevice(int* index) {
+  *index = 0;
+  return noted(device.count ? cudaSuccess : cudaErrorNoDevice);
+}
+
+cudaError_t cudaSetDevice(int index) { return check_device(index); }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor         ? device.major
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? kMaxSharedBytes
+                                                                  : device.minor;
+  return check_device(index);
+}
+
+cudaError_t cudaGetLastError() { return std::exchange(device.error, cudaSuccess); }
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorInvalidClusterSize:
+      return "cluster misconfiguration";
+    case cudaErrorNoDevice:
+      return "no CUDA-capable device is detected";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    case cudaErrorLaunchFailure:
+      return m.violation.c_str();
+  }
+  return "unrecognized error code";
+}
+
+extern "C" {
+
+// The order of threads and copies in later launches; 0: in order, with copies as late as can be.
+void fastgrpo_host_seed(uint64_t seed) { m.seed = seed; }
+
+// Kernels may touch the global memory that was allowed here, and no other.
+void fastgrpo_host_allow(const void* first, int64_t bytes) {
+  m.allowed.emplace_back((uintptr_t)first, (uintptr_t)first + bytes);
+}
+void fastgrpo_host_forget() { m.allowed.clear(); }
+
+// What was wrong in the last launch; empty: nothing.
+const char* fastgrpo_host_violation() { return m.violation.c_str(); }
+
+void fastgrpo_host_devices(int count) { device.count = count; }
+void fastgrpo_host_capability(int major, int minor) { device.major = major, device.minor = minor; }
+void fastgrpo_host_active_clusters(int count) { device.active_clusters = count; }
+// Clusters of more blocks than this find no room.
+void fastgrpo_host_largest_cluster(int blocks) { device.largest_cluster = blocks; }
+}
