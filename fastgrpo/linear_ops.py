@@ -43,7 +43,7 @@ def _pick(rows: slice, order: Tensor | None) -> slice | Tensor:
     return rows if order is None else order[rows]
 
 
-def _no_autocast(x: Tensor):
+def no_autocast(x: Tensor):
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -73,7 +73,7 @@ def linear_stats(
         if count < n:
             n, order = count, order_rows(mask, mask)
     results = [torch.zeros(ids.shape, dtype=inv_temperature.dtype, device=ids.device) for _ in range(3)]
-    with _no_autocast(hidden):
+    with no_autocast(hidden):
         projection = Projection(hidden, weight, bias, vocab, dtype, min(chunk, n))
         for part in cut(0, n, chunk):
             rows = _pick(part, order)
@@ -126,7 +126,7 @@ def linear_grad(
     count, _ = count_rows(learn, learn)
     if count < n:
         n, order = count, order_rows(learn, learn)
-    with _no_autocast(hidden):
+    with no_autocast(hidden):
         projection = Projection(hidden, weight, bias, vocab, dtype, min(chunk, n))
         parts = cut(0, n, chunk)
         gradients = Gradients(projection, weight, bias, needs, len(parts))
@@ -267,7 +267,7 @@ def linear_loss(
 
     loss = torch.zeros((), dtype=batch.dtype, device=hidden.device)
     logps, entropies = torch.zeros_like(inv_temperature), torch.zeros_like(inv_temperature)
-    with _no_autocast(hidden):
+    with no_autocast(hidden):
         longest = max((part.stop - part.start for part in [part for part, _ in parts] + only_scored), default=0)
         projection = Projection(hidden, weight, bias, vocab, dtype, longest)
         gradients = Gradients(projection, weight, bias, needs, len(parts), hold_dtype)

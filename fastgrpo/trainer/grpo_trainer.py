@@ -36,6 +36,7 @@ from fastgrpo.loss import GRPOOutput
 from fastgrpo.trainer import sharding
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.head import Head, add_completion_head, check_completion_head, run_completion_head, unwrap_peft
+from fastgrpo.trainer.metrics import reduce_metrics
 from fastgrpo.trainer.rewards import RewardFunc, as_reward_list, call_reward_func, combine_rewards, nanstd
 from fastgrpo.trainer.rollout import (
     RepeatSampler,
@@ -426,23 +427,9 @@ class GRPOTrainer(Trainer):
         return output.loss
 
     def _log_loss(self, output: GRPOOutput, mask: Tensor, mode: str, accumulation: int) -> None:
-        """Average this micro-batch's metrics over processes: by tokens, or by sequences for one number a sequence."""
-        values = {name: value.detach().float() for name, value in output.metrics.items()}
-        if "policy_loss" in values and self.objective.loss_type not in ("dapo", "cispo", "vespo"):
-            values["policy_loss"] *= accumulation  # as in TRL: those log their share of the window, others their own
-        packed = torch.stack([*values.values(), mask.sum().float()])
-        *columns, tokens = self.accelerator.gather(packed).view(-1, len(packed)).T
-        per_sequence = self.objective.importance_sampling_level == "sequence"
         metrics = self._metrics[mode]
-        for name, column in zip(values, columns, strict=True):
-            if name.endswith("_min"):
-                metrics[name].append(column.nan_to_num(nan=math.inf).min())
-            elif name.endswith("_max"):
-                metrics[name].append(column.nan_to_num(nan=-math.inf).max())
-            elif name.startswith(("vespo/", "policy_loss")) or (per_sequence and "clip_ratio" in name):
-                metrics[name].append(column.mean())
-            else:
-                metrics[name].append((column * tokens).sum() / tokens.sum().clamp(min=1))
+        for name, value in reduce_metrics(self.accelerator, self.objective, output, mask, accumulation).items():
+            metrics[name].append(value)
         if self.objective.entropy_coef != 0 and mode == "train" and self.accelerator.sync_gradients:
             metrics["entropy_coef"].append(self.objective.entropy_coef)
 

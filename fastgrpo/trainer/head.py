@@ -8,6 +8,7 @@ module, so that FSDP2 and ZeRO-3 gather its parameters and reduce their gradient
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -41,7 +42,7 @@ def unwrap_peft(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def _head_layer(model: PreTrainedModel) -> nn.Module:
+def head_layer(model: PreTrainedModel) -> nn.Module:
     """The module that holds the head's weight.
 
     Raises:
@@ -60,8 +61,9 @@ def _head_layer(model: PreTrainedModel) -> nn.Module:
     return layer
 
 
-def _call_at_head(model: PreTrainedModel, hidden: Tensor, fn: Callable[[Tensor, Head], Any]) -> Any:
-    """fn(hidden, head) in place of the head's forward, within the calls of its module and of what wraps that.
+@contextlib.contextmanager
+def in_place_of_head(model: PreTrainedModel, fn: Callable[[Tensor, Head], Any]):
+    """While this lasts, calls of the model's head give fn(hidden, head), within the calls of its module and its hooks.
 
     What shards a module's parameters hooks into its calls: it gathers them before, and in the backward pass again, and
     reduces their gradients. A weight that is gathered by hand keeps the gradient of one process.
@@ -69,7 +71,7 @@ def _call_at_head(model: PreTrainedModel, hidden: Tensor, fn: Callable[[Tensor, 
     Raises:
         ValueError: a head that is still sharded in its own forward, by tensor parallelism.
     """
-    layer, options = _head_layer(model), _logit_options(model)
+    layer, options = head_layer(model), logit_options(model)
 
     def forward(hidden: Tensor) -> Any:
         if isinstance(layer.weight, DTensor):
@@ -79,7 +81,7 @@ def _call_at_head(model: PreTrainedModel, hidden: Tensor, fn: Callable[[Tensor, 
     own = vars(layer).get("forward")  # what an instance's hooks may have put over the class's
     layer.forward = forward
     try:
-        return model.get_output_embeddings()(hidden)
+        yield
     finally:
         if own is None:
             del layer.forward
@@ -87,7 +89,7 @@ def _call_at_head(model: PreTrainedModel, hidden: Tensor, fn: Callable[[Tensor, 
             layer.forward = own
 
 
-def _logit_options(model: PreTrainedModel) -> tuple[float, float | None]:
+def logit_options(model: PreTrainedModel) -> tuple[float, float | None]:
     """(logit_scale, softcap). The families name the factor differently, and Granite's divides."""
     config = model.config.get_text_config()
     scale = 1.0
@@ -124,7 +126,8 @@ def add_completion_head(model: PreTrainedModel) -> None:
             kwargs.pop("position_ids", None)
         # backbone and head are looked up now, since wrappers may replace them after this function was made
         hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state
-        return _call_at_head(self, hidden[:, -completion_length - 1 : -1], completion_fn)
+        with in_place_of_head(self, completion_fn):
+            return self.get_output_embeddings()(hidden[:, -completion_length - 1 : -1])
 
     forward.completion_head = True
     model.forward = types.MethodType(forward, model)

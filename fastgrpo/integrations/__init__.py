@@ -1,0 +1,1 @@
+"""fastgrpo in other frameworks' trainers, one module each."""
