@@ -37,7 +37,8 @@ def folder(tmp_path_factory):
 def common(tmp_path, **options):
     return dict(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-        save_strategy="no", max_steps=3, logging_steps=1, learning_rate=0.3, optim="sgd", seed=1, disable_tqdm=True, **options,
+        save_strategy="no", max_steps=3, logging_steps=1, learning_rate=0.3, optim="sgd", seed=1, disable_tqdm=True,
+        **options,
     )  # fmt: skip
 
 

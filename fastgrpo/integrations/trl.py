@@ -385,6 +385,8 @@ class GRPOTrainer(trl.GRPOTrainer):
         for name in ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights"):
             if getattr(type(self), name, None) is not getattr(trl.GRPOTrainer, name, None):
                 raise _NotFused(f"{type(self).__name__} overrides {name}")
+        if self.top_entropy_quantile < 1 and self.accelerator.num_processes > 1:
+            raise _NotFused("top_entropy_quantile is of the tokens of all processes")
         coefficient = self.entropy_coef if self._entropy_bonus_enabled else 0.0
         if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
             coefficient = 0.0
