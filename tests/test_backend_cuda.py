@@ -453,8 +453,11 @@ def test_auto_takes_it_for_one_pass_in_place(monkeypatch):
 # ---- on a GPU
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def needs_a_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
+@needs_a_gpu
 @pytest.mark.parametrize("cluster", [0, -1])
 def test_bits_over_20_runs(cluster, use):
     use(cluster)
@@ -468,8 +471,7 @@ def test_bits_over_20_runs(cluster, use):
         assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_a_gpu
 def test_a_cuda_graph_holds_the_pass():
     logits, ids, kwargs = make_inputs(("old",), vocab=32000, dtype=torch.bfloat16, device="cuda")
     rows = (ids.view(-1), kwargs["completion_mask"].view(-1) != 0, torch.ones(ids.numel(), device="cuda"))
@@ -486,8 +488,7 @@ def test_a_cuda_graph_holds_the_pass():
     assert torch.equal(static, eager) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_a_gpu
 def test_auto_on_this_gpu_waits_for_nothing():
     logits, ids, kwargs = make_inputs(("old",), vocab=32000, dtype=torch.bfloat16, device="cuda")
     leaf = logits.requires_grad_()

@@ -83,13 +83,6 @@ FASTGRPO_DEVICE float fast_exp2(float x) {
   return y;
 }
 
-// 1 / x to one unit in the last place.
-FASTGRPO_DEVICE float fast_reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 FASTGRPO_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 FASTGRPO_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 

@@ -72,8 +72,6 @@ inline float fast_exp2(float x) {
   return y < 0x1p-126f ? 0 : y;
 }
 
-inline float fast_reciprocal(float x) { return 1 / x; }
-
 inline float as_float(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof x);

@@ -147,7 +147,6 @@ extern "C" void numbers(int n, const float* a, const float* b, uint32_t* words, 
     unpack_f16x2(f16[0], floats[i], floats[n + i]);
     floats[2 * n + i] = max_f32(a[i], b[i]);
     floats[3 * n + i] = fast_exp2(a[i]);
-    floats[4 * n + i] = fast_reciprocal(a[i]);
   }
 }
 
