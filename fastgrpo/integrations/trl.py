@@ -23,12 +23,11 @@ from importlib.metadata import version
 
 import torch
 import trl
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo import backends
 from fastgrpo.linear import head_options, linear_grpo_loss
 from fastgrpo.linear_ops import no_autocast
-from fastgrpo.logps import linear_logps
 from fastgrpo.loss import GRPOOutput
 from fastgrpo.objective import Objective
 from fastgrpo.projection import Projection, cut, wide
@@ -108,15 +107,14 @@ class ChunkedLogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_logp: Tensor | None, d_entropy: Tensor | None, *_):
-        from trl.trainer.utils import maybe_gather_lm_head_ctx
-
         hidden, weight, bias, targets, inv_temperature, lse, entropy = ctx.saved_tensors
         if d_logp is None and d_entropy is None:
             return (None,) * 9
         g = torch.zeros_like(lse) if d_logp is None else d_logp.to(lse.dtype).contiguous()
         h = None if d_entropy is None else d_entropy.to(lse.dtype).contiguous()
         needs = list(ctx.needs_input_grad[:3])
-        with maybe_gather_lm_head_ctx(weight, bias):  # ZeRO-3 has taken them apart again
+        # ZeRO-3 has taken them apart again; before 1.15 the head's own module has put them together
+        with _seam().maybe_gather_lm_head_ctx(weight, bias) if _chunked() else contextlib.nullcontext():
             gradients = torch.ops.fastgrpo.linear_grad(
                 hidden, weight, bias, targets, lse, lse if entropy is None else entropy, g, h, inv_temperature, needs,
                 *ctx.options,
@@ -152,9 +150,7 @@ def patch() -> contextlib.AbstractContextManager:
     """
     with _lock:
         if not _originals:
-            for owner, name, replacement in _replacements():
-                _originals.append((owner, name, vars(owner)[name]))
-                setattr(owner, name, replacement)
+            _originals.extend(_put(ChunkedLogProb))
     return _Patched()
 
 
@@ -165,11 +161,19 @@ def unpatch() -> None:
             setattr(*_originals.pop())
 
 
-def _replacements() -> list[tuple[object, str, object]]:
-    """(owner, attribute, ours), if TRL's are what this file was written for."""
+def _put(scorer) -> list[tuple[object, str, object]]:
+    """Let `scorer.apply`, arguments and results as `ChunkedLogProb`'s, score tokens; (owner, attribute, what was there).
+
+    All of TRL's places are looked at before the first is changed.
+    """
     if _chunked():
-        return [(_seam(), _CHUNKED, ChunkedLogProb)]
-    return [(owner, _SCORE, _score_at_head(owner)) for owner in (trl.GRPOTrainer, trl.RLOOTrainer)]
+        places = [(_seam(), _CHUNKED, scorer)]
+    else:
+        places = [(owner, _SCORE, _score_at_head(owner, scorer)) for owner in (trl.GRPOTrainer, trl.RLOOTrainer)]
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in places]
+    for place in places:
+        setattr(*place)
+    return before
 
 
 def _chunked() -> bool:
@@ -200,9 +204,10 @@ def _seam():
 # ---- TRL 1.10 to 1.14: the trainers make logits, and take log-probabilities from them
 
 
-def _score_at_head(trainer: type):
+def _score_at_head(trainer: type, scorer):
     """The trainer's own scoring method, with log-probability and entropy of the next token in place of its logits."""
     original, module = getattr(trainer, _SCORE), sys.modules[trainer.__module__]
+    original = getattr(original, "_trl", original)
     takers = [name for name in _TAKERS if hasattr(module, name)]
     if "selective_log_softmax" not in takers or "logits_to_keep" not in inspect.getsource(trainer):
         _refuse(f"{trainer.__module__} has no selective_log_softmax")
@@ -216,10 +221,13 @@ def _score_at_head(trainer: type):
         seen = {}
 
         def at_head(hidden: Tensor, head: Head) -> Tensor:
-            ids = seen["input_ids"]
-            following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1)[:, -hidden.shape[1] :]  # nobody asks for the last
-            call = dict(head.options, temperature=self.temperature, return_entropy=True)
-            return torch.stack(linear_logps(hidden, head.weight, following, **call), dim=-1)
+            hidden = hidden[:, :-1]  # what follows the last token is not known, nor asked for
+            following = seen["input_ids"][:, -hidden.shape[1] :]
+            scores = scorer.apply(
+                hidden.flatten(0, 1), head.weight, head.bias, following.flatten(), self.temperature, 0, head.softcap,
+                head.logit_scale, ("entropy",),
+            )  # fmt: skip
+            return nn.functional.pad(torch.stack(scores[:2], dim=-1).unflatten(0, following.shape), (0, 0, 0, 1))
 
         watch = inner.register_forward_pre_hook(lambda _, a, k: seen.update(k), with_kwargs=True)
         try:
@@ -231,6 +239,7 @@ def _score_at_head(trainer: type):
         finally:
             watch.remove()
 
+    scored._trl = original
     return scored
 
 
@@ -334,10 +343,12 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         try:
-            objective = self._objective()
+            return self._fused_loss(model, inputs, self._objective())
         except _NotFused as reason:
             _say_once(self, str(reason))
             return super()._compute_loss(model, inputs)
+
+    def _fused_loss(self, model, inputs, objective: Objective) -> Tensor:
         mode = "train" if self.model.training else "eval"
         train = mode == "train"
         accumulation = self.current_gradient_accumulation_steps if train else 1
@@ -380,8 +391,6 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _objective(self) -> Objective:
         """TRL's options as an Objective, with the entropy coefficient of this step."""
-        if not _chunked():
-            raise _NotFused(f"TRL {version('trl')} has no place for the loss before 1.15; patch() speeds up its own")
         for name in ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights"):
             if getattr(type(self), name, None) is not getattr(trl.GRPOTrainer, name, None):
                 raise _NotFused(f"{type(self).__name__} overrides {name}")
@@ -410,22 +419,25 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _score(self, model, inputs, at_head: _LossAtHead):
         """TRL's own scoring of a batch, with `at_head` in the place of its log-probabilities."""
-        module = _seam()
         prompt_and_completion = [
             torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
         ]
-        known = inspect.signature(self._get_per_token_logps_and_entropies).parameters
+        scoring = [getattr(self, name) for name in (_SCORE, "_full_logits_logps") if hasattr(self, name)]  # 1.14: both
+        known = {name for method in scoring for name in inspect.signature(method).parameters}
         extras = {name: inputs[name] for name in known if name in inputs}  # of images
         with _lock:
-            before = getattr(module, _CHUNKED)
-            setattr(module, _CHUNKED, at_head)
+            before = _put(at_head)
             try:
-                return self._get_per_token_logps_and_entropies(
+                scores = self._get_per_token_logps_and_entropies(
                     model, *prompt_and_completion, inputs["completion_ids"].size(1), compute_entropy=True,
                     compute_aux_loss=self.aux_loss_enabled, **extras,
                 )  # fmt: skip
             finally:
-                setattr(module, _CHUNKED, before)
+                for place in before:
+                    setattr(*place)
+        if at_head.output is None:
+            raise _NotFused(f"{type(self).__name__} did not score its tokens at the model's head")
+        return scores
 
     def _control_entropy(self, entropies: Tensor, mask: Tensor) -> None:
         """Log the entropy coefficient at the end of a step; where it is adaptive, move it towards the target first.
