@@ -162,9 +162,12 @@ def unpatch() -> None:
 
 
 def _put(scorer) -> list[tuple[object, str, object]]:
-    """Let `scorer.apply`, arguments and results as `ChunkedLogProb`'s, score tokens; (owner, attribute, what was there).
+    """Let `scorer.apply`, with `ChunkedLogProb`'s arguments and results, score tokens.
 
     All of TRL's places are looked at before the first is changed.
+
+    Returns:
+        (owner, attribute, what was there) of each.
     """
     if _chunked():
         places = [(_seam(), _CHUNKED, scorer)]
