@@ -5,7 +5,6 @@ python examples/trl_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct   # a real one
 """
 
 import argparse
-import tempfile
 
 import torch
 from datasets import Dataset
@@ -18,13 +17,13 @@ from fastgrpo.integrations.trl import GRPOTrainer  # was: from trl import GRPOTr
 # Or keep TRL's trainer, and patch it: fastgrpo.integrations.trl.patch()
 
 
-def tiny_model(folder):
-    """Saves a random model of two layers with a character tokenizer, and returns the folder."""
+def tiny_model():
+    """(random model of two layers, character tokenizer)"""
     letters = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz .?!"]
     tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     config = Qwen2Config(
         vocab_size=len(letters),
         hidden_size=64,
@@ -35,8 +34,7 @@ def tiny_model(folder):
         eos_token_id=1,
         pad_token_id=0,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
+    return Qwen2ForCausalLM(config), tokenizer
 
 
 def vowels(completions, **_):
@@ -50,29 +48,31 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output-dir", default="trl-grpo")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        args = GRPOConfig(
-            output_dir=options.output_dir,
-            max_steps=options.steps,
-            learning_rate=1e-6 if options.model else 1e-2,
-            per_device_train_batch_size=16,
-            num_generations=8,
-            max_completion_length=256 if options.model else 16,
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            bf16=torch.cuda.is_available(),
-            use_cpu=not torch.cuda.is_available(),
-        )
-        trainer = GRPOTrainer(
-            model=options.model or tiny_model(folder),
-            reward_funcs=vowels,
-            args=args,
-            train_dataset=Dataset.from_dict({"prompt": ["say something. ", "well? ", "go on. ", "hello! "] * 8}),
-        )
-        trainer.train()
-        rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-        print(f"mean reward: {rewards[0]:.2f} -> {rewards[-1]:.2f}")
+    model, tokenizer = (options.model, None) if options.model else tiny_model()
+    args = GRPOConfig(
+        output_dir=options.output_dir,
+        max_steps=options.steps,
+        learning_rate=1e-6 if options.model else 1e-2,
+        per_device_train_batch_size=16,
+        num_generations=8,
+        max_completion_length=256 if options.model else 16,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=vowels,
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": ["say something. ", "well? ", "go on. ", "hello! "] * 8}),
+    )
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    print(f"mean reward: {rewards[0]:.2f} -> {rewards[-1]:.2f}")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import torch
 from test_trl import assert_same, fast, grpo_run, logged, trl
 
 folder = test_trl.folder
-pytestmark = pytest.mark.skipif(not test_trl.CHUNKED, reason="the loss is TRL's own before 1.15")
 
 SHARE = 4  # completions in a process's micro-batch, where there are two
 CASES = {
