@@ -1,4 +1,4 @@
-"""The command `fastgrpo`: env | train."""
+"""The command `fastgrpo`: env | bench | train."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastgrpo", description="GRPO training with fused loss kernels.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("env", help="print versions, and which backends work here").set_defaults(run=_env)
+    _add_bench(commands)
     _add_train(commands)
     options = parser.parse_args(argv)
     return options.run(options) or 0
@@ -35,6 +36,46 @@ def _env(_: argparse.Namespace) -> None:
     for name in backends.NAMES:
         why = backends.get(name).unavailable()
         print(f"backend {name}: {'works' if why is None else f'unavailable: {why}'}")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure fastgrpo beside its peers on this machine; without arguments, in about a minute",
+        description="Check every implementation against float64, then time it beside the others: medians of turns in "
+        "one process. Prints a table for each size, who could not be measured and why, and the project's targets.",
+    )
+    bench.set_defaults(run=_bench)
+    add = bench.add_argument
+    add("--quick", action="store_true", help="small sizes, in less than two minutes on two cores; the default")
+    add("--full", action="store_true", help="the sizes of the README's table")
+    add("--growth", action="store_true", help="sweeps of the number of tokens and of the vocabulary")
+    add("--op", action="append", choices=("advantages", "logps", "forward", "loss", "linear", "step"),
+        help="only this operation; repeatable: loss is from logits, linear from hidden states")  # fmt: skip
+    add("--impl", action="append", help="only this implementation, such as fastgrpo, eager, trl, liger; repeatable")
+    add(
+        "--model", choices=("qwen2.5-0.5b", "qwen2.5-7b", "llama3-8b", "gemma2-9b"), help="the size of this one's head"
+    )
+    add("--shape", help="B=8,T=64,V=151936,H=896 or some of them: completions, tokens, vocabulary, hidden width")
+    add("--dtype", action="append", choices=("bf16", "fp16", "fp32"), help="repeatable (default: bf16 and fp32)")
+    add("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    add("--inactive", type=float, help="share of the completions with advantage 0 (default: the case's own)")
+    add("--seconds", type=float, default=2.0, help="of timing for each implementation (default: %(default)s)")
+    add("--json", metavar="FILE", help="append the rows, one JSON object a line")
+    add("--plot", metavar="FILE", help="draw time and memory of the rows, as SVG or PNG by the file's name")
+    add("--report", nargs="?", const="benchmarks/results", metavar="FOLDER",
+        help="measure nothing: write the README's section and plots from recorded rows (%(const)s)")  # fmt: skip
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from fastgrpo.bench.command import UsageError, timed_run
+
+    try:
+        timed_run(options)
+    except UsageError as error:
+        print(f"fastgrpo bench: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:

@@ -85,7 +85,7 @@ def test_parity(loss_type, level, option, backend, device):
 
 def _assert_trl_agrees(want, hidden, weight, ids, objective, kwargs):
     pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
-    from trl_oracle import trl_loss_of_logits
+    from fastgrpo.bench.trl_loss import trl_loss_of_logits
 
     leaves = [x.cpu().double().requires_grad_() for x in (hidden, weight)]
     loss = trl_loss_of_logits(objective, project(*leaves), ids, **kwargs)

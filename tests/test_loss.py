@@ -42,7 +42,7 @@ def test_parity(loss_type, level, option, backend, device):
 
 def _assert_trl_agrees(want, want_grad, logits, ids, objective, kwargs):
     pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
-    from trl_oracle import trl_loss_of_logits
+    from fastgrpo.bench.trl_loss import trl_loss_of_logits
 
     leaf = logits.cpu().double().requires_grad_()
     loss = trl_loss_of_logits(objective, leaf, ids, **kwargs)

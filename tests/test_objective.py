@@ -15,7 +15,7 @@ from fastgrpo.objective import LOSS_TYPES, high_entropy_mask
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_equals_trl(loss_type, level, option):
     pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
-    from trl_oracle import trl_loss
+    from fastgrpo.bench.trl_loss import trl_loss
 
     options, extras = OPTIONS[option]
     objective = objective_for(loss_type, level, options)
@@ -41,7 +41,7 @@ def test_equals_trl(loss_type, level, option):
 
 def test_accumulation_equals_trl():
     pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
-    from trl_oracle import trl_loss
+    from fastgrpo.bench.trl_loss import trl_loss
 
     logits, ids, kwargs = make_inputs(("old", "ref"))
     logps = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]

@@ -61,9 +61,9 @@ def trl_loss(objective, logps, entropies, *, completion_mask, advantages, accumu
     )
     tokens = completion_mask.sum()
     batch = dict(
-        prompt_ids=torch.zeros(len(logps), 1, dtype=torch.int64),
-        prompt_mask=torch.ones(len(logps), 1, dtype=torch.int64),
-        completion_ids=torch.zeros(logps.shape, dtype=torch.int64),
+        prompt_ids=completion_mask.new_zeros(len(logps), 1),
+        prompt_mask=completion_mask.new_ones(len(logps), 1),
+        completion_ids=torch.zeros_like(completion_mask),
         completion_mask=completion_mask,
         advantages=advantages,
         num_items_in_batch=inputs.pop("num_items_in_batch", tokens),

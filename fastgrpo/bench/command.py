@@ -1,0 +1,301 @@
+"""What `fastgrpo bench` does: check, measure, print, and write a row for everything that was asked for."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fastgrpo.bench import cases, implementations, measure, targets, trainer_step  # noqa: F401 (registers its own)
+from fastgrpo.bench.cases import Case
+from fastgrpo.bench.implementations import REGISTRY, Implementation
+
+QUICK = [
+    Case("advantages", 65_536, 1, 1, dtype="fp32"),
+    Case("logps", 8, 16, 151_936),
+    *(Case("loss", 8, 16, 151_936, dtype=dtype) for dtype in ("bf16", "fp32")),
+    *(Case("linear", 8, 16, 32_768, dtype=dtype) for dtype in ("bf16", "fp32")),
+    Case("linear", 8, 16, 32_768, inactive=0.5),
+    Case("step", 8, 16, 32_768),
+]
+FULL = [
+    Case("advantages", 65_536, 1, 1, dtype="fp32"),
+    *(Case(op, 8, 64, 151_936, dtype=dtype) for op in ("logps", "forward", "loss") for dtype in ("bf16", "fp32")),
+    *(Case("linear", 8, 64, 151_936, dtype=d, inactive=i) for d in ("bf16", "fp32") for i in (0.0, 0.5)),
+    *(Case("step", 8, 128, 151_936, dtype=dtype) for dtype in ("bf16", "fp32")),
+]
+GROWTH = [  # H is small, so that the vocabulary is most of the work; from hidden states, the first N is one chunk
+    *(Case("loss", N // 128, 128, 32_768) for N in (512, 1024, 2048, 4096, 8192)),
+    *(Case("loss", 4, 128, V) for V in (16_384, 65_536, 131_072, 262_144)),
+    *(Case("linear", N // 128, 128, 131_072, 128, "fp32") for N in (1024, 2048, 4096, 8192, 16_384)),
+    *(Case("linear", 8, 128, V, 128, "fp32") for V in (16_384, 32_768, 65_536, 262_144)),
+]
+_SLOW_TO_COMPILE = "left out of a quick run: compiling takes longer than all the rest"
+
+
+class UsageError(ValueError):
+    """A mistake in the command's arguments: shown without a traceback."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is asked for; rows go to `--json` as they are made."""
+    chosen = _chosen_cases(options)
+    names = set(options.impl or ())
+    if unknown := names - {i.name for i in REGISTRY}:
+        known = ", ".join(sorted({i.name for i in REGISTRY}))
+        raise UsageError(f"--impl: expected some of {known}, got {', '.join(sorted(unknown))}")
+    quick = options.quick or not (options.op or options.model or options.shape or options.growth or options.full)
+    facts = _facts()
+    rows = []
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(options.json, "a")) if options.json else None
+        for case in chosen:
+            print(f"\n{case}", flush=True)
+            for row in measure_case(case, names, quick=quick, seconds=options.seconds):
+                row |= facts
+                rows.append(row)
+                if file:
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+            print_table([row for row in rows if row["case"] == str(case)])
+    print("\n" + targets.table(rows))
+    if options.plot:
+        from fastgrpo.bench.report import plot
+
+        plot(rows, Path(options.plot))
+        print(f"\n{options.plot} shows time and memory")
+
+
+def _chosen_cases(options: argparse.Namespace) -> list[Case]:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: cuda is not available here")
+    named = GROWTH if options.growth else FULL if options.full else QUICK
+    if options.model or options.shape:
+        sizes = dict(B=8, T=64, V=151_936, H=896)
+        try:
+            sizes |= cases.parse_shape(options.shape or "")
+        except ValueError as error:
+            raise UsageError(f"--shape: {error}") from error
+        softcap = None
+        if options.model:
+            width, vocabulary, softcap = cases.MODELS[options.model]
+            sizes |= dict(H=width, V=vocabulary)
+        named = [
+            Case(op, dtype=dtype, softcap=softcap if op == "linear" else None, model=options.model, **sizes)
+            for op in cases.OPS
+            for dtype in (["fp32"] if op == "advantages" else options.dtype or ["bf16", "fp32"])
+        ]
+    chosen = []
+    for case in named:
+        if options.op and case.op not in options.op:
+            continue
+        if options.dtype and case.dtype not in options.dtype and case.op != "advantages":
+            continue
+        if options.inactive is not None:
+            case = dataclasses.replace(case, inactive=options.inactive)
+        if case.op == "step" and case.softcap:
+            continue
+        case = dataclasses.replace(case, device=device)
+        chosen += [case] * (case not in chosen)
+    if not chosen:
+        raise UsageError(
+            "nothing to measure: no case fits --op and --dtype together; --shape or --model makes its own"
+        )
+    return chosen
+
+
+def measure_case(
+    case: Case, names: set[str] = frozenset(), *, quick: bool = False, seconds: float = 2.0
+) -> Iterator[dict]:
+    """One row for each implementation of a case's operation; floors first.
+
+    Every implementation computes the case once and is compared with the truth; one that is wrong, fails, or cannot run
+    here has that in its row in place of a time.
+    """
+    inputs = cases.make_inputs(case)
+    found = [i for i in REGISTRY if i.op == case.op and (not names or i.name in names or i.is_floor)]
+    found.sort(key=lambda i: not i.is_floor)
+    running, rows = {}, {}
+    for each in found:
+        row = rows[str(each)] = _row(case, each)
+        why = each.why_not(case)
+        if why is None and quick and each.name == "torch.compile":
+            why = _SLOW_TO_COMPILE
+        if why is None:
+            why = _check(each, inputs, row)
+        row["ok"], row["reason"] = None if each.is_floor and why is None else why is None, why
+        if why is None:
+            running[str(each)] = each
+    steps = {name: (each.prepare, each.step) for name, each in running.items()}
+    times = measure.interleave(steps, inputs, seconds=seconds / 4 if quick else seconds)
+    del inputs
+    roof = None
+    for name, row in rows.items():
+        if name in times:
+            row["ms_p20"], row["ms_p50"], row["ms_p80"] = measure.quantiles(times[name])
+            if running[name].is_floor:
+                roof = _roof_rate(case, row)
+            if roof:
+                row["roof_share"] = (case.flops or case.bytes) / roof / (row["ms_p50"] / 1e3)
+            if not quick or (case.op, case.dtype, case.inactive) == ("linear", "bf16", 0.0):
+                row["peak_mb"] = peak(case, running[name])
+        yield row
+
+
+_truths: dict[Case, dict] = {}  # of the last case, in any dtype: {function: results}
+
+
+def _check(each: Implementation, inputs, row: dict) -> str | None:
+    """Why an implementation is not to be timed; its error goes into the row."""
+    case = inputs.case
+    try:
+        each.prepare(inputs)
+        results = each.step(inputs)
+        if each.is_floor:
+            return None
+        make_truth, key = each.truth or cases.truth, dataclasses.replace(case, dtype="fp32")
+        if key not in _truths:
+            _truths.clear()
+        truths = _truths.setdefault(key, {})
+        if make_truth not in truths:
+            truths[make_truth] = make_truth(inputs)
+        row["rel_err"] = cases.error(results, truths[make_truth], getattr(inputs, "advantages", None))
+    except Exception as problem:  # noqa: BLE001 (a peer may fail in any way, and the others are still to be measured)
+        if isinstance(problem, torch.OutOfMemoryError):
+            return "out of memory"
+        return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+    finally:
+        if case.device == "cuda":
+            torch.cuda.empty_cache()
+    limit = cases.TOLERANCE[case.dtype]
+    return None if row["rel_err"] <= limit else f"wrong: relative error {row['rel_err']:.2g}, allowed {limit:.2g}"
+
+
+def _row(case: Case, each: Implementation) -> dict:
+    return dict(
+        op=case.op, impl=each.name, backend=each.backend, mode=each.mode, shape=case.shape, dtype=case.dtype,
+        inactive=case.inactive, softcap=case.softcap, model=case.model, ms_p50=None, ms_p20=None, ms_p80=None,
+        peak_mb=None, rel_err=None, ok=None, reason=None, bytes=case.bytes, flops=case.flops, roof_share=None,
+        on=case.device, case=str(case),
+    )  # fmt: skip
+
+
+def _roof_rate(case: Case, row: dict) -> float:
+    """Bytes or FLOPs per second of a floor; that of the GEMMs counts all of them, whoever learns."""
+    work = 2 * case.B * case.T * case.V * cases.DTYPES[case.dtype].itemsize if row["impl"] == "copy" else 0
+    return (work or 6 * case.B * case.T * case.H * case.V) / (row["ms_p50"] / 1e3)
+
+
+# ---- memory
+
+_fresh: list[measure.FreshProcesses] = []
+
+
+def peak(case: Case, each: Implementation) -> float | None:
+    """MiB above the inputs at an implementation's peak."""
+    if case.device == "cuda":
+        inputs = cases.make_inputs(case)
+        each.prepare(inputs)
+        return round(measure.gpu_peak(each.step, inputs), 1)
+    if not _fresh:
+        _fresh.append(measure.FreshProcesses(["fastgrpo.bench.preloaded"]))
+    found = _fresh[0].peak(cpu_peak, case, each.op, str(each))
+    return None if found is None else round(found, 1)
+
+
+def cpu_peak(case: Case, op: str, name: str) -> float:
+    """That of the registered implementation of that name, in this process."""
+    each = next(i for i in REGISTRY if i.op == op and str(i) == name)
+    small = cases.make_inputs(dataclasses.replace(case, B=8, T=2, V=128, H=64))
+    each.prepare(small)
+    each.step(small)  # what loads or compiles once is not the step's
+    del small
+    inputs = cases.make_inputs(case)
+    each.prepare(inputs)
+    if each.is_floor or case.op == "step":
+        each.step(inputs)  # its buffers, and the trainers, count as inputs
+    return measure.cpu_peak(each.step, inputs)
+
+
+# ---- what is printed
+
+
+def print_table(rows: list[dict]) -> None:
+    """The rows of one case, the fastest first; then who was not measured, and why."""
+    timed = sorted((row for row in rows if row["ms_p50"] is not None), key=lambda row: row["ms_p50"])
+    ours = [row["ms_p50"] for row in timed if row["impl"] == "fastgrpo"]
+    for row in timed:
+        times = "" if not ours else f"{row['ms_p50'] / min(ours):7.2f}x"
+        share = "" if row["roof_share"] is None else f"{row['roof_share']:6.0%} of roof"
+        memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:8.0f} MiB"
+        error = "floor, not checked" if row["rel_err"] is None else f"error {row['rel_err']:.1e}"
+        spread = f"({row['ms_p20']:.3g} to {row['ms_p80']:.3g})"
+        print(f"  {_name(row):38} {row['ms_p50']:9.3f} ms {spread:22} {times:9} {memory:13} {share:14} {error}")
+    for row in rows:
+        if row["ms_p50"] is None:
+            print(f"  {_name(row):38} not measured: {row['reason']}")
+    sys.stdout.flush()
+
+
+def _name(row: dict) -> str:
+    details = [x for x in (row["backend"] if row["impl"] == "fastgrpo" else "", row["mode"]) if x]
+    return row["impl"] + (f" ({', '.join(details)})" if details else "")
+
+
+# ---- what every row says about where it comes from
+
+
+def _facts() -> dict:
+    packages = ("fastgrpo", "torch", "triton", "transformers", "trl", "liger_kernel")
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    return dict(
+        device=device, threads=torch.get_num_threads(), python=platform.python_version(), versions=versions,
+        commit=_commit(), date=datetime.date.today().isoformat(), command=" ".join(["fastgrpo", *sys.argv[1:]]),
+    )  # fmt: skip
+
+
+def cpu_name() -> str:
+    """The processor's name and this process's threads."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package is run from, or the command is run in."""
+    for folder in (Path(__file__).parents[2], Path.cwd()):
+        if (folder / "csrc" / "objective.h").is_file() and (folder / ".git").exists():
+            asked = [
+                ["git", "-C", str(folder), *words]
+                for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+            ]
+            try:
+                commit, changed = (subprocess.run(a, capture_output=True, text=True, check=True).stdout for a in asked)
+            except (OSError, subprocess.CalledProcessError):
+                return None
+            return commit.strip() + ("+changes" if changed.strip() else "")
+    return None
+
+
+def timed_run(options: argparse.Namespace) -> None:
+    """`run`, with how long it took."""
+    start = time.monotonic()
+    run(options)
+    print(f"\n{time.monotonic() - start:.0f} s in all")
