@@ -1,4 +1,4 @@
-.PHONY: install test bench gpu memcheck racecheck check format
+.PHONY: install test bench report gpu memcheck racecheck check format
 
 install: ## the package with its test tools, from this checkout
 	pip install -c constraints.txt ".[test]"
@@ -6,13 +6,14 @@ install: ## the package with its test tools, from this checkout
 test:
 	pytest
 
-bench: ## paired timings; compare across commits with --benchmark-autosave --benchmark-compare
+bench: ## small paired timings; compare across commits with --benchmark-autosave --benchmark-compare
 	pytest benchmarks
 
-gpu: ## on a machine with an NVIDIA GPU
-	pytest -m gpu tests
-	pytest tests/test_backend_cuda.py
-	pytest benchmarks/test_gpu.py -s
+report: ## the README's section on speed, from the rows in benchmarks/results
+	fastgrpo bench --report
+
+gpu: ## on a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks
+	benchmarks/run_gpu.sh
 
 SANITIZE = compute-sanitizer --error-exitcode 1 --target-processes all
 SMALL = pytest -q tests/test_backend_cuda.py -k "statistics or family or not_count or bits_everywhere"

@@ -53,13 +53,16 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     add("--op", action="append", choices=("advantages", "logps", "forward", "loss", "linear", "step"),
         help="only this operation; repeatable: loss is from logits, linear from hidden states")  # fmt: skip
     add("--impl", action="append", help="only this implementation, such as fastgrpo, eager, trl, liger; repeatable")
-    add(
-        "--model", choices=("qwen2.5-0.5b", "qwen2.5-7b", "llama3-8b", "gemma2-9b"), help="the size of this one's head"
-    )
-    add("--shape", help="B=8,T=64,V=151936,H=896 or some of them: completions, tokens, vocabulary, hidden width")
+    add("--backend", action="append", choices=("cpu", "cuda", "triton", "torch"),
+        help="only this backend of fastgrpo; repeatable")  # fmt: skip
+    add("--model", action="append", choices=("qwen2.5-0.5b", "qwen2.5-7b", "llama3-8b", "gemma2-9b"),
+        help="the size of this one's head; repeatable")  # fmt: skip
+    add("--shape", action="append",
+        help="B=8,T=64,V=151936,H=896 or some: completions, tokens, vocabulary, width; repeatable")  # fmt: skip
     add("--dtype", action="append", choices=("bf16", "fp16", "fp32"), help="repeatable (default: bf16 and fp32)")
     add("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    add("--inactive", type=float, help="share of the completions with advantage 0 (default: the case's own)")
+    add("--inactive", type=float, action="append",
+        help="share of the completions with advantage 0, from hidden states; repeatable")  # fmt: skip
     add("--seconds", type=float, default=2.0, help="of timing for each implementation (default: %(default)s)")
     add("--json", metavar="FILE", help="append the rows, one JSON object a line")
     add("--plot", metavar="FILE", help="draw time and memory of the rows, as SVG or PNG by the file's name")
@@ -68,10 +71,10 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from fastgrpo.bench.command import UsageError, timed_run
+    from fastgrpo.bench.command import UsageError, run
 
     try:
-        timed_run(options)
+        run(options)
     except UsageError as error:
         print(f"fastgrpo bench: error: {error}", file=sys.stderr)
         return 2

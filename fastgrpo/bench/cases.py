@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -122,9 +123,8 @@ def make_inputs(case: Case) -> SimpleNamespace:
     if case.op == "advantages":
         inputs.rewards = torch.rand(case.B, generator=generator, device=case.device)
         return inputs
-    if case.op in ("linear", "step"):
-        inputs.weight = normal(case.V, case.H, scale=2 / case.H**0.5)
     if case.op == "linear":
+        inputs.weight = normal(case.V, case.H, scale=2 / case.H**0.5)
         inputs.hidden = normal(case.B, case.T, case.H)
     elif case.op != "step":
         inputs.logits = normal(case.B, case.T, case.V, scale=2.0)
@@ -215,10 +215,10 @@ def error(results: dict[str, Tensor], want: dict[str, Tensor], advantages: Tenso
             size += float(torch.linalg.vector_norm(b, dtype=torch.float64)) ** 2
         if name == "loss" and advantages is not None:
             size = max(size, float(advantages.abs().mean()) ** 2)
-        ratio = (difference / size) ** 0.5 if size else difference
-        worst = max(worst, ratio) if ratio == ratio else float("nan")
-        if worst != worst:
-            return worst
+        relative = (difference / size) ** 0.5 if size else difference
+        if math.isnan(relative):
+            return relative
+        worst = max(worst, relative)
     return worst
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 
 from fastgrpo.bench import cases, implementations, measure, targets, trainer_step  # noqa: F401 (registers its own)
 from fastgrpo.bench.cases import Case
-from fastgrpo.bench.implementations import REGISTRY, Implementation
+from fastgrpo.bench.implementations import REGISTRY, Implementation, label
 
 QUICK = [
     Case("advantages", 65_536, 1, 1, dtype="fp32"),
@@ -50,11 +51,17 @@ class UsageError(ValueError):
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is asked for; rows go to `--json` as they are made."""
+    if options.report:
+        from fastgrpo.bench.report import write_report
+
+        try:
+            write_report(Path(options.report), Path("README.md"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--report: {error}") from error
+        return
+    started = time.monotonic()
     chosen = _chosen_cases(options)
-    names = set(options.impl or ())
-    if unknown := names - {i.name for i in REGISTRY}:
-        known = ", ".join(sorted({i.name for i in REGISTRY}))
-        raise UsageError(f"--impl: expected some of {known}, got {', '.join(sorted(unknown))}")
+    chosen_ones = _chosen_implementations(options)
     quick = options.quick or not (options.op or options.model or options.shape or options.growth or options.full)
     facts = _facts()
     rows = []
@@ -62,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         file = stack.enter_context(open(options.json, "a")) if options.json else None
         for case in chosen:
             print(f"\n{case}", flush=True)
-            for row in measure_case(case, names, quick=quick, seconds=options.seconds):
+            for row in measure_case(case, chosen_ones, quick=quick, seconds=options.seconds):
                 row |= facts
                 rows.append(row)
                 if file:
@@ -75,71 +82,95 @@ def run(options: argparse.Namespace) -> None:
 
         plot(rows, Path(options.plot))
         print(f"\n{options.plot} shows time and memory")
+    print(f"\n{time.monotonic() - started:.0f} s in all")
+
+
+def _chosen_implementations(options: argparse.Namespace) -> list[Implementation]:
+    """Those that --impl and --backend leave; floors always."""
+    names, known = set(options.impl or ()), {each.name for each in REGISTRY}
+    if unknown := names - known:
+        raise UsageError(f"--impl: expected some of {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
+    return [
+        each
+        for each in REGISTRY
+        if each.is_floor
+        or (not names or each.name in names)
+        and (not options.backend or each.name != "fastgrpo" or each.backend in (*options.backend, "auto"))
+    ]
 
 
 def _chosen_cases(options: argparse.Namespace) -> list[Case]:
+    """The cases to measure: a named list, or every combination of the sizes given, cut down by --op and --dtype."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: cuda is not available here")
-    named = GROWTH if options.growth else FULL if options.full else QUICK
     if options.model or options.shape:
-        sizes = dict(B=8, T=64, V=151_936, H=896)
-        try:
-            sizes |= cases.parse_shape(options.shape or "")
-        except ValueError as error:
-            raise UsageError(f"--shape: {error}") from error
-        softcap = None
-        if options.model:
-            width, vocabulary, softcap = cases.MODELS[options.model]
-            sizes |= dict(H=width, V=vocabulary)
         named = [
-            Case(op, dtype=dtype, softcap=softcap if op == "linear" else None, model=options.model, **sizes)
+            Case(op, dtype=dtype, softcap=softcap if op == "linear" else None, model=model, **sizes)
+            for model, softcap, sizes in _sizes(options)
             for op in cases.OPS
+            if not (softcap and op == "step")  # its model has none
             for dtype in (["fp32"] if op == "advantages" else options.dtype or ["bf16", "fp32"])
         ]
+    else:
+        named = GROWTH if options.growth else FULL if options.full else QUICK
     chosen = []
     for case in named:
         if options.op and case.op not in options.op:
             continue
         if options.dtype and case.dtype not in options.dtype and case.op != "advantages":
             continue
-        if options.inactive is not None:
-            case = dataclasses.replace(case, inactive=options.inactive)
-        if case.op == "step" and case.softcap:
-            continue
-        case = dataclasses.replace(case, device=device)
-        chosen += [case] * (case not in chosen)
+        for inactive in options.inactive or [case.inactive]:
+            if not 0 <= inactive < 1:
+                raise UsageError(f"--inactive: expected a share from 0 to below 1, got {inactive}")
+            # only from hidden states is there something to leave out
+            each = dataclasses.replace(case, device=device, inactive=inactive if case.op == "linear" else 0.0)
+            chosen += [each] * (each not in chosen)
     if not chosen:
-        raise UsageError(
-            "nothing to measure: no case fits --op and --dtype together; --shape or --model makes its own"
-        )
+        raise UsageError("no case fits --op and --dtype together; --shape or --model makes its own")
     return chosen
 
 
+def _sizes(options: argparse.Namespace) -> Iterator[tuple[str | None, float | None, dict[str, int]]]:
+    """(model, softcap, sizes) of every model and shape given."""
+    for shape in options.shape or [""]:
+        try:
+            given = cases.parse_shape(shape)
+        except ValueError as error:
+            raise UsageError(f"--shape: {error}") from error
+        for model in options.model or [None]:
+            width, vocabulary, softcap = cases.MODELS[model or "qwen2.5-0.5b"]
+            yield model, softcap, dict(B=8, T=64) | dict(H=width, V=vocabulary) | given
+
+
 def measure_case(
-    case: Case, names: set[str] = frozenset(), *, quick: bool = False, seconds: float = 2.0
+    case: Case, among: list[Implementation], *, quick: bool = False, seconds: float = 2.0
 ) -> Iterator[dict]:
-    """One row for each implementation of a case's operation; floors first.
+    """One row for each of these implementations of a case's operation; floors first.
 
     Every implementation computes the case once and is compared with the truth; one that is wrong, fails, or cannot run
     here has that in its row in place of a time.
     """
-    inputs = cases.make_inputs(case)
-    found = [i for i in REGISTRY if i.op == case.op and (not names or i.name in names or i.is_floor)]
-    found.sort(key=lambda i: not i.is_floor)
+    try:
+        inputs = cases.make_inputs(case)
+    except torch.OutOfMemoryError:
+        inputs = None
+    found = sorted((each for each in among if each.op == case.op), key=lambda each: not each.is_floor)
     running, rows = {}, {}
     for each in found:
         row = rows[str(each)] = _row(case, each)
-        why = each.why_not(case)
+        why = each.why_not(case) if inputs else "out of memory for the inputs"
         if why is None and quick and each.name == "torch.compile":
             why = _SLOW_TO_COMPILE
         if why is None:
-            why = _check(each, inputs, row)
+            why = check(each, inputs, row)
         row["ok"], row["reason"] = None if each.is_floor and why is None else why is None, why
         if why is None:
             running[str(each)] = each
     steps = {name: (each.prepare, each.step) for name, each in running.items()}
-    times = measure.interleave(steps, inputs, seconds=seconds / 4 if quick else seconds)
+    seconds = seconds / 4 if quick else seconds
+    slow = [name for name in running if rows[name]["ms_first"] > 1e4 * seconds]
+    times = measure.interleave(steps, inputs, seconds=seconds, slow=slow)
     del inputs
     roof = None
     for name, row in rows.items():
@@ -157,12 +188,14 @@ def measure_case(
 _truths: dict[Case, dict] = {}  # of the last case, in any dtype: {function: results}
 
 
-def _check(each: Implementation, inputs, row: dict) -> str | None:
+def check(each: Implementation, inputs, row: dict) -> str | None:
     """Why an implementation is not to be timed; its error goes into the row."""
     case = inputs.case
     try:
         each.prepare(inputs)
+        started = time.perf_counter()
         results = each.step(inputs)
+        row["ms_first"] = 1e3 * (time.perf_counter() - started)  # loading and compiling included
         if each.is_floor:
             return None
         make_truth, key = each.truth or cases.truth, dataclasses.replace(case, dtype="fp32")
@@ -171,7 +204,10 @@ def _check(each: Implementation, inputs, row: dict) -> str | None:
         truths = _truths.setdefault(key, {})
         if make_truth not in truths:
             truths[make_truth] = make_truth(inputs)
-        row["rel_err"] = cases.error(results, truths[make_truth], getattr(inputs, "advantages", None))
+        want = truths[make_truth]
+        if not results or results.keys() - want.keys():
+            return f"wrong: results {', '.join(results) or 'none'}, expected some of {', '.join(want)}"
+        row["rel_err"] = cases.error(results, want, getattr(inputs, "advantages", None))
     except Exception as problem:  # noqa: BLE001 (a peer may fail in any way, and the others are still to be measured)
         if isinstance(problem, torch.OutOfMemoryError):
             return "out of memory"
@@ -179,16 +215,18 @@ def _check(each: Implementation, inputs, row: dict) -> str | None:
     finally:
         if case.device == "cuda":
             torch.cuda.empty_cache()
-    limit = cases.TOLERANCE[case.dtype]
-    return None if row["rel_err"] <= limit else f"wrong: relative error {row['rel_err']:.2g}, allowed {limit:.2g}"
+    worst, limit = row["rel_err"], cases.TOLERANCE[case.dtype]
+    if not math.isfinite(worst):
+        row["rel_err"] = None  # which JSON has no number for
+    return None if worst <= limit else f"wrong: relative error {worst:.2g}, allowed {limit:.2g}"
 
 
 def _row(case: Case, each: Implementation) -> dict:
     return dict(
         op=case.op, impl=each.name, backend=each.backend, mode=each.mode, shape=case.shape, dtype=case.dtype,
-        inactive=case.inactive, softcap=case.softcap, model=case.model, ms_p50=None, ms_p20=None, ms_p80=None,
-        peak_mb=None, rel_err=None, ok=None, reason=None, bytes=case.bytes, flops=case.flops, roof_share=None,
-        on=case.device, case=str(case),
+        inactive=case.inactive, softcap=case.softcap, model=case.model, ms_first=None, ms_p50=None, ms_p20=None,
+        ms_p80=None, peak_mb=None, rel_err=None, ok=None, reason=None, bytes=case.bytes, flops=case.flops,
+        roof_share=None, on=case.device, case=str(case),
     )  # fmt: skip
 
 
@@ -242,16 +280,11 @@ def print_table(rows: list[dict]) -> None:
         memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:8.0f} MiB"
         error = "floor, not checked" if row["rel_err"] is None else f"error {row['rel_err']:.1e}"
         spread = f"({row['ms_p20']:.3g} to {row['ms_p80']:.3g})"
-        print(f"  {_name(row):38} {row['ms_p50']:9.3f} ms {spread:22} {times:9} {memory:13} {share:14} {error}")
+        print(f"  {label(row):38} {row['ms_p50']:9.3f} ms {spread:22} {times:9} {memory:13} {share:14} {error}")
     for row in rows:
         if row["ms_p50"] is None:
-            print(f"  {_name(row):38} not measured: {row['reason']}")
+            print(f"  {label(row):38} not measured: {row['reason']}")
     sys.stdout.flush()
-
-
-def _name(row: dict) -> str:
-    details = [x for x in (row["backend"] if row["impl"] == "fastgrpo" else "", row["mode"]) if x]
-    return row["impl"] + (f" ({', '.join(details)})" if details else "")
 
 
 # ---- what every row says about where it comes from
@@ -264,9 +297,10 @@ def _facts() -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # nobody's folders
     return dict(
         device=device, threads=torch.get_num_threads(), python=platform.python_version(), versions=versions,
-        commit=_commit(), date=datetime.date.today().isoformat(), command=" ".join(["fastgrpo", *sys.argv[1:]]),
+        commit=_commit(), date=datetime.date.today().isoformat(), command=" ".join(["fastgrpo", *words]),
     )  # fmt: skip
 
 
@@ -292,10 +326,3 @@ def _commit() -> str | None:
                 return None
             return commit.strip() + ("+changes" if changed.strip() else "")
     return None
-
-
-def timed_run(options: argparse.Namespace) -> None:
-    """`run`, with how long it took."""
-    start = time.monotonic()
-    run(options)
-    print(f"\n{time.monotonic() - start:.0f} s in all")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -52,8 +53,13 @@ class Implementation:
     is_floor: bool = False
 
     def __str__(self) -> str:
-        details = [x for x in (self.backend if self.name == "fastgrpo" else "", self.mode) if x]
-        return self.name + (f" ({', '.join(details)})" if details else "")
+        return label({"impl": self.name, "backend": self.backend, "mode": self.mode})
+
+
+def label(row: dict) -> str:
+    """What an implementation is called in tables, by its row."""
+    details = [x for x in (row["backend"] if row["impl"] == "fastgrpo" else "", row["mode"]) if x]
+    return row["impl"] + (f" ({', '.join(details)})" if details else "")
 
 
 REGISTRY: list[Implementation] = []
@@ -195,6 +201,16 @@ def _loss_of_hidden(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     return eager_objective(_logps_only(logits, inputs.ids), inputs)
 
 
+def _too_large(case: Case) -> str | None:
+    """On a CPU, where the system would end this process. Logits, log-probabilities, their gradients."""
+    if torch.device(case.device).type != "cpu" or not os.path.exists("/proc/meminfo"):
+        return None
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) << 10
+    needed = 4 * case.B * case.T * case.V * DTYPES[case.dtype].itemsize
+    return None if needed < free else f"takes about {needed >> 30} GiB, {free >> 30} are free"
+
+
 def _add_eager() -> None:
     @functools.cache
     def compiled(function):
@@ -222,7 +238,7 @@ def _add_eager() -> None:
             return {"loss": value.detach(), "d_hidden": hidden.grad, "d_weight": weight.grad}
 
         for op, step in (("logps", logps), ("forward", forward), ("loss", loss), ("linear", linear)):
-            REGISTRY.append(Implementation(op, name, step))
+            REGISTRY.append(Implementation(op, name, step, why_not=_too_large))
 
 
 _add_eager()

@@ -8,7 +8,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 
 import torch
@@ -19,14 +19,19 @@ _ROTATED_BYTES = 1 << 30  # inputs below this are kept twice on a GPU, and take 
 
 
 def interleave(
-    steps: dict[str, tuple[Callable, Callable]], inputs: SimpleNamespace, *, seconds: float, turns: int = 2
+    steps: dict[str, tuple[Callable, Callable]],
+    inputs: SimpleNamespace,
+    *,
+    seconds: float,
+    slow: Collection[str] = (),
+    turns: int = 2,
 ) -> dict[str, list[float]]:
     """Milliseconds of each call of `{name: (prepare, step)}`; only the steps are timed.
 
     Sides take turns, because timings on a shared machine drift. A turn is calls in a row, as a training loop makes
     them, for a share of `seconds`; its first is not counted, because it pays for the state of the caches and of the
-    system's free memory that the side before it left. On a GPU, events measure, the L2 cache is flushed before each
-    call, and inputs of less than a GiB rotate between two copies.
+    system's free memory that the side before it left. The `slow` are called once in all. On a GPU, events measure,
+    the L2 cache is flushed before each call, and inputs of less than a GiB rotate between two copies.
     """
     tensors = {name: x for name, x in vars(inputs).items() if isinstance(x, torch.Tensor)}
     on_gpu = any(x.is_cuda for x in tensors.values())
@@ -52,8 +57,11 @@ def interleave(
         return start.elapsed_time(end)
 
     times = {name: [] for name in steps}
-    for _ in range(turns):
+    for turn in range(turns):
         for name, (prepare, step) in steps.items():
+            if name in slow:
+                times[name] += [call(prepare, step, 0)] if turn == 0 else []
+                continue
             until = time.perf_counter() + seconds / turns
             call(prepare, step, 0)
             for number in range(1, _MOST_CALLS):
@@ -69,14 +77,6 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
         return times[0], times[0], times[0]
     tenths = statistics.quantiles(times, n=10, method="inclusive")
     return tenths[1], statistics.median(times), tenths[7]
-
-
-def copy_rate(device: str) -> float:
-    """Bytes per second, read and written, of `Tensor.copy_`."""
-    x = torch.ones(2**31 if device == "cuda" else 2**28, dtype=torch.int8, device=device)
-    inputs = SimpleNamespace(source=x, target=torch.empty_like(x))
-    times = interleave({"copy": (lambda i: None, lambda i: i.target.copy_(i.source))}, inputs, seconds=0.2)
-    return 2 * x.numel() / (statistics.median(times["copy"]) / 1e3)
 
 
 # ---- memory

@@ -1,0 +1,171 @@
+"""fastgrpo bench: what it measures, refuses, and writes down."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgrpo.bench import cases, command, implementations, report, targets
+from fastgrpo.bench.cases import Case
+from fastgrpo.bench.implementations import REGISTRY, Implementation
+from fastgrpo.cli import main
+
+ROOT = Path(__file__).parents[1]
+TINY = Case("linear", 8, 4, 300, 64, "fp32")
+FIELDS = set(
+    "op impl backend shape dtype mode ms_p50 ms_p20 ms_p80 peak_mb rel_err ok bytes flops roof_share device versions "
+    "commit date command".split()
+)
+
+
+def rows_of(case, among=REGISTRY):
+    return {implementations.label(row): row for row in command.measure_case(case, among, quick=True, seconds=0.01)}
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_implementation_is_right_or_says_why_not(op, dtype, monkeypatch):
+    monkeypatch.setattr(command, "peak", lambda *_: 1.0)
+    case = Case(op, 8, 8, 4096 if op == "step" else 300, 128 if op == "step" else 64, dtype)
+    rows = rows_of(case)
+    timed = {name for name, row in rows.items() if row["ms_p50"] is not None}
+    assert {"fastgrpo (cpu)", "eager"} <= timed or op in ("advantages", "loss", "step")
+    for name, row in rows.items():
+        assert (row["ms_p50"] is None) == (row["reason"] is not None), name
+        assert row["ok"] is (None if row["reason"] is None and row["impl"] in ("copy", "GEMMs alone") else
+                             row["reason"] is None), name  # fmt: skip
+        if row["impl"] == "fastgrpo" and row["rel_err"] is not None and dtype == "fp32":
+            assert row["rel_err"] < 1e-5, name
+    assert not [row for row in rows.values() if row["reason"] and "wrong" in row["reason"]]
+
+
+def test_a_wrong_implementation_is_reported_and_not_timed(monkeypatch, capsys):
+    right = next(each for each in REGISTRY if each.op == "linear" and each.name == "eager")
+
+    def without_the_clip(inputs):
+        results = right.step(inputs)
+        return results | {"d_weight": results["d_weight"] * 1.01}
+
+    def a_row_of_nans(inputs):
+        results = right.step(inputs)
+        results["d_hidden"][0, 0] = torch.nan
+        return results
+
+    def of_another_shape(inputs):
+        return {"d_weight": right.step(inputs)["d_weight"][1:]}
+
+    def that_fails(inputs):
+        raise ZeroDivisionError("no such kernel")
+
+    def that_computes_nothing(inputs):
+        return {}
+
+    wrong = [without_the_clip, a_row_of_nans, of_another_shape, that_fails, that_computes_nothing]
+    calls = []
+
+    def counted(step):
+        return lambda inputs: calls.append(step.__name__) or step(inputs)
+
+    added = [Implementation("linear", step.__name__, counted(step)) for step in wrong]
+    monkeypatch.setattr(command, "peak", lambda *_: 1.0)
+    rows = rows_of(TINY, [right, *added])
+    assert rows["eager"]["ok"] and rows["eager"]["ms_p50"] > 0
+    assert calls == [step.__name__ for step in wrong]  # once each: to be checked
+    for step in wrong:
+        row = rows[step.__name__]
+        assert row["ok"] is False and row["ms_p50"] is row["ms_p20"] is row["ms_p80"] is row["peak_mb"] is None
+    assert re.match(r"wrong: relative error 0.0\d+, allowed 0.0001", rows["without_the_clip"]["reason"])
+    assert "nan" in rows["a_row_of_nans"]["reason"] and "inf" in rows["of_another_shape"]["reason"]
+    assert rows["that_fails"]["reason"] == "ZeroDivisionError: no such kernel"
+    assert "results none, expected some of loss" in rows["that_computes_nothing"]["reason"]
+    command.print_table(list(rows.values()))
+    assert "without_the_clip" in capsys.readouterr().out
+
+
+def test_packages_that_are_missing_are_listed(monkeypatch):
+    monkeypatch.setattr(implementations.importlib.util, "find_spec", lambda name: None)
+    assert "trl is not installed" in implementations.needs("trl")(TINY)
+
+
+def test_old_logps_keep_away_from_the_clip_edges():
+    inputs = cases.make_inputs(dataclasses.replace(TINY, op="loss", B=64, T=64))
+    ratio = (cases.selective_logps(inputs.logits, inputs.ids) - inputs.old).exp()
+    edges = torch.stack([(ratio - edge).abs().min() for edge in (0.8, 1.2)])
+    assert edges.min() > 0.045
+    assert ((ratio < 0.8) | (ratio > 1.2)).float().mean() > 0.01  # and some are clipped
+
+
+def test_the_command_writes_rows(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    arguments = ["bench", "--op", "logps", "--shape", "B=8,T=4,V=300", "--dtype", "bf16", "--seconds", "0.01"]
+    assert main([*arguments, "--impl", "fastgrpo", "--impl", "eager", "--json", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(FIELDS <= row.keys() for row in rows)
+    assert {row["impl"] for row in rows} == {"fastgrpo", "eager", "copy"}
+    measured = next(row for row in rows if row["backend"] == "cpu")
+    assert measured["ok"] and measured["shape"] == {"B": 8, "T": 4, "V": 300} and measured["bytes"] == 8 * 4 * 300 * 2
+    assert 0 < measured["ms_p20"] <= measured["ms_p50"] <= measured["ms_p80"] and measured["peak_mb"] >= 0
+    printed = capsys.readouterr().out
+    assert "targets:" in printed and "of GPUs" in printed and "s in all" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shape", "B=8,T=0"], "--shape: shape: expected B=8,T=64,V=151936,H=896 or some of them"),
+        (["--shape", "N=8"], "expected B=8"),
+        (["--impl", "nobody"], "--impl: expected some of .*trl.*got nobody"),
+        (["--op", "step", "--dtype", "fp16"], "no case fits"),
+        (["--inactive", "1.5"], "--inactive: expected a share"),
+        (["--report", "nowhere"], "--report: "),
+    ],
+)
+def test_mistakes_are_named(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def row_of(impl, ms, **others):
+    row = dict(op="linear", impl=impl, backend="cpu", mode="", dtype="bf16", inactive=0.0, softcap=None, on="cpu",
+               case="a case", ms_p50=ms, rel_err=1e-3, roof_share=None, peak_mb=None,
+               shape=dict(B=8, T=64, V=1000, H=10))  # fmt: skip
+    return row | others
+
+
+def test_targets_are_met_missed_or_not_measured():
+    rows = [row_of("fastgrpo", 10.0), row_of("trl", 80.0), row_of("GEMMs alone", 5.0, rel_err=None)]
+    verdicts = {what: verdict for what, numbers, verdict in targets.verdicts(rows) if "(a case)" in numbers}
+    assert verdicts == {
+        "from hidden states: our time over the GEMMs'": "missed",
+        "from hidden states: TRL's time over ours": "met",
+    }
+    everything = {verdict for *_, verdict in targets.verdicts(rows)}
+    assert everything == {"met", "missed", "not measured"}
+
+
+@pytest.mark.parametrize("last, verdict", [(100.0, "met"), (140.0, "missed")])
+def test_memory_has_to_be_flat(last, verdict):
+    def grown(tokens, extra):
+        gradients = (tokens + 1000) * 10 * 2 / 2**20
+        return row_of("fastgrpo", tokens * 1.0, case=f"{tokens}", shape=dict(B=1, T=tokens, V=1000, H=10),
+                      peak_mb=extra + gradients)  # fmt: skip
+
+    assert targets.growth_verdict([grown(100, 100.0), grown(400, 101.0), grown(1600, last)])[0][2] == verdict
+    assert targets.growth_verdict([grown(100, 100.0), grown(400, 101.0)])[0][2] == "not measured"
+
+
+def test_the_readme_holds_what_was_recorded(tmp_path):
+    readme = tmp_path / "README.md"
+    text = (ROOT / "README.md").read_text()
+    readme.write_text(text)
+    results = tmp_path / "benchmarks" / "results"
+    for file in (ROOT / "benchmarks" / "results").glob("*/*.jsonl"):
+        copied = results / file.parent.name / file.name
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_text(file.read_text())
+    report.write_report(results, readme)
+    assert readme.read_text() == text
+    assert all((ROOT / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
