@@ -56,7 +56,7 @@ def _has_format(text: str) -> bool:
 def tag_count_reward(completions: list, **_: Any) -> list[float]:
     """A quarter for each of <think>, </think>, <answer> and </answer> that occurs exactly once."""
     texts = map(completion_text, completions)
-    return [sum(0.25 for tag in TAGS if text.count(tag) == 1) for text in texts]
+    return [0.25 * sum(text.count(tag) == 1 for tag in TAGS) for text in texts]
 
 
 # Letters by script, as the inside of a character class. Combining accents belong to the word that they stand in.

@@ -7,10 +7,12 @@ user, the trainer included. Train on code from untrusted sources in a container 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +62,7 @@ def run_python(source: str, stdin: str, limits: Limits) -> tuple[int, str]:
     """
     if sys.platform != "linux":
         raise RuntimeError(f"sandbox: expected Linux, got {sys.platform}")
-    with tempfile.TemporaryDirectory(prefix="fastgrpo-") as folder, tempfile.TemporaryFile() as output:
+    with _temporary_folder() as folder, tempfile.TemporaryFile() as output:
         program = Path(folder, "program.py")
         program.write_bytes(source.encode("utf-8", "surrogatepass"))
         with tempfile.TemporaryFile() as file:
@@ -69,6 +71,18 @@ def run_python(source: str, stdin: str, limits: Limits) -> tuple[int, str]:
             status = _supervise(str(program), folder, file, output, limits)
         output.seek(0)
         return status, output.read(limits.file_size).decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[str]:
+    folder = tempfile.TemporaryDirectory(prefix="fastgrpo-", ignore_cleanup_errors=True)
+    try:
+        yield folder.name
+    finally:
+        try:
+            folder.cleanup()
+        except RecursionError:  # folders too deep for shutil
+            subprocess.run(["rm", "-rf", folder.name], check=False)
 
 
 def _supervise(program: str, folder: str, stdin, stdout, limits: Limits) -> int:

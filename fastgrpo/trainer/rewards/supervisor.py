@@ -11,6 +11,7 @@ set here, between fork and exec of a process with one thread, where a preexec_fn
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -22,21 +23,25 @@ import time
 PASSED, FAILED, STOPPED = 100, 101, 102  # exit statuses; another one is a fault of the supervisor
 POLL = 0.02  # seconds between looks at the clock and at the number of processes
 LET_GO = 2.0  # seconds after which a process that even SIGKILL does not end (a dead disk) is given up
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main(parent: int, seconds: float, memory: int, file_size: int, processes: int, command: list[str]) -> int:
     deadline = time.monotonic() + seconds
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
     children(os.getpid())  # fails where the kernel does not list them
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # waits for sigtimedwait
+    failure, report = os.pipe()  # closed by exec: an empty report says that the program runs
     program = os.fork()
     if program == 0:
         try:
             become(command, math.ceil(seconds), memory, file_size)
-        finally:
-            os._exit(127)
+        except BaseException as error:
+            os.write(report, repr(error).encode())
+            os._exit(1)
+    os.close(report)
+    if text := os.read(failure, 1000):
+        raise OSError(text.decode())
 
     status = None
     while status is None:
@@ -52,6 +57,7 @@ def main(parent: int, seconds: float, memory: int, file_size: int, processes: in
 def become(command: list[str], cpu_seconds: int, memory: int, file_size: int) -> None:
     """Turn this process into the program."""
     os.setsid()  # its process group is not the supervisor's
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # should it kill its supervisor, it goes too
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     # No RLIMIT_NPROC: it counts all threads of the user, the trainer's too, and does not bind root. The supervisor
     # counts instead.
@@ -64,20 +70,24 @@ def become(command: list[str], cpu_seconds: int, memory: int, file_size: int) ->
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # where memory runs out, the kernel takes this process and not the trainer
+    # where memory runs out, the kernel should take this process and not the trainer
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the pipe is for the supervisor's own complaints
     os.execv(command[0], command)
+
+
+def prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
 
 
 def reap(program: int) -> int | None:
     """Collect every child that has ended; the wait status of the program if it is among them."""
     status = None
-    try:
+    with contextlib.suppress(ChildProcessError):  # there are no children
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             status = ended[1] if ended[0] == program else status
-    except ChildProcessError:  # there are no children
-        pass
     return status
 
 
@@ -96,19 +106,15 @@ def end_all() -> None:
 
 def kill_descendants(pid: int) -> None:
     for descendant in descendants(pid):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(descendant, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def descendants(pid: int) -> list[int]:
     found = children(pid)
     for child in found:  # grows
-        try:
+        with contextlib.suppress(OSError):  # it has just ended, and its children are the supervisor's
             found += children(child)
-        except OSError:  # it has just ended, and its children are the supervisor's
-            pass
     return found
 
 
