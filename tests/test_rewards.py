@@ -576,12 +576,11 @@ def test_supervisor_that_cannot_start_is_an_error(monkeypatch, tmp_path):
 
 
 @linux
-def test_program_that_cannot_start_is_an_error(monkeypatch, tmp_path):
-    """A limit below zero stands for any that the kernel refuses."""
-    limits = rewards.Limits()
-    object.__setattr__(limits, "file_size", -5)
-    with pytest.raises(RuntimeError, match="no program can be started: .*OSError"):
-        sandbox.run_python("pass", "", limits)
+def test_program_that_cannot_start_is_no_failed_program():
+    arguments = [str(os.getpid()), "1", str(1 << 30), str(1 << 20), "8", "/no/such/python"]
+    supervisor = [sys.executable, "-I", "-S", sandbox._SUPERVISOR, *arguments]
+    ended = subprocess.run(supervisor, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1 and "FileNotFoundError" in ended.stderr
 
 
 # TRL's calling convention

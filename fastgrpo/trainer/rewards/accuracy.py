@@ -89,7 +89,7 @@ def _can_compare_formulas() -> bool:
 
 
 def _compare_formulas(pairs: list[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
-    task = {"path": sys.path, "seconds": _FORMULA_SECONDS, "pairs": pairs}
+    task = {"path": [str(folder) for folder in sys.path], "seconds": _FORMULA_SECONDS, "pairs": pairs}
     source = Path(__file__).with_name("formulas.py").read_text()
     status, output = run_python(source, json.dumps(task), _FORMULA_LIMITS)
     known: list[bool | None] = [verdict == "True" for verdict in output.splitlines()]

@@ -10,19 +10,24 @@ import os
 import signal
 import sys
 
-task = json.load(sys.stdin)
-sys.path[:] = task["path"]
 
-from math_verify import parse, verify  # noqa: E402 (found on the caller's path only)
+def main() -> None:
+    task = json.load(sys.stdin)
+    sys.path[:] = task["path"]
+    from math_verify import parse, verify  # found on the caller's path only
 
-for given, truth in task["pairs"]:
-    child = os.fork()
-    if child == 0:
-        equal = False
-        try:
-            signal.setitimer(signal.ITIMER_REAL, task["seconds"])
-            sides = [parse(f"${text}$", parsing_timeout=None) for text in (truth, given)]
-            equal = verify(*sides, timeout_seconds=None)
-        finally:
-            os._exit(0 if equal else 1)  # whatever else happened
-    print(os.waitpid(child, 0)[1] == 0, flush=True)
+    for given, truth in task["pairs"]:
+        child = os.fork()
+        if child == 0:
+            equal = False
+            try:
+                signal.setitimer(signal.ITIMER_REAL, task["seconds"])
+                sides = [parse(f"${text}$", parsing_timeout=None) for text in (truth, given)]
+                equal = verify(*sides, timeout_seconds=None)
+            finally:
+                os._exit(0 if equal else 1)  # whatever else happened
+        print(os.waitpid(child, 0)[1] == 0, flush=True)
+
+
+if __name__ == "__main__":
+    main()

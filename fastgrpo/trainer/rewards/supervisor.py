@@ -43,15 +43,14 @@ def main(parent: int, seconds: float, memory: int, file_size: int, processes: in
     if text := os.read(failure, 1000):
         raise OSError(text.decode())
 
-    status = None
-    while status is None:
+    status, crowded, too_late = None, False, False
+    while not (status is not None or crowded or too_late):
         signal.sigtimedwait([signal.SIGCHLD], POLL)
+        crowded = len(descendants(os.getpid())) > processes  # the last look, too: a program may fork, and end at once
         status = reap(program)
         too_late = time.monotonic() > deadline or os.getppid() != parent
-        if status is None and (too_late or len(descendants(os.getpid())) > processes):
-            break
     end_all()
-    return STOPPED if status is None else PASSED if status == 0 else FAILED
+    return STOPPED if crowded or status is None else PASSED if status == 0 else FAILED
 
 
 def become(command: list[str], cpu_seconds: int, memory: int, file_size: int) -> None:
@@ -111,11 +110,11 @@ def kill_descendants(pid: int) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    found = children(pid)
-    for child in found:  # grows
+    found = [pid]
+    for process in found:  # grows
         with contextlib.suppress(OSError):  # it has just ended, and its children are the supervisor's
-            found += children(child)
-    return found
+            found += children(process)
+    return found[1:]
 
 
 def children(pid: int) -> list[int]:
