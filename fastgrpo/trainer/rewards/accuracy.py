@@ -22,9 +22,9 @@ _WRAPPERS = (
     re.compile(r"\\\[(.*)\\\]", re.DOTALL),
     re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"),
 )
-# A second for each formula, and ten for a call in all: the rest is not judged then.
+# A second for each formula, and nine for a call in all: the rest is not judged then.
 _FORMULA_SECONDS = 1.0
-_FORMULA_LIMITS = Limits(seconds=10.0, memory=2 << 30)
+_FORMULA_LIMITS = Limits(seconds=9.0, memory=2 << 30)
 
 
 def accuracy_reward(completions: list, answer: list, **_: Any) -> list[float | None]:
@@ -37,7 +37,7 @@ def accuracy_reward(completions: list, answer: list, **_: Any) -> list[float | N
     The two are equal as text, but for white space and enclosing $…$ or \text{…}; or as exact numbers, where "1,234.0"
     is "1234", and "3/4", "¾", "75%", "0.75" and "\frac{3}{4}" are one. Formulas are compared by Hugging Face's
     math-verify where that package is installed, on Linux: in a process of their own, so that it needs no signals here
-    and any thread may call, a second for each, and None for those that ten seconds do not reach. Without the package,
+    and any thread may call, a second for each, and None for those that nine seconds do not reach. Without the package,
     formulas are equal as text or not at all.
     """
     pairs: list[tuple[str, str] | None] = []

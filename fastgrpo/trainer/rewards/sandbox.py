@@ -37,7 +37,7 @@ class Limits:
     memory: int = 1 << 30
     file_size: int = 16 << 20
     processes: int = 32
-    total_seconds: float = 10.0
+    total_seconds: float = 9.0
 
     def __post_init__(self):
         for name, value in vars(self).items():
