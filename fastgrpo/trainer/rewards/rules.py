@@ -69,8 +69,8 @@ _LATIN = (
     "A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0300-\u036f\u1e00-\u1eff\uff21-\uff3a\uff41-\uff5a"
 )
 
-# What one word of a script is: a character where no spaces are written, elsewhere a run of letters. A lone letter of an
-# alphabet that formulas use is taken for a variable.
+# What one word of a script is: a character where no spaces are written, elsewhere a run of letters. A lone letter of
+# an alphabet that formulas use is taken for a variable.
 _WORDS = {
     "han": re.compile(f"[{_HAN}]"),
     "kana": re.compile(f"[{_KANA}]"),
