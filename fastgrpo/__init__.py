@@ -1,6 +1,6 @@
 """fastgrpo: the GRPO loss as fused kernels. Importing it compiles nothing and touches no GPU."""
 
-from fastgrpo.advantages import group_advantages
+from fastgrpo.advantages import gae, group_advantages
 from fastgrpo.linear import LinearGRPOLoss, linear_grpo_loss
 from fastgrpo.logps import linear_logps, selective_logps
 from fastgrpo.loss import GRPOLoss, GRPOOutput, grpo_loss
@@ -15,6 +15,7 @@ __all__ = [
     "GRPOOutput",
     "LinearGRPOLoss",
     "Objective",
+    "gae",
     "group_advantages",
     "grpo_loss",
     "grpo_loss_reference",

@@ -97,7 +97,11 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     add("--split", default="train", help="split of a hub dataset (default: %(default)s)")
     add("--prompt-column", default="prompt", help="column with the prompts (default: %(default)s)")
     add("--answer-column", default="answer", help="column with the answers (default: %(default)s)")
-    add("--reward", default="exact", help="exact, numeric, contains, or module:function (default: %(default)s)")
+    add(
+        "--reward",
+        default="exact",
+        help="exact, numeric, contains, accuracy, format, ..., or module:function (default: %(default)s)",
+    )
     add("--beta", type=float, default=0.0, help="KL coefficient (default: %(default)s)")
     add("--loss-type", default="dapo", help="grpo, dapo, dr_grpo, bnpo, cispo, ... (default: %(default)s)")
     add("--num-generations", type=int, default=8, help="completions per prompt (default: %(default)s)")

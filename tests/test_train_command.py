@@ -109,6 +109,13 @@ def test_reward_of_ones_own(local_files, tmp_path, capsys, monkeypatch):
     assert re.fullmatch(r"reward \d\.\d\d -> \d\.\d\d", capsys.readouterr().out.splitlines()[-1])
 
 
+def test_reward_without_answers(local_files, tmp_path, capsys):
+    Dataset.from_list([{"prompt": f"{i}+1="} for i in range(40)]).to_json(tmp_path / "prompts.jsonl")
+    arguments = ["--dataset", tmp_path / "prompts.jsonl", "--reward", "tag_count"]
+    assert small_run(local_files, tmp_path / "out", *arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "reward 0.00 -> 0.00"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -121,6 +128,8 @@ def test_reward_of_ones_own(local_files, tmp_path, capsys, monkeypatch):
         (["--held-out", "1000"], "--held-out: expected between 1 and 500"),
         (["--reward", "nothing"], "reward: expected one of exact, numeric, contains"),
         (["--reward", "no.such.module:f"], "cannot be imported"),
+        (["--reward", "code"], "--reward code needs a --dataset with the column test_cases"),
+        (["--model", "{data}/model", "--dataset", "{data}/data.jsonl", "--reward", "code"], "no column 'test_cases'"),
         (["--loss-type", "ppo"], "loss_type: expected one of"),
         (["--num-generations", "3"], "num_generations: expected a divisor"),
         (["--resume"], "no checkpoint"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import random
@@ -49,14 +50,16 @@ def run(options: argparse.Namespace) -> None:
     if options.resume and checkpoint is None:
         raise UsageError(f"--resume: no checkpoint in {output}")
 
-    needs_answer = options.reward in rewards.BUILT_IN
+    needed = _columns_of(reward_func) if options.reward in rewards.BUILT_IN else []
+    if options.dataset is None and not {"answer"}.issuperset(needed):
+        raise UsageError(f"--reward {options.reward} needs a --dataset with the column {' and '.join(needed)}")
     if options.dataset is None:
         count = embedded.HELD_OUT if options.held_out is None else options.held_out
         if not 0 < count <= 500:
             raise UsageError(f"--held-out: expected between 1 and 500 of the embedded questions, got {count}")
         train_set, held_out = embedded.make_datasets(options.seed, count)
     else:
-        train_set, held_out = _split(_load_rows(options, needs_answer), options.held_out, options.seed)
+        train_set, held_out = _split(_load_rows(options, needed), options.held_out, options.seed)
     if is_embedded:
         if args.device.type == "cpu":
             # a second thread saves a model this small nothing, and costs a lot where other work shares the cores
@@ -81,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
             seed=options.seed,
         )
 
-    what = "accuracy" if needs_answer else "reward"
+    what = "accuracy" if "answer" in needed else "reward"
     before = measure()
     print(f"{what} before, on {len(held_out)} held-out prompts: {before:.2f}", flush=True)
 
@@ -99,6 +102,13 @@ def run(options: argparse.Namespace) -> None:
         plot_rewards(trainer.state.log_history, output / "reward.png", what, before, after)
         print(f"model, metrics.jsonl and reward.png are in {output}")
         print(f"{what} {before:.2f} -> {after:.2f}", flush=True)
+
+
+def _columns_of(reward_func: rewards.RewardFunc) -> list[str]:
+    """The columns of the dataset that a built-in reward needs."""
+    given = ("prompts", "completions", "completion_ids")
+    parameters = inspect.signature(reward_func).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given]
 
 
 def _checked(function, *args: Any) -> Any:
@@ -141,8 +151,8 @@ def _make_config(options: argparse.Namespace, is_embedded: bool) -> GRPOConfig:
     )
 
 
-def _load_rows(options: argparse.Namespace, needs_answer: bool) -> Dataset:
-    """The dataset with its columns renamed to `prompt` and `answer`."""
+def _load_rows(options: argparse.Namespace, needed: list[str]) -> Dataset:
+    """The dataset with its columns renamed to `prompt` and `answer`, and with the columns that the reward needs."""
     name, path = options.dataset, Path(options.dataset)
     kind = _FILE_TYPES.get(path.suffix)
     if kind is not None and not path.is_file():
@@ -154,10 +164,11 @@ def _load_rows(options: argparse.Namespace, needs_answer: bool) -> Dataset:
             data = load_dataset(name, options.dataset_config, split=options.split)
     except Exception as error:  # of many types: a broken file, an unknown id, no network
         raise UsageError(f"--dataset: {name} cannot be loaded: {error}") from error
-    for column, wanted in ((options.prompt_column, "prompt"), (options.answer_column, "answer")):
+    columns = {**{column: column for column in needed}, "prompt": options.prompt_column}
+    for wanted, column in {**columns, "answer": options.answer_column}.items():
         if column in data.column_names:
             data = data if column == wanted else data.rename_column(column, wanted)
-        elif wanted == "prompt" or needs_answer:
+        elif wanted in columns:
             reason = "" if wanted == "prompt" else f" (for --reward {options.reward})"
             raise UsageError(
                 f"--dataset: {name} has no column {column!r}{reason}; its columns are {', '.join(data.column_names)}"

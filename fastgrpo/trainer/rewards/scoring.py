@@ -1,14 +1,9 @@
-"""Reward functions: how they are called, how their scores become advantages, and three built-in ones.
-
-A reward function is TRL's: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, with one entry
-per completion in every argument; None means that it has no say about that completion.
-"""
+"""Reward functions: how they are called and combined, and how their scores become advantages."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import re
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +41,37 @@ def call_reward_func(func: RewardFunc, name: str, completions: list, **arguments
             f"reward function {name!r}: expected {len(completions)} rewards, one per completion, got {got}"
         )
     return [float("nan") if score is None else float(score) for score in scores]
+
+
+def combine(*functions: RewardFunc, weights: Sequence[float] | None = None) -> RewardFunc:
+    """One reward function from several: Σ_i w_i f_i, over those that have a say.
+
+    Where none has, the sum is None. GRPOTrainer takes several functions and `reward_weights` itself, and logs each;
+    this is for where one function is expected, such as `fastgrpo train --reward`.
+
+    Args:
+        functions: reward functions, called with the arguments that the sum is called with.
+        weights: a finite number for each; default all 1.
+
+    Raises:
+        ValueError: no functions, or weights that are not one finite number for each.
+    """
+    funcs, names = as_reward_list(functions)
+    weights = [1.0] * len(funcs) if weights is None else [float(weight) for weight in weights]
+    if len(weights) != len(funcs) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights: expected {len(funcs)} finite numbers, one per function, got {weights}")
+
+    def combined(completions: list, **columns: Any) -> list[float | None]:
+        calls = zip(funcs, names, strict=True)
+        scores = [call_reward_func(func, name, completions, **columns) for func, name in calls]
+        sums = []
+        for votes in zip(*scores, strict=True):
+            said = [weight * vote for weight, vote in zip(weights, votes, strict=True) if not math.isnan(vote)]
+            sums.append(sum(said) if said else None)
+        return sums
+
+    combined.__name__ = "+".join(names)
+    return combined
 
 
 def combine_rewards(
@@ -97,66 +123,3 @@ def nanstd(x: Tensor, dim: int | None = None) -> Tensor:
 
 def _is_zero(std: Tensor) -> Tensor:
     return torch.isclose(std, torch.zeros_like(std))
-
-
-# Built-in rewards: 1.0 or 0.0 against the column `answer`, None where the answer is missing.
-
-
-def exact(completions: list, answer: list, **_: Any) -> list[float | None]:
-    """1 when the completion is the answer, but for surrounding white space."""
-    return _judge(completions, answer, lambda text, truth: text.strip() == truth.strip())
-
-
-def contains(completions: list, answer: list, **_: Any) -> list[float | None]:
-    """1 when the answer stands somewhere in the completion."""
-    return _judge(completions, answer, lambda text, truth: truth.strip() in text)
-
-
-def numeric(completions: list, answer: list, **_: Any) -> list[float | None]:
-    """1 when the last number of the completion equals the last number of the answer (so GSM8K's `#### 42` works)."""
-    return _judge(
-        completions,
-        answer,
-        lambda text, truth: (value := last_number(truth)) is not None and last_number(text) == value,
-    )
-
-
-BUILT_IN: dict[str, RewardFunc] = {"exact": exact, "numeric": numeric, "contains": contains}
-
-
-def resolve(name: str) -> RewardFunc:
-    """The reward function called `name`: a built-in one, or `module:function`.
-
-    Raises:
-        ValueError: no such built-in, or nothing importable under that path.
-    """
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ValueError(f"reward: expected one of {', '.join(BUILT_IN)} or 'module:function', got {name!r}")
-    try:
-        func = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward: {name!r} cannot be imported: {error}") from error
-    if not callable(func):
-        raise ValueError(f"reward: expected {name!r} to be a function, got {type(func).__name__}")
-    return func
-
-
-def last_number(text: str) -> float | None:
-    """The last number in a text, with thousands' commas, a sign or decimals."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def completion_text(completion: str | list[dict[str, str]]) -> str:
-    """The text of a completion, plain or a list of messages."""
-    return completion if isinstance(completion, str) else "".join(str(m.get("content") or "") for m in completion)
-
-
-def _judge(completions: list, answer: list, is_right: Callable[[str, str], bool]) -> list[float | None]:
-    return [
-        None if truth is None else float(is_right(completion_text(completion), str(truth)))
-        for completion, truth in zip(completions, answer, strict=True)
-    ]

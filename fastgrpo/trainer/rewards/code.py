@@ -1,0 +1,105 @@
+"""Does the code pass its tests?"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from fastgrpo.trainer.rewards.sandbox import Limits, run_python
+from fastgrpo.trainer.rewards.scoring import RewardFunc
+from fastgrpo.trainer.rewards.supervisor import PASSED, STOPPED
+from fastgrpo.trainer.rewards.text import completion_text, last_python_block
+
+Case = Mapping[str, str | None] | str
+
+
+def code_reward(completions: list, test_cases: list, **_: Any) -> list[float | None]:
+    """The share of its test cases that the completion's code passes: the last ```python block that is closed.
+
+    Each entry of the column `test_cases` is a list of {"input": …, "output": …} and of statements such as
+    "assert f(2) == 4", in any mixture. The code is run once for each. It passes an input when it ends with exit status
+    0 and its output is the expected one, but for white space at the ends of lines and of the text; it passes a
+    statement when that, appended to the code, raises nothing and is reached. After a run that is stopped at the time
+    limit, the remaining cases count as not passed.
+
+    No block: 0. None where there are no test cases, and, with a warning, for what the time limit of the call does not
+    reach. Several run at once, one for each CPU. Linux only; see `Limits` for the limits, and sandbox.py for what they
+    do not protect from.
+
+    Raises:
+        ValueError: a test case of another form.
+    """
+    return _score(completions, test_cases, Limits())
+
+
+def code_reward_within(limits: Limits) -> RewardFunc:
+    """`code_reward` with other limits."""
+
+    def code_reward(completions: list, test_cases: list, **_: Any) -> list[float | None]:
+        return _score(completions, test_cases, limits)
+
+    return code_reward
+
+
+def _score(completions: list, test_cases: list, limits: Limits) -> list[float | None]:
+    for case in (case for cases in test_cases for case in cases or ()):
+        is_pair = isinstance(case, Mapping) and isinstance(case.get("output"), str)
+        if not (isinstance(case, str) or is_pair and isinstance(case.get("input") or "", str)):
+            raise ValueError(
+                'test_cases: expected lists of statements and of {"input": text or None, "output": text}, '
+                f"got {case!r}"
+            )
+    deadline = time.monotonic() + limits.total_seconds
+    workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        codes = [last_python_block(completion_text(completion)) for completion in completions]
+        runs = [
+            pool.submit(_share_passed, code, list(cases), limits, deadline) if cases and code is not None else None
+            for code, cases in zip(codes, test_cases, strict=True)
+        ]
+        shares = [run.result() if run else 0.0 if cases else None for run, cases in zip(runs, test_cases, strict=True)]
+    missed = sum(run is not None and share is None for run, share in zip(runs, shares, strict=True))
+    if missed:
+        warnings.warn(
+            f"code_reward: {missed} of {len(completions)} completions were not judged within total_seconds="
+            f"{limits.total_seconds}; code_reward_within(Limits(…)) gives more",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return shares
+
+
+def _share_passed(code: str, cases: list[Case], limits: Limits, deadline: float) -> float | None:
+    passed = 0
+    for case in cases:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None
+        status, ok = _run(code, case, replace(limits, seconds=min(limits.seconds, left)))
+        if status == STOPPED:
+            if left < limits.seconds:
+                return None  # it might have ended in time
+            break
+        passed += ok
+    return passed / len(cases)
+
+
+def _run(code: str, case: Case, limits: Limits) -> tuple[int, bool]:
+    if not isinstance(case, str):
+        status, output = run_python(code, case.get("input") or "", limits)
+        return status, status == PASSED and _lines(output) == _lines(case["output"])
+    # Exit status 0 does not say that the statement was reached; a word that the code cannot know does.
+    word = secrets.token_hex(16)
+    status, output = run_python(f"{code}\n\n{case}\n\n__import__('os').write(1, b'{word}')\n", "", limits)
+    return status, status == PASSED and word in output
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().split("\n")]

@@ -1,0 +1,34 @@
+"""The prompt that DeepSeek-R1-Zero was trained with (DeepSeek-R1, arXiv:2501.12948, Table 1), for base models."""
+
+from __future__ import annotations
+
+_INSTRUCTION = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
+    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
+    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> "
+    "reasoning process here </think> <answer> answer here </answer>."
+)
+
+# A question of the user gives r1_zero_prompt(question); what the assistant said, for demonstrations, follows its
+# "Assistant: " and ends with the end token.
+R1_ZERO_CHAT_TEMPLATE = (
+    f"{{{{ '{_INSTRUCTION}' }}}}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ ' User: ' + message['content'] + '.' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' Assistant: ' + message['content'] }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('R1-Zero template: expected user and assistant, got ' + message['role']) }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' Assistant:' }}{% endif %}"
+)
+
+
+def r1_zero_prompt(question: str) -> str:
+    """The paper's template with the question in the place of its word `prompt`, verbatim, the full stop after it
+    included; the completion starts after "Assistant:".
+
+    Equivalent to: `tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
+    add_generation_prompt=True, chat_template=R1_ZERO_CHAT_TEMPLATE)`. That is the way for prompts that are lists of
+    messages: set `tokenizer.chat_template`.
+    """
+    return f"{_INSTRUCTION} User: {question}. Assistant:"

@@ -1,0 +1,438 @@
+"""The rewards: tables of completions, right, malformed and hostile; TRL's calls. Code is in test_code_reward.py."""
+
+import itertools
+import math
+import sys
+import threading
+import time
+
+import pytest
+from test_code_reward import DOUBLE, DOUBLES, block, linux, message
+
+from fastgrpo.trainer import rewards
+from fastgrpo.trainer.rewards import accuracy, sandbox, text
+from fastgrpo.trainer.rewards.rules import _SCRIPTS
+
+MEGABYTE = 1 << 20
+R1 = "<think>{}</think><answer>{}</answer>"
+
+
+def one(function, completion, **columns):
+    (score,) = function(completions=[completion], **{name: [value] for name, value in columns.items()})
+    return score
+
+
+# format and tags
+
+FORMATS = [
+    (R1.format("why", "42"), 1, 1),
+    (" \n<think>\nwhy\n</think>\n\n<answer>\n42\n</answer>\n", 1, 1),
+    (R1.format("", ""), 1, 1),
+    (R1.format("中文 ½", "é"), 1, 1),
+    (message(R1.format("why", "42")), 1, 1),
+    ("So: " + R1.format("why", "42"), 0, 1),
+    (R1.format("why", "42") + " done", 0, 1),
+    ("<think>why</think> so <answer>42</answer>", 0, 1),
+    ("<answer>42</answer><think>why</think>", 0, 1),
+    ("</think>why<think></answer>42<answer>", 0, 1),
+    ("<think>why<answer>42</answer></think>", 0, 1),
+    ("<think>why<answer></think>42</answer>", 0, 1),
+    (R1.format("<think>why</think>", "42"), 0, 0.5),
+    (R1.format("why", "42") * 2, 0, 0),
+    ("<think>why</think><answer>42", 0, 0.75),
+    ("why</think><answer>42</answer>", 0, 0.75),
+    ("<think>why", 0, 0.25),
+    ("<THINK>why</THINK><answer>42</answer>", 0, 0.5),
+    ("< think >why</think><answer>42</answer>", 0, 0.75),
+    ("<think", 0, 0),
+    ("", 0, 0),
+    ("   ", 0, 0),
+    (message(None), 0, 0),
+    ([], 0, 0),
+    (None, 0, 0),
+]
+
+
+@pytest.mark.parametrize("completion, is_format, tags", FORMATS)
+def test_format_and_tags(completion, is_format, tags):
+    assert one(rewards.format_reward, completion) == is_format
+    assert one(rewards.tag_count_reward, completion) == tags
+
+
+def test_text_of_messages():
+    parts = [{"type": "image"}, {"type": "text", "text": "b"}, {"type": "text", "text": None}]
+    conversation = [
+        {"role": "assistant", "content": "a"},
+        {"role": "tool", "content": "42"},  # not what the model wrote
+        {"role": "assistant", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "assistant"},
+    ]
+    assert rewards.completion_text(conversation) == "ab"
+
+
+# accuracy
+
+ANSWERS = [
+    ("<answer>42</answer>", "42", 1),
+    ("<answer>\n 42 \n</answer>", 42, 1),
+    (R1.format("41", "42"), "42", 1),
+    (R1.format("<answer>42</answer>", "41"), "42", 0),
+    ("hm 41</think><answer>42</answer>", "42", 1),
+    (message(R1.format("", "42")), "42", 1),
+    ("<answer>41</answer> no, <answer>42</answer>", "42", 1),
+    ("<answer>42</answer> no, <answer>41</answer>", "42", 0),
+    ("<answer>42</answer> and <answer>41", "42", 1),
+    ("<answer>41<answer>42</answer>", "42", 1),
+    ("<answer>42</answer></answer>", "42", 1),
+    ("<answer>42", "42", 0),
+    ("42</answer>", "42", 0),
+    ("</answer>42<answer>", "42", 0),
+    ("42", "42", 0),
+    ("", "42", 0),
+    ("<answer></answer>", "42", 0),
+    ("<answer></answer>", "", 0),
+    ("<answer>42</answer>", None, None),
+    ("<think><answer>42</answer>", "42", 0),
+    ("<think>so \\boxed{42}", "42", 0),
+    ("<think>so \\boxed{42}</think>", "42", 0),
+    (message(None), "42", 0),
+    # text
+    ("<answer>New\n York</answer>", "New York", 1),
+    ("<answer>new york</answer>", "New York", 0),
+    ("<answer>北京</answer>", "北京", 1),
+    ("<answer>listen</answer>", "silent", 0),
+    ("<answer>no</answer>", "on", 0),
+    # numbers
+    ("<answer>1,234.0</answer>", "1234", 1),
+    ("<answer>1234</answer>", "1,2,3,4", 0),
+    ("<answer>12,34</answer>", "1234", 0),
+    ("<answer>3/4</answer>", "0.75", 1),
+    ("<answer>¾</answer>", "0.75", 1),
+    ("<answer>2½</answer>", "2.5", 1),
+    ("<answer>-2 1/2</answer>", "-2.5", 1),
+    ("<answer>−5</answer>", "-5.00", 1),
+    ("<answer>75%</answer>", ".75", 1),
+    ("<answer>75%</answer>", "75", 0),
+    (r"<answer>75\%</answer>", "3/4", 1),
+    ("<answer>$1,000</answer>", "1e3", 1),
+    ("<answer>+7.</answer>", "7", 1),
+    (r"<answer>$-\dfrac{3}{4}$</answer>", "-.75", 1),
+    (r"<answer>1{,}234</answer>", "1234", 1),
+    ("<answer>0.333</answer>", "1/3", 0),
+    ("<answer>1/0</answer>", "1/0", 1),
+    ("<answer>1/0</answer>", "2/0", 0),
+    ("<answer>1e999</answer>", "1e998", 0),
+    ("<answer>1e99999999999</answer>", "1", 0),
+    ("<answer>0.1</answer>", "0.10000000000000001", 0),
+    ("<answer>42</answer>", "Six times seven is 42.\n#### 42", 1),
+    # boxes
+    (r"so \boxed{42}", "42", 1),
+    (r"\boxed{41} or \boxed {42}", "42", 1),
+    (r"\boxed{42} or \boxed{4", "42", 1),
+    (r"} \boxed{42", "42", 0),
+    (r"{{ \boxed{42}", "42", 1),
+    (r"\boxed{\frac{3}{4}}", "0.75", 1),
+    (r"\boxed{\text{New York}}", r"We find \boxed{New York}", 1),
+    (r"\boxed{\{a\}}", r"\{a\}", 1),
+    (r"<answer>It is \boxed{42}.</answer>", "42", 1),
+    (r"<answer>41</answer> \boxed{42}", "42", 0),
+    (r"\boxed{42} <answer>", "42", 0),
+    (r"<answer>\(\mathrm{B}\)</answer>", "B", 1),
+]
+
+
+@pytest.mark.parametrize("completion, answer, score", ANSWERS)
+def test_accuracy(completion, answer, score, monkeypatch):
+    monkeypatch.setattr(accuracy, "_can_compare_formulas", lambda: False)
+    assert one(rewards.accuracy_reward, completion, answer=answer) == score
+
+
+FORMULAS = [
+    (r"\frac{\sqrt{4}}{4}", "1/2", 1),
+    ("1+x", "x+1", 1),
+    ("1+y", "x+1", 0),
+    (r"\{1, 2\}", r"\{2, 1\}", 1),
+    (r"\sqrt{16}", "4", 1),
+    (r"\frac{1}{", "4", 0),
+    ("((((", "4", 0),
+]
+
+
+@linux
+def test_formulas_by_math_verify():
+    pytest.importorskip("math_verify")
+    given, answers, scores = zip(*FORMULAS, strict=True)
+    assert rewards.accuracy_reward([f"<answer>{x}</answer>" for x in given], list(answers)) == list(scores)
+
+
+@linux
+def test_hanging_formula_costs_the_others_nothing():
+    """From a thread too, where math-verify's own time limit would raise."""
+    pytest.importorskip("math_verify")
+    completions, got = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\sqrt{4}}"], []
+    thread = threading.Thread(target=lambda: got.append(rewards.accuracy_reward(completions, ["7", "2"])))
+    start = time.monotonic()
+    thread.start()
+    thread.join()
+    assert got == [[0.0, 1.0]] and time.monotonic() - start < 10
+
+
+@linux
+def test_formulas_that_cannot_be_compared(monkeypatch):
+    """The protocol with math-verify's process, without math-verify."""
+    monkeypatch.setattr(accuracy, "_can_compare_formulas", lambda: True)
+    completions = [r"\boxed{\sqrt{4}}", r"\boxed{\sqrt{9}}", r"\boxed{3}"]
+    answers = ["2", "3", "3"]
+    monkeypatch.setattr(accuracy, "run_python", lambda *_: (sandbox.STOPPED, "True\n"))
+    with pytest.warns(RuntimeWarning, match="1 of 2 formulas"):
+        assert rewards.accuracy_reward(completions, answers) == [1.0, None, 1.0]
+    monkeypatch.setattr(accuracy, "run_python", lambda *_: (sandbox.FAILED, ""))
+    with pytest.raises(RuntimeError, match="math-verify"):
+        rewards.accuracy_reward(completions, answers)
+
+
+# language
+
+LANGUAGES = [
+    ("en", "<think>all of this is English</think><answer>中文</answer>", 1.0),
+    ("en", "so we 得到 two", 0.6),
+    ("zh", "<think>设 x 为 3.5,\\frac{1}{2} 则有</think>", 1.0),
+    ("zh", "所以 the answer", 0.5),
+    ("ja", "これは漢字です", 1.0),
+    ("zh", "これは漢字です", 2 / 7),
+    ("ko", "정답은 셋 that", 2 / 3),
+    ("ru", "и так далее", 1.0),
+    ("ar", "الجواب هو two", 2 / 3),
+    ("en", "naïve cafe\u0301 Straße", 1.0),
+    ("en", "ελληνικά words", 0.5),
+    ("en", "ends with words</think>答案", 1.0),
+    ("en", "<think>never ends", 1.0),
+    ("en", "<answer>", None),
+    ("en", "1 + 2 = x, α", None),
+    ("en", "<think></think><answer>words</answer>", None),
+    ("en", "", None),
+    ("en", None, None),
+]
+
+
+@pytest.mark.parametrize("target, completion, share", LANGUAGES)
+def test_language(target, completion, share):
+    assert one(rewards.language_consistency_reward(target), completion) == (share and pytest.approx(share))
+
+
+def test_every_script_knows_its_language():
+    samples = dict(ar="نعم", en="yes", ja="はい", ko="네", ru="да", zh="是")
+    assert samples.keys() == _SCRIPTS.keys()
+    for (target, _), (language, sample) in itertools.product(samples.items(), samples.items()):
+        known = one(rewards.language_consistency_reward(target), sample)
+        assert known == (target == language or (target, language) == ("ja", "zh")), (target, language)
+
+
+def test_language_by_py3langid():
+    pytest.importorskip("py3langid")
+    reward = rewards.language_consistency_reward("fr")
+    french, english = "Nous cherchons la solution de cette question.", "We look for the solution of this question."
+    assert one(reward, f"{french}\n{english}\n\n") == pytest.approx(7 / 15)
+    with pytest.raises(ValueError, match="target: expected one of .*got 'klingon'"):
+        rewards.language_consistency_reward("klingon")
+
+
+def test_unknown_language(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="target: expected one of ar, en, ja, ko, ru, zh .*py3langid.*got 'fr'"):
+        rewards.language_consistency_reward("fr")
+
+
+# repetition and length
+
+
+@pytest.mark.parametrize(
+    "completion, size, score",
+    [
+        ("a b c d", 3, 0.0),
+        ("a b c a b c", 3, -0.25),  # abc bca cab abc
+        ("A b a B", 2, -1 / 3),
+        ("yes " * 102, 3, -0.99),
+        ("好" * 12, 3, -0.9),
+        ("好的好的好的", 2, -0.6),
+        ("ok 好的", 3, 0.0),
+        ("a b", 3, 0.0),
+        ("", 1, 0.0),
+        (message(None), 3, 0.0),
+    ],
+)
+def test_repetition(completion, size, score):
+    assert one(rewards.repetition_penalty_reward(size), completion) == pytest.approx(score)
+    assert one(rewards.repetition_penalty_reward(size, -0.5), completion) == pytest.approx(score / 2)
+
+
+def test_soft_overlong():
+    lengths = [0, 1, 80, 81, 90, 99, 100, 101, 1000]
+    ids = [[7] * length for length in lengths]
+    want = [0, 0, 0, -0.05, -0.5, -0.95, -1, -1, -1]
+    assert rewards.soft_overlong_reward(100, 20)(completions=lengths, completion_ids=ids) == pytest.approx(want)
+    assert rewards.soft_overlong_reward(100, 0)(completion_ids=ids) == [0.0] * 7 + [-1.0] * 2
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: rewards.repetition_penalty_reward(0), "ngram_size: .*>= 1.*got 0"),
+        (lambda: rewards.repetition_penalty_reward(2.0), "ngram_size: .*integer.*got 2.0"),
+        (lambda: rewards.repetition_penalty_reward(3, 1.0), "max_penalty: .*<= 0, got 1.0"),
+        (lambda: rewards.repetition_penalty_reward(3, math.nan), "max_penalty: .*nan"),
+        (lambda: rewards.soft_overlong_reward(0, 0), "max_completion_length: .*>= 1.*got 0"),
+        (lambda: rewards.soft_overlong_reward(100, 101), r"soft_cache: .*\[0, 100\].*got 101"),
+        (lambda: rewards.combine(), "reward_funcs: .*at least one"),
+        (lambda: rewards.combine(rewards.exact, weights=[1, 2]), "weights: expected 1 .*got"),
+        (lambda: rewards.combine(rewards.exact, weights=[math.inf]), "weights: .*finite"),
+        (lambda: rewards.Limits(seconds=0), "seconds: .*> 0, got 0"),
+        (lambda: rewards.Limits(memory=1e9), "memory: .*integer.*got 1000000000.0"),
+        (lambda: rewards.code_reward([""], [["assert 1", 3]]), "test_cases: .*got 3"),
+        (lambda: rewards.code_reward([""], [[{"input": "1"}]]), "test_cases: .*got {'input': '1'}"),
+        (lambda: rewards.resolve("nothing"), "reward: expected one of exact, .*code.*got 'nothing'"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# combining
+
+
+def test_combine():
+    def votes(completions, bonus, **_):
+        return bonus
+
+    both = rewards.combine(votes, rewards.format_reward, weights=[2, 0.5])
+    assert both.__name__ == "votes+format_reward"
+    completions = [R1.format("a", "b"), "x", R1.format("a", "b")]
+    assert both(completions=completions, bonus=[1.0, None, None]) == [2.5, 0.0, 0.5]
+    assert rewards.combine(votes, votes)(completions=["", ""], bonus=[None, math.nan]) == [None, None]
+    with pytest.raises(ValueError, match="reward function 'votes': expected 2 rewards"):
+        both(completions=["", ""], bonus=[1.0])
+
+
+# hostile text
+
+BAIT = {
+    "answers": "<answer>" * (MEGABYTE // 8),
+    "closed-answers": "</answer>" * (MEGABYTE // 9),
+    "pairs": "<answer></answer>" * (MEGABYTE // 17),
+    "thinks": "<think>" * (MEGABYTE // 7) + "</think>",
+    "boxes": "\\boxed{" * (MEGABYTE // 7),
+    "box-gaps": ("\\boxed" + " " * 50) * (MEGABYTE // 56),
+    "box-spaces": "\\boxed" + " " * MEGABYTE,
+    "braces": "\\boxed{" + "{}" * (MEGABYTE // 2),
+    "open-braces": "\\boxed{" + "{" * MEGABYTE,
+    "backslashes": "\\boxed{" + "\\" * MEGABYTE,
+    "digits": "<answer>" + "1" * MEGABYTE + "</answer>",
+    "commas": "<answer>" + "1," * (MEGABYTE // 2) + "</answer>",
+    "dots": "-." * (MEGABYTE // 2),
+    "dollars": "<answer>" + "$" * MEGABYTE + "</answer>",
+    "spaces": " " * MEGABYTE,
+    "newlines": "\n" * MEGABYTE,
+    "letters": "a" * MEGABYTE,
+    "words": "a b " * (MEGABYTE // 4),
+    "han": "好" * MEGABYTE,
+    "accents": "e" + "\u0301\u0323" * (MEGABYTE // 2),
+    "fences": "```python\n" * (MEGABYTE // 10),
+    "ticks": "`" * MEGABYTE,
+    "surrogates": "\ud800" * MEGABYTE,
+    "zeros": "\0" * MEGABYTE,
+    "distinct": " ".join(map(str, range(MEGABYTE // 7))),
+}
+TEXT_REWARDS = {
+    "exact": rewards.exact,
+    "contains": rewards.contains,
+    "numeric": rewards.numeric,
+    "accuracy": rewards.accuracy_reward,
+    "format": rewards.format_reward,
+    "tag_count": rewards.tag_count_reward,
+    "language": rewards.language_consistency_reward("zh"),
+    "repetition": rewards.repetition_penalty_reward(),
+}
+
+
+@pytest.mark.parametrize("bait", BAIT)
+def test_megabytes_take_linear_time(bait):
+    for name, reward in TEXT_REWARDS.items():
+        start = time.process_time()
+        score = one(reward, BAIT[bait], answer="1")
+        seconds = time.process_time() - start
+        assert score is None or -1 <= score <= 1
+        assert seconds < 1.5, f"{name}: {seconds:.2f} s"  # linear: 0.4 s at most on a slow core; quadratic: minutes
+    start = time.process_time()
+    text.last_python_block(BAIT[bait])
+    assert time.process_time() - start < 1.5
+
+
+# TRL's calling convention
+
+
+def every_reward():
+    return {
+        **rewards.BUILT_IN,
+        "language": rewards.language_consistency_reward("en"),
+        "overlong": rewards.soft_overlong_reward(8, 4),
+        "combined": rewards.combine(rewards.format_reward, rewards.accuracy_reward),
+    }
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+@pytest.mark.parametrize("name", every_reward())
+def test_called_as_trl_does(name, conversational):
+    if name == "code" and sys.platform != "linux":
+        pytest.skip("the sandbox needs Linux")
+    reward = every_reward()[name]
+    texts = [R1.format("two words", "42"), R1.format("why", block(DOUBLE)), "", "<think>"]
+    prompts = [[{"role": "user", "content": "?"}]] * 4 if conversational else ["?"] * 4
+    scores = reward(
+        prompts=prompts,
+        completions=[message(text) for text in texts] if conversational else texts,
+        completion_ids=[[1, 2], [1] * 9, [], [3]],
+        answer=["42", "42", "42", None],
+        test_cases=[["assert True"], DOUBLES, [], None],
+        language=["en"] * 4,
+        trainer_state=None,
+        log_metric=lambda *_: None,
+        log_extra=lambda *_: None,
+    )
+    assert isinstance(scores, list) and len(scores) == 4
+    assert all(score is None or isinstance(score, float) for score in scores)
+    assert reward.__name__
+    first = dict(exact=0, numeric=1, contains=1, accuracy=1, format=1, tag_count=1, language=1, combined=2)
+    assert scores[0] == first.get(name, 0)
+
+
+def test_in_trl(tmp_path):
+    """A step of TRL's own GRPOTrainer with rewards that abstain, one without."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    from fastgrpo.trainer import embedded
+
+    tokenizer = embedded.make_tokenizer()
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i) if i % 2 else None} for i in range(8)]
+    args = trl.GRPOConfig(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=4,
+        max_steps=1,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    functions = [rewards.accuracy_reward, rewards.tag_count_reward, rewards.soft_overlong_reward(4, 2)]
+    trainer = trl.GRPOTrainer(
+        embedded.make_model(tokenizer, 0), functions, args, Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert {f"rewards/{function.__name__}/mean" for function in functions} <= logged
