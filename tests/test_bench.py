@@ -30,7 +30,7 @@ def rows_of(case, among=REGISTRY):
 def test_every_implementation_is_right_or_says_why_not(op, dtype, monkeypatch):
     monkeypatch.setattr(command, "peak", lambda *_: 1.0)
     case = Case(op, 8, 8, 4096 if op == "step" else 300, 128 if op == "step" else 64, dtype)
-    rows = rows_of(case)
+    rows = rows_of(case, [each for each in REGISTRY if each.backend != "triton"])  # whose interpreter is slow
     timed = {name for name, row in rows.items() if row["ms_p50"] is not None}
     assert {"fastgrpo (cpu)", "eager"} <= timed or op in ("advantages", "loss", "step")
     for name, row in rows.items():
@@ -101,7 +101,7 @@ def test_old_logps_keep_away_from_the_clip_edges():
 def test_the_command_writes_rows(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     arguments = ["bench", "--op", "logps", "--shape", "B=8,T=4,V=300", "--dtype", "bf16", "--seconds", "0.01"]
-    assert main([*arguments, "--impl", "fastgrpo", "--impl", "eager", "--json", str(file)]) == 0
+    assert main([*arguments, "--impl", "fastgrpo", "--impl", "eager", "--backend", "cpu", "--json", str(file)]) == 0
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(FIELDS <= row.keys() for row in rows)
     assert {row["impl"] for row in rows} == {"fastgrpo", "eager", "copy"}
