@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastgrpo.logps import linear_logps, selective_logps
 from fastgrpo.objective import Objective
-from fastgrpo.reference import grpo_loss_reference, linear_grpo_loss_reference
+from fastgrpo.projection import cut
+from fastgrpo.reference import grpo_loss_reference
 
 OPS = {
     "advantages": "group-normalised advantages",
@@ -152,7 +153,7 @@ def make_inputs(case: Case) -> SimpleNamespace:
 
 
 def truth(inputs: SimpleNamespace) -> dict[str, Tensor]:
-    """The results in float64, a few completions at a time; large ones are kept as fp32, which is exact enough here."""
+    """The results in float64, a few rows at a time; large ones are kept as fp32, which is exact enough here."""
     case = inputs.case
     if case.op == "advantages":
         groups = inputs.rewards.double().view(-1, GROUP)
@@ -161,34 +162,36 @@ def truth(inputs: SimpleNamespace) -> dict[str, Tensor]:
     if case.op == "logps":
         rows = [_exact_logps(inputs, i) for i in range(case.B)]
         return {name: torch.cat([row[name] for row in rows]) for name in ("logps", "entropies")}
-    leaf = inputs.hidden if case.op == "linear" else inputs.logits
+    # every token is for itself in these objectives, so that a few can be taken at a time
+    linear, learn = case.op == "linear", case.op != "forward"
+    rows = (inputs.hidden if linear else inputs.logits).flatten(0, 1)
+    advantages = inputs.advantages[:, None].expand(case.B, case.T)
+    ids, advantages, old, ref = (x.flatten()[:, None] for x in (inputs.ids, advantages, inputs.old, inputs.ref))
     results = {"loss": torch.zeros((), dtype=torch.float64, device=case.device)}
-    if case.op != "forward":
-        results["d_hidden" if case.op == "linear" else "d_logits"] = gradient = torch.empty_like(
-            leaf, dtype=torch.float32
-        )
-    if case.op == "linear":
-        weight = inputs.weight.double().requires_grad_()
-    few = max(1, (1 << 30) // (8 * case.T * case.V))
-    for first in range(0, case.B, few):
-        one = slice(first, first + few)
-        rows = leaf[one].double().requires_grad_(case.op != "forward")
-        call = dict(
-            old_per_token_logps=inputs.old[one], ref_per_token_logps=inputs.ref[one], objective=case.objective,
-            num_items_in_batch=case.B * case.T, return_stats=False,
-        )  # fmt: skip
-        if case.op == "linear":
-            loss = linear_grpo_loss_reference(
-                rows, weight, inputs.ids[one], inputs.advantages[one], softcap=case.softcap, **call
-            ).loss
-        else:
-            loss = grpo_loss_reference(rows, inputs.ids[one], inputs.advantages[one], **call).loss
+    if learn:
+        gradient = torch.empty_like(rows, dtype=torch.float32)
+    if linear:
+        weight = inputs.weight.double()
+        d_weight = torch.zeros_like(weight)
+    # on a CPU, what the C library takes from the system afresh each time would cost more than the arithmetic
+    few = max(1, (1 << (24 if rows.device.type == "cpu" else 30)) // (8 * case.V))
+    for part in cut(0, len(rows), few):
+        leaf = (rows[part].double() @ weight.T if linear else rows[part].double()).requires_grad_(learn)
+        logits = leaf if not case.softcap else torch.tanh(leaf / case.softcap) * case.softcap
+        loss = grpo_loss_reference(
+            logits[:, None], ids[part], advantages[part], old_per_token_logps=old[part], ref_per_token_logps=ref[part],
+            objective=case.objective, num_items_in_batch=len(rows), return_stats=False,
+        ).loss  # fmt: skip
         results["loss"] += loss.detach()
-        if case.op != "forward":
+        if learn:
             loss.backward()
-            gradient[one] = rows.grad
-    if case.op == "linear":
-        results["d_weight"] = weight.grad.float()
+            gradient[part] = leaf.grad @ weight if linear else leaf.grad
+        if linear:
+            d_weight.addmm_(leaf.grad.T, rows[part].double())
+    if learn:
+        results["d_hidden" if linear else "d_logits"] = gradient.view(case.B, case.T, -1)
+    if linear:
+        results["d_weight"] = d_weight.float()
     return results
 
 

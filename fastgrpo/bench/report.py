@@ -13,7 +13,7 @@ from fastgrpo.bench.implementations import label
 Rows = list[dict]
 
 START, END = "<!-- fastgrpo bench --report writes from here -->", "<!-- to here -->"
-_TABLES = ("loss", "linear", "step", "logps", "forward", "advantages")
+_TABLES = ("loss", "linear", "step", "logps")  # the others are in the rows
 _COLOURS = {"fastgrpo": "tab:blue", "eager": "tab:gray", "trl": "tab:orange", "liger": "tab:green", "copy": "black",
             "GEMMs alone": "black", "F.linear_cross_entropy": "tab:purple", "torch.compile": "tab:brown"}  # fmt: skip
 
@@ -68,6 +68,8 @@ def section(rows: Rows) -> str:
     if points := targets.growth(rows):
         if len(points) > 1:
             parts.append(_growth_table(rows, points))
+    if missing := _missing(rows):
+        parts.append(f"Not measured: {missing}.")
     parts.append(_targets_table(rows))
     return "\n\n".join(parts)
 
@@ -110,16 +112,17 @@ def _table(op: str, size: str, rows: Rows) -> str:
     for name in order:
         cells = [cell for d in dtypes for cell in _cells(timed[name].get(d), best[d])]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    missing = {name: next(iter(found.values()))["reason"] for name, found in by_name.items() if name not in timed}
-    if missing:
-        reasons: dict[str, list[str]] = {}
-        for name, reason in missing.items():
-            reasons.setdefault(reason, []).append(name)
-        lines += [
-            "",
-            "Not measured: " + "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items()) + ".",
-        ]
     return "\n".join(lines)
+
+
+def _missing(rows: Rows) -> str:
+    """Who was measured nowhere, and why."""
+    timed = {label(row) for row in rows if row["ms_p50"] is not None}
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if label(row) not in timed:
+            reasons.setdefault(row["reason"], {})[label(row)] = None
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
 
 
 def _cells(row: dict | None, best: float | None) -> list[str]:
