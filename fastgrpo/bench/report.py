@@ -57,7 +57,7 @@ def section(rows: Rows) -> str:
     first = rows[0]
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("torch", "trl", "liger_kernel")
                          if name in first["versions"])  # fmt: skip
-    commits = ", ".join(sorted({str(row["commit"])[:12] for row in rows}))
+    commits = ", ".join(sorted({re.sub(r"^(\w{12})\w*", r"\1", str(row["commit"])) for row in rows}))
     commands = ", ".join(f"`{command}`" for command in sorted({_plain(row["command"]) for row in rows}))
     parts = [f"**{first['device']}**; {versions}; {max(row['date'] for row in rows)}, commit {commits}: {commands}."]
     growing = _growing(rows)
@@ -175,7 +175,7 @@ def plot(rows: Rows, path: Path) -> None:
     rows = [row for row in rows if row["op"] == "linear" and row["ms_p50"] is not None and not row["inactive"]]
     with pyplot.rc_context({"svg.hashsalt": "fastgrpo", "font.size": 9}):  # the same file from the same rows
         figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained")
-        for column, (label, vary, fixed) in enumerate((("tokens", "N", "V"), ("vocabulary", "V", "N"))):
+        for column, (size, vary, fixed) in enumerate((("tokens", "N", "V"), ("vocabulary", "V", "N"))):
             chosen = _longest_sweep(rows, vary, fixed)
             for line, (key, unit) in enumerate((("ms_p50", "ms"), ("peak_mb", "MiB at the peak, above inputs"))):
                 axis = axes[line][column]
@@ -187,7 +187,7 @@ def plot(rows: Rows, path: Path) -> None:
                         axis.plot(*zip(*points, strict=True), style, marker="o", ms=3, label=name, color=colour)
                 axis.set_xscale("log", base=2)
                 axis.set_yscale("log")
-                axis.set_xlabel(label)
+                axis.set_xlabel(size)
                 axis.set_ylabel(unit)
                 axis.grid(alpha=0.3, which="both")
         axes[0][0].legend(fontsize=7)
