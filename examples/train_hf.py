@@ -6,6 +6,7 @@ accelerate launch examples/train_hf.py        # one process per GPU
 
 import argparse
 
+import torch
 from datasets import load_dataset
 
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer
@@ -43,6 +44,7 @@ def main():
             eval_strategy="steps",
             eval_steps=50,
             report_to="none",
+            use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=data["train"],
         eval_dataset=data["test"].select(range(64)),
