@@ -46,6 +46,7 @@ _EMBEDDED = {
     "per_device_train_batch_size": 256,
 }
 WARM_START_STEPS = 300
+_SAMPLES = "samples.jsonl"  # in the folder of the stage that learns from them
 _COLUMNS = {"accuracy": ".2f", "format": ".2f", "language": ".2f", "length": ".1f", "general": ".2f"}
 
 
@@ -77,6 +78,8 @@ class Recipe:
         self.options, self.output = options, Path(options.output_dir)
         embedded = options.model is None
         self.config = checked(make_config, options, self.output, _EMBEDDED if embedded else DEFAULTS, embedded)
+        if self.config.world_size > 1:
+            raise UsageError(f"--recipe: expected one process, got {self.config.world_size}")
         self.task = _embedded_task(options) if embedded else _task_of_files(options)
         checked(recipe.reasoning_rewards, self.task.questions)  # so that an unknown language is found out now
         self.model, self.tokenizer = self._load()
@@ -125,7 +128,7 @@ class Recipe:
         )
 
     def _rejection_sft(self, folder: Path, log: RunLog, resume: bool) -> None:
-        path = folder / "samples.jsonl"
+        path = folder / _SAMPLES
         if path.exists():  # of the run that is resumed, whose checkpoints have seen them
             examples = Dataset.from_json(str(path))
         else:
@@ -220,10 +223,9 @@ class Recipe:
 
     def run(self) -> None:
         """All stages that are not finished yet; the last line on stdout is `accuracy 0.xx -> 0.yy`."""
-        names = [stage.name for stage in self.stages()]
         path, texts = self.output / "metrics.jsonl", self.output / "samples.txt"
         head = {"recipe": self.options.recipe, "seed": self.options.seed, "model": self.options.model}
-        entries = self._finished(path, head, names) if self.options.resume else [head]
+        entries = self._finished(path, head) if self.options.resume else [head]
         table = {entry["stage"]: entry["held_out"] for entry in entries if "held_out" in entry}
         self.output.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -233,9 +235,9 @@ class Recipe:
             self.model = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).to(self.config.device)
         for i, stage in enumerate(self.stages()[len(table) :]):
             folder, resume = self.output / stage.name, self.options.resume and i == 0
-            if not resume and folder.is_dir():
-                shutil.rmtree(folder)  # an earlier run's
             folder.mkdir(exist_ok=True)
+            if not resume:
+                _discard_progress(folder)
             stage.train(folder, RunLog(path, stage.name), resume)
             if stage.name != "base" or self.task.documents is not None:
                 self.model.save_pretrained(folder / "model")
@@ -254,15 +256,32 @@ class Recipe:
         accuracies = [scores["accuracy"] for scores in table.values()]
         print(f"accuracy {accuracies[0]:.2f} -> {accuracies[-1]:.2f}", flush=True)
 
-    def _finished(self, path: Path, head: dict, names: list[str]) -> list[dict]:
+    def _finished(self, path: Path, head: dict) -> list[dict]:
         """The lines of metrics.jsonl up to the last finished stage."""
         if not path.is_file():
             raise UsageError(f"--resume: no run in {self.output}")
-        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        entries = _read_metrics(path)
         if not entries or entries[0] != head:
             raise UsageError(f"--resume: the run in {self.output} is not one of {json.dumps(head)}")
         done = [entry["stage"] for entry in entries if "held_out" in entry]
         return [entry for entry in entries if "stage" not in entry or entry["stage"] in done]
+
+
+def _discard_progress(folder: Path) -> None:
+    """Remove what an earlier run left of this stage, so that no later --resume takes it for its own."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (folder / _SAMPLES).unlink(missing_ok=True)
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:  # the run ended in the middle of a line
+            break
+    return entries
 
 
 def run_recipe(options: argparse.Namespace) -> None:
@@ -337,7 +356,7 @@ def format_table(table: dict[str, dict[str, float]]) -> str:
     columns = [name for name in _COLUMNS if any(name in scores for scores in table.values())]
     lines = [f"{'stage':<18}" + "".join(f"{name:>10}" for name in columns)]
     for stage, scores in table.items():
-        cells = [_COLUMNS[name] and format(scores.get(name, math.nan), _COLUMNS[name]) for name in columns]
+        cells = [format(scores.get(name, math.nan), _COLUMNS[name]) for name in columns]
         lines.append(f"{stage:<18}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
@@ -347,7 +366,7 @@ def plot(metrics: Path, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    entries = [json.loads(line) for line in metrics.read_text().splitlines()]
+    entries = _read_metrics(metrics)
     steps = [entry for entry in entries if "reward" in entry]
     table = {entry["stage"]: entry["held_out"] for entry in entries if "held_out" in entry}
     figure = Figure(figsize=(7, 7), layout="constrained")
