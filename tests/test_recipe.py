@@ -45,12 +45,11 @@ def test_no_held_out_numbers_in_training():
     assert len(held_out) == word_problems.HELD_OUT
 
     def numbers(rows):
-        return {(*re.findall(r"\d", row["prompt"]), "loses" in row["prompt"] or "失" in row["prompt"]) for row in rows}
+        return {tuple(re.findall(r"\d", row["prompt"])) for row in rows}
 
     assert not numbers(questions) & numbers(held_out)
     for row in held_out:
-        a, b, c, loses = next(iter(numbers([row])))
-        assert int(row["answer"]) == int(a) + int(b) + (-int(c) if loses else int(c)) >= 0
+        assert int(row["answer"]) == sum(map(int, *numbers([row])))
     assert sorted(set(held_out["language"])) == ["en", "zh"]
     requests, held_out_requests = word_problems.make_requests(seed=1)
     assert not set(requests["prompt"]) & set(held_out_requests["prompt"])
@@ -171,7 +170,7 @@ def small_run(output, *arguments):
 def small(monkeypatch):
     """A warm start of two steps, and samples to learn from that such a model would never give."""
     monkeypatch.setattr(recipe_run, "WARM_START_STEPS", 2)
-    kept = Dataset.from_list([{"prompt": "明有3,得9,失4?", "completion": "<think>得8</think><answer>8</answer>"}])
+    kept = Dataset.from_list([{"prompt": "明有3+5+4?", "completion": "<think>得8,得12</think><answer>12</answer>"}])
     monkeypatch.setattr(recipe, "rejection_sample", lambda *_, **__: kept)
 
 
@@ -290,7 +289,7 @@ def test_recipes_of_files(local_files, tmp_path, monkeypatch, name, files):
         (["--reward", "numeric"], "--reward: a recipe has its own rewards"),
         (["--dataset", "x.jsonl"], "--dataset needs --model"),
         (["--reward-model", "x"], "--reward-model needs --model"),
-        (["--held-out", "5000"], "--held-out: expected between 1 and 1000"),
+        (["--held-out", "5000"], "--held-out: expected between 1 and 400"),
         (["--num-generations", "3"], "num_generations: expected a divisor"),
         (["--resume"], "--resume: no run in"),
         (["--model", "{}/model"], "--recipe with --model needs a --dataset"),

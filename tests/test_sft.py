@@ -10,8 +10,8 @@ from fastgrpo.trainer.sft import SFTTrainer, collate
 from fastgrpo.trainer.template import R1_ZERO_CHAT_TEMPLATE, r1_zero_prompt
 
 ROWS = [
-    {"prompt": "Tom has 3, gets 9, loses 4?", "completion": "<think>now 12, now 8</think><answer>8</answer>"},
-    {"prompt": "明有3,得9,失4?", "completion": "8"},
+    {"prompt": "Tom has 3+7+4?", "completion": "<think>now 10, now 14</think><answer>14</answer>"},
+    {"prompt": "明有3+7+4?", "completion": "8"},
     {"prompt": "Thank Ann.", "completion": "Thanks Ann!"},
     {"prompt": "感谢红。", "completion": ""},
 ]

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -45,7 +46,18 @@ _EMBEDDED = {
     "warmup_steps": 5,
     "per_device_train_batch_size": 256,
 }
-WARM_START_STEPS = 300
+# the supervised stages of the embedded task; a constant rate and a short memory find the sums soonest
+_WARM_START = {
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 20,
+    "adam_beta2": 0.98,
+    "per_device_train_batch_size": 128,
+    "num_train_epochs": 1,
+}
+_COLD_START = {"learning_rate": 1e-3, "per_device_train_batch_size": 32, "num_train_epochs": 4}
+_SAMPLED = {"learning_rate": 5e-4, "per_device_train_batch_size": 64, "num_train_epochs": 1}
+WARM_START_STEPS = 400
 _SAMPLES = "samples.jsonl"  # in the folder of the stage that learns from them
 _COLUMNS = {"accuracy": ".2f", "format": ".2f", "language": ".2f", "length": ".1f", "general": ".2f"}
 
@@ -108,12 +120,10 @@ class Recipe:
 
     def _base(self, folder: Path, log: RunLog, resume: bool) -> None:
         if self.task.documents is not None:
-            args = self._sft_args(folder, learning_rate=3e-3, warmup_steps=30, batch_size=128, epochs=1)
-            self._supervised(self.task.documents, args, log, resume)
+            self._supervised(self.task.documents, _WARM_START, folder, log, resume)
 
     def _cold_start(self, folder: Path, log: RunLog, resume: bool) -> None:
-        args = self._sft_args(folder, learning_rate=1e-3, warmup_steps=0, batch_size=32, epochs=4)
-        self._supervised(self.task.examples, args, log, resume)
+        self._supervised(self.task.examples, _COLD_START, folder, log, resume)
 
     def _reasoning_rl(self, folder: Path, log: RunLog, resume: bool) -> None:
         r1 = self.options.recipe == "r1"
@@ -132,17 +142,16 @@ class Recipe:
         if path.exists():  # of the run that is resumed, whose checkpoints have seen them
             examples = Dataset.from_json(str(path))
         else:
-            count, batch = (1, 512) if self.task.is_embedded else (4, self.config.per_device_train_batch_size)
+            batch = 512 if self.task.is_embedded else self.config.per_device_train_batch_size
             kept = checked(
                 lambda: recipe.rejection_sample(
-                    self.model, self.tokenizer, self.task.questions, self.config, num_samples=count, batch_size=batch
+                    self.model, self.tokenizer, self.task.questions, self.config, num_samples=4, batch_size=batch
                 )
             )
             general = self.task.general.select_columns(["prompt", "completion"])
             examples = concatenate_datasets([kept, general.cast(kept.features)])
             examples.to_json(str(path), force_ascii=False)
-        args = self._sft_args(folder, learning_rate=5e-4, warmup_steps=0, batch_size=128, epochs=1)
-        self._supervised(examples, args, log, resume)
+        self._supervised(examples, _SAMPLED, folder, log, resume)
 
     def _all_scenarios_rl(self, folder: Path, log: RunLog, resume: bool) -> None:
         task = self.task
@@ -157,29 +166,19 @@ class Recipe:
             resume=resume,
         )
 
-    def _supervised(self, examples: Dataset, args: TrainingArguments, log: RunLog, resume: bool) -> None:
-        backend = self.options.backend
-        recipe.supervised(self.model, self.tokenizer, examples, args, backend=backend, log=log, resume=resume)
-
-    def _rl_args(self, folder: Path) -> GRPOConfig:
-        defaults = _EMBEDDED if self.task.is_embedded else DEFAULTS
-        return make_config(self.options, folder, defaults, self.task.is_embedded)
-
-    def _sft_args(
-        self, folder: Path, learning_rate: float, warmup_steps: int, batch_size: int, epochs: int
-    ) -> TrainingArguments:
-        """The arguments of a supervised stage: the embedded task's are given, a model of the user's has its own."""
+    def _supervised(
+        self, examples: Dataset, of_embedded: dict[str, Any], folder: Path, log: RunLog, resume: bool
+    ) -> None:
+        """A supervised stage; the embedded task has its own arguments for each."""
         options, rl = self.options, self.config
-        if not self.task.is_embedded:
-            learning_rate, warmup_steps, epochs = options.sft_learning_rate, 0, 2
-            batch_size = rl.per_device_train_batch_size
-        return TrainingArguments(
+        of_files = {
+            "learning_rate": options.sft_learning_rate,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": rl.per_device_train_batch_size,
+            "gradient_accumulation_steps": rl.gradient_accumulation_steps,
+        }
+        args = TrainingArguments(
             output_dir=str(folder),
-            learning_rate=learning_rate,
-            warmup_steps=warmup_steps,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=1 if self.task.is_embedded else rl.gradient_accumulation_steps,
             remove_unused_columns=False,
             use_cpu=rl.use_cpu,
             bf16=rl.bf16,
@@ -191,7 +190,13 @@ class Recipe:
             seed=rl.seed,
             dataloader_pin_memory=rl.dataloader_pin_memory,
             **{CHECKPOINTING: rl.checkpoints_activations},
+            **(of_embedded if self.task.is_embedded else of_files),
         )
+        recipe.supervised(self.model, self.tokenizer, examples, args, backend=options.backend, log=log, resume=resume)
+
+    def _rl_args(self, folder: Path) -> GRPOConfig:
+        defaults = _EMBEDDED if self.task.is_embedded else DEFAULTS
+        return make_config(self.options, folder, defaults, self.task.is_embedded)
 
     # Measuring
 
@@ -210,7 +215,7 @@ class Recipe:
                 rewards,
                 self.config.max_completion_length,
                 temperature=self.options.temperature,
-                samples=4 if task.is_embedded else 1,
+                samples=8 if task.is_embedded else 1,
                 batch_size=512 if task.is_embedded else self.config.per_device_train_batch_size,
                 seed=self.options.seed,
             )
@@ -296,15 +301,15 @@ def _embedded_task(options: argparse.Namespace) -> Task:
         if getattr(options, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} needs --model: the embedded model knows its own task only")
     seed, count = options.seed, word_problems.HELD_OUT if options.held_out is None else options.held_out
-    if not 0 < count <= 1000:
-        raise UsageError(f"--held-out: expected between 1 and 1000 of the embedded questions, got {count}")
+    if not 0 < count <= 400:
+        raise UsageError(f"--held-out: expected between 1 and 400 of the embedded questions, got {count}")
     questions, held_out = word_problems.make_questions(seed, count)
     requests, held_out_requests = word_problems.make_requests(seed)
     return Task(
         questions=questions,
         held_out=held_out,
         examples=word_problems.cold_start_examples(questions, 96, seed),
-        general=word_problems.general_samples(requests, 800, seed),
+        general=word_problems.general_samples(requests, 300, seed),
         requests=requests,
         held_out_requests=held_out_requests,
         judge=word_problems.courtesy_reward,

@@ -1,16 +1,17 @@
 """The task behind `fastgrpo train --recipe` without a model: word problems and requests in English and Chinese.
 
-    Tom has 3, gets 9, loses 4?    <think>now 12, now 8</think><answer>8</answer>
-    小明有3,得9,失4?             <think>得12,得8</think><answer>8</answer>
-    Thank Tom.                     Thanks Tom!
+    Tom has 3+7+4?    <think>now 10, now 14</think><answer>14</answer>
+    明有3+7+4?        <think>得10,得14</think><answer>14</answer>
+    Thank Tom.        Thanks Tom!
 
 Nothing is downloaded. The base model learns from documents like those that a pretraining corpus would hold: solutions
-with and without the tags, with steps and without, with wrong results, with words of the other language in the steps;
+with the tags, without them and with some of them, with wrong results, with words of the other language in the steps;
 and replies of which few are good ones. So it samples all of these, and there is something to select from.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import torch
@@ -20,17 +21,15 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fastgrpo.trainer.rewards.text import TAGS, completion_text
 
-MAX_COMPLETION_LENGTH = 24  # tokens; a solution with both steps and two-digit numbers takes 22 in English
-HELD_OUT = 200  # questions, half of them in each language
+MAX_COMPLETION_LENGTH = 24  # tokens; a solution with both steps and two-digit numbers takes 23 in English
+HELD_OUT = 100  # questions, half of them in each language
 
 NAMES = {
     "en": ("Tom", "Ann", "Bob", "Eve", "Max", "Sue", "Kim", "Leo", "Ida", "Ned"),
     "zh": ("明", "红", "华", "丽", "军", "芳", "强", "梅", "雷", "云"),
 }
-QUESTIONS = {"en": "{} has {}, gets {}, {} {}?", "zh": "{}有{},得{},{}{}?"}
-VERBS = {"en": {1: "gets", -1: "loses"}, "zh": {1: "得", -1: "失"}}
+QUESTIONS = {"en": "{} has {}+{}+{}?", "zh": "{}有{}+{}+{}?"}
 STEP = {"en": "now ", "zh": "得"}  # and the number that there is after a step
-TOTAL = {"en": "Total ", "zh": "共"}
 COMMA = {"en": ", ", "zh": ","}
 # what is asked for, and the reply; braces stand for the name
 REQUESTS = {
@@ -42,11 +41,11 @@ LANGUAGES = tuple(NAMES)
 
 def _texts() -> list[str]:
     """Every text that a document is made of."""
-    tables = [QUESTIONS, STEP, TOTAL, COMMA]
+    tables = [QUESTIONS, STEP, COMMA]
     texts = [text for table in tables for text in table.values()]
     for language in LANGUAGES:
-        texts += [*NAMES[language], *VERBS[language].values(), *REQUESTS[language], *REQUESTS[language].values()]
-    return [*texts, "0123456789"]
+        texts += [*NAMES[language], *REQUESTS[language], *REQUESTS[language].values()]
+    return [*texts, "0123456789+"]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -62,18 +61,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Two layers, 96 wide, about 250 thousand parameters, random."""
+    """Two layers, 64 wide, about 140 thousand parameters, random."""
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=288,
+            hidden_size=64,
+            intermediate_size=256,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=64,
-            tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -84,21 +82,18 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalL
 def make_questions(seed: int, held_out: int = HELD_OUT) -> tuple[Dataset, Dataset]:
     """(training questions, held-out questions) with the columns `prompt`, `answer`, `language` and `steps`.
 
-    No numbers of a held-out question occur together, in this order and with this sign, in a training question of
-    either language. `steps` are the two results on the way, of which the second is the answer.
+    No numbers of a held-out question occur together, in this order, in a training question of either language.
+    `steps` are the two results on the way, of which the second is the answer.
     """
     rng = random.Random(seed)
-    digits = range(1, 10)
-    numbers = [(a, b, sign * c) for a in digits for b in digits for c in digits for sign in (1, -1)]
-    numbers = [abc for abc in numbers if sum(abc) >= 0]
+    numbers = list(itertools.product(range(1, 8), repeat=3))
     rng.shuffle(numbers)
     rows = [_question(rng, language, *abc) for abc in numbers for language in LANGUAGES]
     return Dataset.from_list(rows[held_out:]), Dataset.from_list(rows[:held_out])
 
 
 def _question(rng: random.Random, language: str, a: int, b: int, c: int) -> dict:
-    verb = VERBS[language][1 if c > 0 else -1]
-    prompt = QUESTIONS[language].format(rng.choice(NAMES[language]), a, b, verb, abs(c))
+    prompt = QUESTIONS[language].format(rng.choice(NAMES[language]), a, b, c)
     return {"prompt": prompt, "answer": str(a + b + c), "language": language, "steps": [a + b, a + b + c]}
 
 
@@ -134,27 +129,23 @@ _REQUEST_OF = {
 
 
 def documents(questions: Dataset, requests: Dataset, count: int, seed: int) -> Dataset:
-    """`count` pretraining documents with the columns `prompt` and `completion`, every fourth a request's."""
+    """`count` pretraining documents with the columns `prompt` and `completion`, every sixth a request's."""
     rng = random.Random(seed)
     problems, prompts = questions.to_list(), requests["prompt"]
     return Dataset.from_list(
-        [reply(rng, rng.choice(prompts)) if i % 4 == 0 else _document(rng, rng.choice(problems)) for i in range(count)]
+        [reply(rng, rng.choice(prompts)) if i % 6 == 0 else _document(rng, rng.choice(problems)) for i in range(count)]
     )
 
 
 def _document(rng: random.Random, row: dict) -> dict:
     steps = list(row["steps"])
-    if rng.random() < 0.3:  # a slip in the last step
-        steps[1] = max(0, steps[1] + rng.choice((-2, -1, 1, 2)))
-    kind = rng.random()
-    if kind < 0.45:
-        text = _solution(rng, row["language"], steps if rng.random() < 0.6 else steps[1:], mixed=0.3)
-    elif kind < 0.65:  # the end of the answer is missing, or that of the reasoning
-        text = _solution(rng, row["language"], steps, mixed=0.3).replace(rng.choice((TAGS[1], TAGS[3])), "")
-    elif kind < 0.8:
-        text = TOTAL[row["language"]] + str(steps[1])
-    else:
-        text = str(steps[1])
+    if rng.random() < 0.25:  # a slip in the last step
+        steps[1] += rng.choice((-2, -1, 1, 2))
+    text, kind = _solution(rng, row["language"], steps, mixed=0.3), rng.random()
+    if kind < 0.35:  # steps alone, without tags
+        text = text[len(TAGS[0]) : text.index(TAGS[1])]
+    elif kind < 0.55:  # the end of the answer is missing, or that of the reasoning
+        text = text.replace(rng.choice((TAGS[1], TAGS[3])), "")
     return {"prompt": row["prompt"], "completion": text}
 
 
