@@ -374,21 +374,24 @@ def plot(metrics: Path, path: Path) -> None:
     entries = _read_metrics(metrics)
     steps = [entry for entry in entries if "reward" in entry]
     table = {entry["stage"]: entry["held_out"] for entry in entries if "held_out" in entry}
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = Figure(figsize=(8, 7), layout="constrained")
     FigureCanvasAgg(figure)  # no display is asked for, whatever the environment's default
     training, held_out = figure.subplots(2)
-    names = sorted({key for entry in steps for key in entry if key.startswith("rewards/") and key.endswith("/mean")})
-    for name in names:
-        values = [entry.get(name) for entry in steps]
-        training.plot([math.nan if value is None else value for value in values], label=name.split("/")[1])
+    colors = {name: f"C{i}" for i, name in enumerate(_COLUMNS)}
+    for name, color in colors.items():
+        values = [entry.get(f"rewards/{name}/mean") for entry in steps]
+        if any(value is not None for value in values):
+            gaps = [math.nan if value is None else value for value in values]
+            training.plot(gaps, color=color, label=name)
     for i in range(1, len(steps)):
         if steps[i]["stage"] != steps[i - 1]["stage"]:
             training.axvline(i, color="tab:grey", linestyle=":")
     training.set_xlabel("step of reinforcement learning")
     training.set_ylabel("mean reward")
-    for name in _COLUMNS:
+    for name, color in colors.items():
         if name != "length" and any(name in scores for scores in table.values()):
-            held_out.plot(list(table), [scores.get(name, math.nan) for scores in table.values()], "o-", label=name)
+            means = [scores.get(name, math.nan) for scores in table.values()]
+            held_out.plot(list(table), means, "o-", color=color, label=name)
     held_out.set_ylabel("mean on held-out prompts")
     for axes in (training, held_out):
         axes.legend(fontsize="small")
