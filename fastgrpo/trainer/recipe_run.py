@@ -150,7 +150,9 @@ class Recipe:
             )
             general = self.task.general.select_columns(["prompt", "completion"])
             examples = concatenate_datasets([kept, general.cast(kept.features)])
-            examples.to_json(str(path), force_ascii=False)
+            part = path.with_suffix(".part")  # renamed when it is whole
+            examples.to_json(str(part), force_ascii=False)
+            part.replace(path)
         self._supervised(examples, _SAMPLED, folder, log, resume)
 
     def _all_scenarios_rl(self, folder: Path, log: RunLog, resume: bool) -> None:

@@ -56,6 +56,9 @@ def run(options: argparse.Namespace) -> None:
 
     With a reward function of the user's own it is `reward x -> y`, its mean over the held-out prompts.
     """
+    for name in ("cold_start", "general", "reward_model"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} needs --recipe r1")
     is_embedded = options.model is None
     reward_name = options.reward or "exact"
     reward_func = checked(rewards.resolve, reward_name)
