@@ -71,7 +71,10 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     add("--backend", default="auto", help="of the loss: auto, cpu, cuda, triton or torch (default: %(default)s)")
 
-    add = train.add_argument_group("DeepSeek-R1's stages, instead of one run of GRPO").add_argument
+    add = train.add_argument_group(
+        "DeepSeek-R1's stages, instead of one run of GRPO",
+        "--steps, --learning-rate and --batch-size are then those of each stage of RL; embedded: 80, 5e-4 and 256",
+    ).add_argument
     add("--recipe", choices=("r1-zero", "r1"), help="r1-zero: RL alone; r1: cold start, RL, rejection sampling, RL")
     add("--cold-start", help="r1 with --model: long-form solutions, a file with the columns prompt and completion")
     add("--general", help="r1 with --model: samples of everything else, a file with the columns prompt and completion")
