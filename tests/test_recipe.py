@@ -162,14 +162,15 @@ def test_rules_and_judge_score_their_own_rows(monkeypatch, tmp_path):
 
 
 def small_run(output, *arguments):
-    sizes = ["--steps", 3, "--batch-size", 16, "--held-out", 6, "--save-steps", 1]
+    sizes = ["--steps", 3, "--batch-size", 16, "--held-out", 2, "--save-steps", 1, "--max-completion-length", 8]
     return main(["train", "--output-dir", str(output), *map(str, [*sizes, *arguments])])
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """A warm start of two steps, and samples to learn from that such a model would never give."""
+    """A warm start of two steps, a cold start of three, and samples to learn from that such a model would never give."""
     monkeypatch.setattr(recipe_run, "WARM_START_STEPS", 2)
+    monkeypatch.setitem(recipe_run._COLD_START, "num_train_epochs", 1)
     kept = Dataset.from_list([{"prompt": "明有3+5+4?", "completion": "<think>得8,得12</think><answer>12</answer>"}])
     monkeypatch.setattr(recipe, "rejection_sample", lambda *_, **__: kept)
 

@@ -1,8 +1,8 @@
 """The stages of DeepSeek-R1 (arXiv:2501.12948), each a function that trains a model in place.
 
 R1-Zero is `reasoning_rl` of a base model. R1 is `supervised` on a few long-form examples (the cold start),
-`reasoning_rl`, `rejection_sample` and `supervised` on what that keeps, and `all_scenarios_rl`. Here the third stage goes
-on from the model of the second, where the paper starts from the base model again.
+`reasoning_rl`, `rejection_sample` and `supervised` on what that keeps, and `all_scenarios_rl`. Here the third stage
+goes on from the model of the second, where the paper starts from the base model again.
 
 Every stage writes checkpoints to args.output_dir as args says, and with `resume=True` goes on from the last one there,
 or starts where there is none.
