@@ -168,7 +168,7 @@ def small_run(output, *arguments):
 
 @pytest.fixture
 def small(monkeypatch):
-    """A warm start of two steps, a cold start of three, and samples to learn from that such a model would never give."""
+    """A warm start of two steps, a cold start of three, and samples that such a model would never give."""
     monkeypatch.setattr(recipe_run, "WARM_START_STEPS", 2)
     monkeypatch.setitem(recipe_run._COLD_START, "num_train_epochs", 1)
     kept = Dataset.from_list([{"prompt": "明有3+5+4?", "completion": "<think>得8,得12</think><answer>12</answer>"}])
