@@ -1,10 +1,13 @@
-.PHONY: install test bench report gpu memcheck racecheck check format
+.PHONY: install test slow bench report gpu memcheck racecheck check format
 
 install: ## the package with its test tools, from this checkout
 	pip install -c constraints.txt ".[test]"
 
 test:
 	pytest
+
+slow: ## full runs of the recipes, many minutes
+	pytest -m slow
 
 bench: ## small paired timings; compare across commits with --benchmark-autosave --benchmark-compare
 	pytest benchmarks

@@ -97,11 +97,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     add("--split", default="train", help="split of a hub dataset (default: %(default)s)")
     add("--prompt-column", default="prompt", help="column with the prompts (default: %(default)s)")
     add("--answer-column", default="answer", help="column with the answers (default: %(default)s)")
-    add(
-        "--reward",
-        default="exact",
-        help="exact, numeric, contains, accuracy, format, ..., or module:function (default: %(default)s)",
-    )
+    add("--reward", help="exact, numeric, contains, accuracy, format, ..., or module:function (default: exact)")
     add("--beta", type=float, default=0.0, help="KL coefficient (default: %(default)s)")
     add("--loss-type", default="dapo", help="grpo, dapo, dr_grpo, bnpo, cispo, ... (default: %(default)s)")
     add("--num-generations", type=int, default=8, help="completions per prompt (default: %(default)s)")
@@ -119,12 +115,26 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     add("--backend", default="auto", help="of the loss: auto, cpu, cuda, triton or torch (default: %(default)s)")
 
+    add = train.add_argument_group(
+        "DeepSeek-R1's stages, instead of one run of GRPO",
+        "--steps, --learning-rate and --batch-size are then those of each stage of RL; embedded: 80, 5e-4 and 256",
+    ).add_argument
+    add("--recipe", choices=("r1-zero", "r1"), help="r1-zero: RL alone; r1: cold start, RL, rejection sampling, RL")
+    add("--cold-start", help="r1 with --model: long-form solutions, a file with the columns prompt and completion")
+    add("--general", help="r1 with --model: samples of everything else, a file with the columns prompt and completion")
+    add("--reward-model", help="r1 with --model: a sequence classifier that scores replies to the general prompts")
+    add("--sft-learning-rate", type=float, default=1e-5, help="with --model, of supervised stages (default: 1e-5)")
+
 
 def _train(options: argparse.Namespace) -> int:
+    from fastgrpo.trainer.recipe_run import run_recipe
     from fastgrpo.trainer.run import UsageError, run
 
     try:
-        run(options)
+        if options.recipe is not None:
+            run_recipe(options)
+        else:
+            run(options)
     except UsageError as error:
         print(f"fastgrpo train: error: {error}", file=sys.stderr)
         return 2

@@ -315,6 +315,29 @@ def test_combine():
         both(completions=["", ""], bonus=[1.0])
 
 
+def test_by_column():
+    def lengths(completions, prompts, bonus, trainer_state, **_):
+        assert len(prompts) == len(bonus) == len(completions) and trainer_state == "state"
+        return [len(completion) + more for completion, more in zip(completions, bonus, strict=True)]
+
+    chosen = rewards.by_column("kind", {"long": lengths, "tags": rewards.format_reward})
+    assert chosen.__name__ == "format_reward|lengths"
+    arguments = dict(completions=["ab", R1.format("", ""), "abc", "d"], prompts=list("pqrs"), trainer_state="state")
+    kinds = ["long", "tags", "long", None]
+    assert chosen(**arguments, kind=kinds, bonus=[10, 0, 20, 0]) == [12.0, 1.0, 23.0, None]
+    with pytest.raises(ValueError, match="dataset: expected a column 'kind', got bonus, prompts, trainer_state"):
+        chosen(**arguments, bonus=[0] * 4)
+    with pytest.raises(ValueError, match="reward function 'short': expected 1 rewards, one per completion, got 0"):
+        rewards.by_column("kind", {None: named("short", lambda **_: [])})(**arguments, kind=kinds)
+    with pytest.raises(ValueError, match="at least one function"):
+        rewards.by_column("kind", {})
+
+
+def named(name, function):
+    function.__name__ = name
+    return function
+
+
 # hostile text
 
 BAIT = {

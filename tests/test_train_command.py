@@ -130,6 +130,7 @@ def test_reward_without_answers(local_files, tmp_path, capsys):
         (["--reward", "no.such.module:f"], "cannot be imported"),
         (["--reward", "code"], "--reward code needs a --dataset with the column test_cases"),
         (["--model", "{data}/model", "--dataset", "{data}/data.jsonl", "--reward", "code"], "no column 'test_cases'"),
+        (["--reward-model", "x"], "--reward-model needs --recipe r1"),
         (["--loss-type", "ppo"], "loss_type: expected one of"),
         (["--num-generations", "3"], "num_generations: expected a divisor"),
         (["--resume"], "no checkpoint"),

@@ -1,32 +1,51 @@
-"""Sampled accuracy: the share of sampled completions that a reward function holds to be right."""
+"""Sampled completions of a dataset's prompts, and what reward functions hold of them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fastgrpo.trainer.rewards import RewardFunc, call_reward_func
+from fastgrpo.trainer.rewards import RewardFunc, call_reward_func, completion_text
 from fastgrpo.trainer.rollout import decode_completions, generate_completions, is_conversation, pad, tokenize_prompts
 from fastgrpo.trainer.setup import end_tokens
 
 
-def sampled_accuracy(
+@dataclass(frozen=True)
+class Samples:
+    """N sampled completions: the rows that they belong to, their texts, and their scores by name, NaN for no say."""
+
+    rows: list[dict]
+    completions: list[str]
+    lengths: list[int]  # in tokens, the end token included
+    scores: dict[str, list[float]]
+
+    def mean(self, name: str) -> float:
+        """Mean score over the completions that the function called `name` has scored; NaN without any."""
+        return torch.tensor(self.scores[name]).nanmean().item()
+
+    def mean_length(self) -> float:
+        return sum(self.lengths) / len(self.lengths)
+
+
+def sample(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     dataset,
-    reward_func: RewardFunc,
+    reward_funcs: Mapping[str, RewardFunc],
     max_completion_length: int,
     *,
     temperature: float = 1.0,
     samples: int = 1,
     batch_size: int = 512,
     seed: int = 0,
-) -> float:
-    """Mean reward of `samples` completions for each row of a dataset with `prompt` and the reward's columns.
+) -> Samples:
+    """`samples` completions for each row of a dataset with `prompt` and the rewards' columns, scored by each function.
 
-    With the built-in rewards, 1 for right and 0 for wrong, that is an accuracy. Completions that the function does not
-    judge are left out. The global random state is as before afterwards.
+    Sampled as in training, from the whole distribution. The global random state is as before afterwards.
     """
     config = GenerationConfig(
         max_new_tokens=max_completion_length,
@@ -39,7 +58,9 @@ def sampled_accuracy(
         disable_compile=True,
     )
     rows = [dataset[i] for i in range(len(dataset))] * samples
-    scores: list[float] = []
+    texts: list[str] = []
+    lengths: list[int] = []
+    scores: dict[str, list[float]] = {name: [] for name in reward_funcs}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in range(0, len(rows), batch_size):
@@ -47,18 +68,39 @@ def sampled_accuracy(
             prompts = [row["prompt"] for row in part]
             ids, mask = pad(tokenize_prompts(tokenizer, prompts), tokenizer.pad_token_id, "left", model.device)
             tokens = generate_completions(model, ids, mask, config)
-            scores += call_reward_func(
-                reward_func,
-                getattr(reward_func, "__name__", "reward"),
-                decode_completions(tokenizer, tokens, is_conversation(prompts[0])),
-                prompts=prompts,
-                completion_ids=tokens,
-                trainer_state=None,
-                log_metric=_ignore,
-                log_extra=_ignore,
-                **{name: [row[name] for row in part] for name in part[0] if name != "prompt"},
-            )
-    return torch.tensor(scores).nanmean().item()
+            completions = decode_completions(tokenizer, tokens, is_conversation(prompts[0]))
+            texts += map(completion_text, completions)
+            lengths += map(len, tokens)
+            for name, func in reward_funcs.items():
+                scores[name] += call_reward_func(
+                    func,
+                    name,
+                    completions,
+                    prompts=prompts,
+                    completion_ids=tokens,
+                    trainer_state=None,
+                    log_metric=_ignore,
+                    log_extra=_ignore,
+                    **{column: [row[column] for row in part] for column in part[0] if column != "prompt"},
+                )
+    return Samples(rows, texts, lengths, scores)
+
+
+def sampled_accuracy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset,
+    reward_func: RewardFunc,
+    max_completion_length: int,
+    **options,
+) -> float:
+    """Mean reward of sampled completions, with the options of `sample`.
+
+    With the built-in rewards, 1 for right and 0 for wrong, that is an accuracy. Completions that the function does not
+    judge are left out.
+    """
+    name = getattr(reward_func, "__name__", "reward")
+    return sample(model, tokenizer, dataset, {name: reward_func}, max_completion_length, **options).mean(name)
 
 
 def _ignore(*_) -> None:

@@ -30,6 +30,22 @@ from fastgrpo.trainer.grpo_trainer import GRPOTrainer
 
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
+# what `fastgrpo train` takes for options that are not given: for a model of the user's, and for the embedded task
+DEFAULTS = {
+    "max_completion_length": 256,
+    "max_steps": 100,
+    "learning_rate": 1e-6,
+    "warmup_steps": 0,
+    "per_device_train_batch_size": 8,
+}
+_EMBEDDED = {
+    "max_completion_length": embedded.MAX_COMPLETION_LENGTH,
+    "max_steps": 120,
+    "learning_rate": 3e-4,
+    "warmup_steps": 5,
+    "per_device_train_batch_size": 512,
+}
+
 
 class UsageError(ValueError):
     """A mistake in the command's arguments or files: shown without a traceback."""
@@ -40,26 +56,31 @@ def run(options: argparse.Namespace) -> None:
 
     With a reward function of the user's own it is `reward x -> y`, its mean over the held-out prompts.
     """
+    for name in ("cold_start", "general", "reward_model"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} needs --recipe r1")
     is_embedded = options.model is None
-    reward_func = _checked(rewards.resolve, options.reward)
+    reward_name = options.reward or "exact"
+    reward_func = checked(rewards.resolve, reward_name)
     if is_embedded and options.dataset is not None:
         raise UsageError("--dataset needs --model: the model of the embedded task knows digits only")
-    args = _checked(_make_config, options, is_embedded)
     output = Path(options.output_dir)
+    args = checked(make_config, options, output, _EMBEDDED if is_embedded else DEFAULTS, is_embedded)
     checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
     if options.resume and checkpoint is None:
         raise UsageError(f"--resume: no checkpoint in {output}")
 
-    needed = _columns_of(reward_func) if options.reward in rewards.BUILT_IN else []
+    needed = _columns_of(reward_func) if reward_name in rewards.BUILT_IN else []
     if options.dataset is None and not {"answer"}.issuperset(needed):
-        raise UsageError(f"--reward {options.reward} needs a --dataset with the column {' and '.join(needed)}")
+        raise UsageError(f"--reward {reward_name} needs a --dataset with the column {' and '.join(needed)}")
     if options.dataset is None:
         count = embedded.HELD_OUT if options.held_out is None else options.held_out
         if not 0 < count <= 500:
             raise UsageError(f"--held-out: expected between 1 and 500 of the embedded questions, got {count}")
         train_set, held_out = embedded.make_datasets(options.seed, count)
     else:
-        train_set, held_out = _split(_load_rows(options, needed), options.held_out, options.seed)
+        data = load_rows(options, needed, f"--reward {reward_name}")
+        train_set, held_out = split(data, options.held_out, options.seed)
     if is_embedded:
         if args.device.type == "cpu":
             # a second thread saves a model this small nothing, and costs a lot where other work shares the cores
@@ -68,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
         model = embedded.make_model(tokenizer, options.seed).to(args.device)
         embedded.warm_start(model, tokenizer, train_set, options.seed)
     else:
-        model, tokenizer = _load_model(options.model)
+        model, tokenizer = load_model(options.model)
         model.to(args.device)
 
     def measure() -> float:
@@ -111,7 +132,7 @@ def _columns_of(reward_func: rewards.RewardFunc) -> list[str]:
     return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given]
 
 
-def _checked(function, *args: Any) -> Any:
+def checked(function, *args: Any) -> Any:
     """function(*args), with its complaints about what it was given turned into a UsageError."""
     try:
         return function(*args)
@@ -119,26 +140,25 @@ def _checked(function, *args: Any) -> Any:
         raise UsageError(str(error)) from error
 
 
-def _make_config(options: argparse.Namespace, is_embedded: bool) -> GRPOConfig:
-    def choose(value: Any, embedded_default: Any, default: Any) -> Any:
-        return value if value is not None else embedded_default if is_embedded else default
-
+def make_config(options: argparse.Namespace, output_dir: Path, defaults: dict[str, Any], is_tiny: bool) -> GRPOConfig:
+    """The options, and where they are None the defaults; a tiny model gains nothing from saving memory."""
     on_gpu = torch.cuda.is_available()
+    given = {
+        "max_completion_length": options.max_completion_length,
+        "max_steps": options.steps,
+        "learning_rate": options.learning_rate,
+        "per_device_train_batch_size": options.batch_size,
+    }
     return GRPOConfig(
-        output_dir=options.output_dir,
+        output_dir=str(output_dir),
         use_cpu=not on_gpu,
-        bf16=on_gpu and not is_embedded,
+        bf16=on_gpu and not is_tiny,
         report_to="none",
         loss_type=options.loss_type,
         beta=options.beta,
         num_generations=options.num_generations,
         num_iterations=options.num_iterations,
-        max_completion_length=choose(options.max_completion_length, embedded.MAX_COMPLETION_LENGTH, 256),
         temperature=options.temperature,
-        max_steps=choose(options.steps, 120, 100),
-        learning_rate=choose(options.learning_rate, 3e-4, 1e-6),
-        warmup_steps=5 if is_embedded else 0,
-        per_device_train_batch_size=choose(options.batch_size, 512, 8),
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         logging_steps=1,
         save_strategy="steps" if options.save_steps > 0 else "no",
@@ -147,36 +167,47 @@ def _make_config(options: argparse.Namespace, is_embedded: bool) -> GRPOConfig:
         seed=options.seed,
         backend=options.backend,
         dataloader_pin_memory=on_gpu,
-        **{CHECKPOINTING: on_gpu and not is_embedded},
+        **{CHECKPOINTING: on_gpu and not is_tiny},
+        **{**defaults, **{name: value for name, value in given.items() if value is not None}},
     )
 
 
-def _load_rows(options: argparse.Namespace, needed: list[str]) -> Dataset:
-    """The dataset with its columns renamed to `prompt` and `answer`, and with the columns that the reward needs."""
-    name, path = options.dataset, Path(options.dataset)
-    kind = _FILE_TYPES.get(path.suffix)
-    if kind is not None and not path.is_file():
-        raise UsageError(f"--dataset: no such file: {name}")
-    try:
-        if kind is not None:
-            data = load_dataset(kind, data_files=str(path), split="train")
-        else:
-            data = load_dataset(name, options.dataset_config, split=options.split)
-    except Exception as error:  # of many types: a broken file, an unknown id, no network
-        raise UsageError(f"--dataset: {name} cannot be loaded: {error}") from error
+def load_rows(options: argparse.Namespace, needed: list[str], wanted_by: str) -> Dataset:
+    """The dataset with its columns renamed to `prompt` and `answer`, and with the columns that `wanted_by` needs."""
+    data = load_table("--dataset", options.dataset, options.dataset_config, options.split)
     columns = {**{column: column for column in needed}, "prompt": options.prompt_column}
     for wanted, column in {**columns, "answer": options.answer_column}.items():
         if column in data.column_names:
             data = data if column == wanted else data.rename_column(column, wanted)
         elif wanted in columns:
-            reason = "" if wanted == "prompt" else f" (for --reward {options.reward})"
-            raise UsageError(
-                f"--dataset: {name} has no column {column!r}{reason}; its columns are {', '.join(data.column_names)}"
-            )
+            require_column(data, "--dataset", options.dataset, column, "" if wanted == "prompt" else wanted_by)
     return data
 
 
-def _split(data: Dataset, held_out: int | None, seed: int) -> tuple[Dataset, Dataset]:
+def load_table(argument: str, name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """A JSONL or Parquet file, or a dataset of the hub."""
+    path = Path(name)
+    kind = _FILE_TYPES.get(path.suffix)
+    if kind is not None and not path.is_file():
+        raise UsageError(f"{argument}: no such file: {name}")
+    try:
+        if kind is not None:
+            return load_dataset(kind, data_files=str(path), split="train")
+        return load_dataset(name, config, split=split)
+    except Exception as error:  # of many types: a broken file, an unknown id, no network
+        raise UsageError(f"{argument}: {name} cannot be loaded: {error}") from error
+
+
+def require_column(data: Dataset, argument: str, name: str, column: str, wanted_by: str = "") -> None:
+    """Raise a UsageError unless the dataset called `name` has the column."""
+    if column not in data.column_names:
+        reason = f" (for {wanted_by})" if wanted_by else ""
+        raise UsageError(
+            f"{argument}: {name} has no column {column!r}{reason}; its columns are {', '.join(data.column_names)}"
+        )
+
+
+def split(data: Dataset, held_out: int | None, seed: int) -> tuple[Dataset, Dataset]:
     """(training rows, held-out rows), drawn at random."""
     count = min(128, len(data) // 10) if held_out is None else held_out
     if not 0 < count < len(data):
@@ -185,42 +216,54 @@ def _split(data: Dataset, held_out: int | None, seed: int) -> tuple[Dataset, Dat
     return data.select(order[count:]), data.select(order[:count])
 
 
-def _load_model(name: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+def load_model(
+    name: str, argument: str = "--model", kind: Any = AutoModelForCausalLM
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """The model and its tokenizer, of a hub id or a folder; `kind` is one of transformers' AutoModel classes."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not os.path.isdir(os.path.expanduser(name)):
-        raise UsageError(f"--model: no such folder: {name}")
+        raise UsageError(f"{argument}: no such folder: {name}")
     try:
         # fp32 weights: at GRPO's learning rates most updates would round away in bf16
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = kind.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     except (OSError, ValueError) as error:
-        raise UsageError(f"--model: {name} cannot be loaded: {error}") from error
+        raise UsageError(f"{argument}: {name} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 
 class RunLog(TrainerCallback):
-    """A progress bar with the reward, and every logged step as a line of metrics.jsonl."""
+    """A progress bar with the reward or the loss, and every logged step as a line of metrics.jsonl.
 
-    def __init__(self, path: Path):
-        self.path, self.bar = path, None
+    The file is the run's own; a `stage` is the bar's name and a field of each line instead, which go behind what the
+    file holds already.
+    """
+
+    def __init__(self, path: Path, stage: str | None = None):
+        self.path, self.stage, self.bar = path, stage, None
+
+    def _line(self, entry: dict) -> str:
+        return json.dumps(entry if self.stage is None else {"stage": self.stage, **entry}) + "\n"
 
     def on_train_begin(self, args, state, control, **_) -> None:
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # a resumed run continues the file up to its checkpoint; a new one starts it afresh
-            kept = [json.dumps(entry) for entry in state.log_history]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="GRPO", unit="step")
+            with self.path.open("w" if self.stage is None else "a") as file:
+                file.writelines(map(self._line, state.log_history))
+            name = self.stage or "GRPO"
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=name, unit="step")
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if self.bar is None:
             return
         with self.path.open("a") as file:
-            file.write(json.dumps({**logs, "step": state.global_step}) + "\n")
-        if logs.get("reward") is not None:
-            self.bar.set_postfix(reward=f"{logs['reward']:.2f}", refresh=False)
+            file.write(self._line({**logs, "step": state.global_step}))
+        name = "reward" if "reward" in logs else "loss"
+        if logs.get(name) is not None:
+            self.bar.set_postfix({name: f"{logs[name]:.2f}"}, refresh=False)
 
     def on_step_end(self, args, state, control, **_) -> None:
         if self.bar is not None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
-def check_dataset(name: str, dataset: Any) -> None:
-    """Raise unless `dataset` is None, or has a length, rows by index and a column "prompt"."""
+def check_dataset(name: str, dataset: Any, needed: Sequence[str] = ("prompt",)) -> None:
+    """Raise unless `dataset` is None, or has a length, rows by index and the needed columns."""
     if dataset is None:
         return
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(f"{name}: expected a dataset with a length and rows by index, got {type(dataset).__name__}")
     columns = getattr(dataset, "column_names", None) or (list(dataset[0]) if len(dataset) else [])
-    if "prompt" not in columns:
-        raise ValueError(f"{name}: expected a column 'prompt', got the columns {', '.join(columns) or 'none'}")
+    for column in needed:
+        if column not in columns:
+            raise ValueError(f"{name}: expected a column {column!r}, got the columns {', '.join(columns) or 'none'}")
 
 
 def prepare_tokenizer(

@@ -11,6 +11,7 @@ import importlib
 
 from fastgrpo.trainer.rewards.accuracy import accuracy_reward
 from fastgrpo.trainer.rewards.code import code_reward, code_reward_within
+from fastgrpo.trainer.rewards.model import model_reward
 from fastgrpo.trainer.rewards.rules import (
     contains,
     exact,
@@ -25,6 +26,7 @@ from fastgrpo.trainer.rewards.sandbox import Limits
 from fastgrpo.trainer.rewards.scoring import (
     RewardFunc,
     as_reward_list,
+    by_column,
     call_reward_func,
     combine,
     combine_rewards,
@@ -70,6 +72,7 @@ __all__ = [
     "RewardFunc",
     "accuracy_reward",
     "as_reward_list",
+    "by_column",
     "call_reward_func",
     "code_reward",
     "code_reward_within",
@@ -81,6 +84,7 @@ __all__ = [
     "format_reward",
     "language_consistency_reward",
     "last_number",
+    "model_reward",
     "nanstd",
     "numeric",
     "repetition_penalty_reward",

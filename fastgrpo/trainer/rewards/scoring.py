@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,42 @@ def combine(*functions: RewardFunc, weights: Sequence[float] | None = None) -> R
 
     combined.__name__ = "+".join(names)
     return combined
+
+
+def by_column(column: str, functions: Mapping[Any, RewardFunc]) -> RewardFunc:
+    """One reward function from several: the value in a column of the dataset says which one scores the row.
+
+    Such as `by_column("language", {"en": language_consistency_reward("en"), …})`. A row with another value is not
+    scored: None.
+
+    Args:
+        column: name of the column.
+        functions: reward function by value; each gets its own rows of every argument.
+
+    Raises:
+        ValueError: no functions; when it is called, a dataset without the column.
+    """
+    as_reward_list(list(functions.values()))
+
+    def chosen(completions: list, **columns: Any) -> list[float | None]:
+        if column not in columns:
+            raise ValueError(f"dataset: expected a column {column!r}, got {', '.join(sorted(columns)) or 'none'}")
+        scores: list[float | None] = [None] * len(completions)
+        for value, func in functions.items():
+            rows = [i for i, key in enumerate(columns[column]) if key == value]
+            if rows:
+                # what is no list of one entry a completion, such as trainer_state, goes to all
+                own = {k: [v[i] for i in rows] if isinstance(v, list) else v for k, v in columns.items()}
+                name = getattr(func, "__name__", type(func).__name__)
+                for i, score in zip(
+                    rows, call_reward_func(func, name, [completions[i] for i in rows], **own), strict=True
+                ):
+                    scores[i] = None if math.isnan(score) else score
+        return scores
+
+    names = {getattr(func, "__name__", type(func).__name__) for func in functions.values()}
+    chosen.__name__ = "|".join(sorted(names))
+    return chosen
 
 
 def combine_rewards(

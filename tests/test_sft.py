@@ -1,0 +1,124 @@
+"""SFTTrainer against torch's cross-entropy in float64."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from fastgrpo.trainer import word_problems
+from fastgrpo.trainer.sft import SFTTrainer, collate
+from fastgrpo.trainer.template import R1_ZERO_CHAT_TEMPLATE, r1_zero_prompt
+
+ROWS = [
+    {"prompt": "Tom has 3+7+4?", "completion": "<think>now 10, now 14</think><answer>14</answer>"},
+    {"prompt": "明有3+7+4?", "completion": "8"},
+    {"prompt": "Thank Ann.", "completion": "Thanks Ann!"},
+    {"prompt": "感谢红。", "completion": ""},
+]
+
+
+@pytest.fixture
+def tokenizer():
+    return word_problems.make_tokenizer()
+
+
+def make_trainer(tokenizer, folder, rows=ROWS, **options):
+    model = word_problems.make_model(tokenizer, seed=0)
+    settings = dict(remove_unused_columns=False, report_to="none", use_cpu=True, save_strategy="no")
+    settings |= dict(dataloader_pin_memory=False, disable_tqdm=True, max_grad_norm=0.0)
+    args = TrainingArguments(str(folder), **{**settings, **options})
+    return SFTTrainer(model, args, Dataset.from_list(rows), tokenizer)
+
+
+def float64_loss(model, tokenizer, rows):
+    """Each row alone, without padding, all logits."""
+    total, count = 0.0, 0
+    for row in rows:
+        start = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor([start + tokenizer(row["completion"] + "<eos>")["input_ids"]])
+        logits = model(input_ids=ids).logits[0, len(start) - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, ids[0, len(start) :], reduction="sum")
+        count += ids.shape[1] - len(start)
+    return total / count
+
+
+def test_loss_and_gradients(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path)
+    model, truth = trainer.model, word_problems.make_model(tokenizer, seed=0).double()
+    expected = float64_loss(truth, tokenizer, ROWS)
+    loss = trainer.compute_loss(model, collate(tokenizer, ROWS))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    expected.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), truth.parameters(), strict=True):
+        error = (ours.grad - theirs.grad).norm() / theirs.grad.norm().clamp(min=1e-3)
+        assert error < 1e-5, f"{name}: {error}"
+
+
+def test_step_is_over_tokens_not_micro_batches(tokenizer, tmp_path):
+    """Micro-batches of very different lengths: the step is that of the whole batch, and so is the logged loss."""
+    steps = []
+    for batch_size, accumulation in ((4, 1), (1, 4)):
+        trainer = make_trainer(
+            tokenizer,
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+            logging_steps=1,
+        )
+        before = torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
+        trainer.train()
+        logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        steps.append((torch.nn.utils.parameters_to_vector(trainer.model.parameters()) - before, logged))
+    (whole, loss), (parts, sum_of_losses) = steps
+    assert whole.norm() > 0
+    assert (whole - parts).norm() < 1e-4 * whole.norm()
+    assert loss == pytest.approx(sum_of_losses, rel=1e-5)
+
+
+def test_head_makes_no_logits(tokenizer, tmp_path):
+    trainer, shapes = make_trainer(tokenizer, tmp_path), []
+    trainer.model.get_output_embeddings().register_forward_hook(lambda _, args, out: shapes.append(out.shape))
+    batch = collate(tokenizer, ROWS)
+    trainer.compute_loss(trainer.model, batch)
+    assert shapes == [batch["completion_ids"].shape]
+
+
+def test_prompts_are_not_learnt(tokenizer):
+    batch = collate(tokenizer, ROWS)
+    learnt = [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert learnt == [row["completion"] + "<eos>" for row in ROWS]
+    assert batch["completion_mask"].sum() == (batch["labels"] != -100).sum()
+
+
+def test_conversation_goes_through_the_template(tokenizer):
+    tokenizer.chat_template = R1_ZERO_CHAT_TEMPLATE
+    seen = []
+
+    class Recorder(type(tokenizer)):
+        def __call__(self, text=None, **options):
+            seen.append((text, options))
+            return super().__call__(text, **options)
+
+    tokenizer.__class__ = Recorder
+    for completion in ("8", [{"role": "assistant", "content": "8"}]):
+        seen.clear()
+        collate(tokenizer, [{"prompt": [{"role": "user", "content": "3+5"}], "completion": completion}])
+        assert [text for text, _ in seen] == [r1_zero_prompt("3+5"), " 8<eos>"]
+        assert all(options == {"add_special_tokens": False} for _, options in seen)
+
+
+def test_template_that_drops_the_prompt(tokenizer):
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(ValueError, match="chat_template: expected the conversation to begin with its prompt"):
+        collate(tokenizer, [{"prompt": [{"role": "user", "content": "3+5"}], "completion": "8"}])
+
+
+def test_mistakes(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="train_dataset: expected a column 'completion', got the columns prompt"):
+        make_trainer(tokenizer, tmp_path, [{"prompt": "3"}])
+    with pytest.raises(ValueError, match="remove_unused_columns: expected False"):
+        make_trainer(tokenizer, tmp_path, remove_unused_columns=True)
