@@ -126,12 +126,14 @@ class Recipe:
         self._supervised(self.task.examples, _COLD_START, folder, log, resume)
 
     def _reasoning_rl(self, folder: Path, log: RunLog, resume: bool) -> None:
-        r1 = self.options.recipe == "r1"
+        r1, args = self.options.recipe == "r1", self._rl_args(folder)
+        if r1 and self.task.is_embedded and self.options.steps is None:
+            args.max_steps //= 2  # after a cold start it is enough, and leaves the next stage something to select
         recipe.reasoning_rl(
             self.model,
             self.tokenizer,
             self.task.questions,
-            self._rl_args(folder),
+            args,
             consistent_language=r1,
             log=log,
             resume=resume,
