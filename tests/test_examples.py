@@ -56,6 +56,7 @@ def make_model(folder):
 RUNS = {  # script: (arguments, what it prints)
     "raw_loop": ([], "accuracy 0."),
     "ppo": (["--beta", "0.04"], "ppo accuracy 0."),
+    "r1": (["--documents", "6400"], "all scenarios: accuracy 0."),
     "trl_grpo": ([], "mean reward: "),
     "train_hf": (["--model", "model"], ""),
 }
