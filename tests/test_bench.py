@@ -85,6 +85,27 @@ def test_a_wrong_implementation_is_reported_and_not_timed(monkeypatch, capsys):
     assert "without_the_clip" in capsys.readouterr().out
 
 
+def test_what_fails_later_is_reported_too(monkeypatch):
+    """In a timed call, and before any: the others, and the other cases, are still measured."""
+    right = next(each for each in REGISTRY if each.op == "linear" and each.name == "eager")
+    calls = []
+
+    def fails_the_second_time(inputs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return right.step(inputs)
+
+    monkeypatch.setattr(command, "peak", lambda *_: 1.0)
+    rows = rows_of(TINY, [right, Implementation("linear", "later", fails_the_second_time)])
+    assert rows["eager"]["ok"] and rows["eager"]["calls"] >= 2
+    assert rows["later"]["ok"] is False and rows["later"]["reason"] == "out of memory"
+    assert rows["later"]["ms_p50"] is None
+    monkeypatch.setattr(cases, "make_inputs", lambda case: 1 / 0)
+    (row,) = rows_of(TINY, [right]).values()
+    assert row["ok"] is False and row["reason"] == "no inputs: ZeroDivisionError: division by zero"
+
+
 def test_packages_that_are_missing_are_listed(monkeypatch):
     monkeypatch.setattr(implementations.importlib.util, "find_spec", lambda name: None)
     assert "trl is not installed" in implementations.needs("trl")(TINY)
@@ -101,7 +122,24 @@ def test_old_logps_keep_away_from_the_clip_edges():
 def test_the_command_writes_rows(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     arguments = ["bench", "--op", "logps", "--shape", "B=8,T=4,V=300", "--dtype", "bf16", "--seconds", "0.01"]
-    assert main([*arguments, "--impl", "fastgrpo", "--impl", "eager", "--backend", "cpu", "--json", str(file)]) == 0
+    assert (
+        main(
+            [
+                *arguments,
+                "--impl",
+                "fastgrpo",
+                "--impl",
+                "eager",
+                "--backend",
+                "cpu",
+                "--device",
+                "cpu",
+                "--json",
+                str(file),
+            ]
+        )
+        == 0
+    )
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(FIELDS <= row.keys() for row in rows)
     assert {row["impl"] for row in rows} == {"fastgrpo", "eager", "copy"}
@@ -121,6 +159,10 @@ def test_the_command_writes_rows(tmp_path, capsys):
         (["--op", "step", "--dtype", "fp16"], "no case fits"),
         (["--inactive", "1.5"], "--inactive: expected a share"),
         (["--report", "nowhere"], "--report: "),
+        (["--dtype", "fp16"], "no case fits"),
+        (["--full", "--shape", "B=8"], "expected one of --quick, --full"),
+        (["--json", "nowhere/rows.jsonl"], "--json: no such folder"),
+        (["--plot", "rows.xyz"], "--plot: expected a file that ends in .svg or .png"),
     ],
 )
 def test_mistakes_are_named(arguments, message, capsys):
@@ -155,6 +197,19 @@ def test_memory_has_to_be_flat(last, verdict):
 
     assert targets.growth_verdict([grown(100, 100.0), grown(400, 101.0), grown(1600, last)])[0][2] == verdict
     assert targets.growth_verdict([grown(100, 100.0), grown(400, 101.0)])[0][2] == "not measured"
+
+
+def test_the_report_shows_who_failed_at_a_size():
+    more = dict(ok=True, reason=None, model=None, device="a CPU", versions={}, date="", commit="c", command="fastgrpo")
+    rows = [
+        row_of("fastgrpo", 10.0, **more), row_of("eager", 20.0, **more),
+        row_of("fastgrpo", 11.0, case="large", shape=dict(B=8, T=99, V=1000, H=10), **more),
+        row_of("eager", None, case="large", shape=dict(B=8, T=99, V=1000, H=10), **more | {"reason": "out of memory"}),
+        row_of("liger", None, **more | {"reason": "not installed"}),
+    ]  # fmt: skip
+    text = report.section(rows)
+    assert re.search(r"792 tokens.*\| eager \| out of memory \|", text, re.DOTALL)
+    assert "Not measured: liger: not installed." in text
 
 
 def test_the_readme_holds_what_was_recorded(tmp_path):

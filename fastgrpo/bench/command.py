@@ -63,7 +63,12 @@ def run(options: argparse.Namespace) -> None:
     chosen = _chosen_cases(options)
     chosen_ones = _chosen_implementations(options)
     quick = options.quick or not (options.op or options.model or options.shape or options.growth or options.full)
-    facts = _facts()
+    for name, file in (("--json", options.json), ("--plot", options.plot)):
+        if file and not Path(file).resolve().parent.is_dir():
+            raise UsageError(f"{name}: no such folder: {Path(file).parent}")
+    if options.plot and Path(options.plot).suffix not in (".svg", ".png"):
+        raise UsageError(f"--plot: expected a file that ends in .svg or .png, got {options.plot}")
+    facts = _facts(chosen[0].device)
     rows = []
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(options.json, "a")) if options.json else None
@@ -104,6 +109,8 @@ def _chosen_cases(options: argparse.Namespace) -> list[Case]:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: cuda is not available here")
+    if sum(map(bool, (options.quick, options.full, options.growth, options.model or options.shape))) > 1:
+        raise UsageError("expected one of --quick, --full, --growth, and --model with --shape")
     if options.model or options.shape:
         named = [
             Case(op, dtype=dtype, softcap=softcap if op == "linear" else None, model=model, **sizes)
@@ -126,6 +133,8 @@ def _chosen_cases(options: argparse.Namespace) -> list[Case]:
             # only from hidden states is there something to leave out
             each = dataclasses.replace(case, device=device, inactive=inactive if case.op == "linear" else 0.0)
             chosen += [each] * (each not in chosen)
+    if options.dtype and not options.op and all(case.op == "advantages" for case in chosen):
+        chosen = []  # which have no dtype
     if not chosen:
         raise UsageError("no case fits --op and --dtype together; --shape or --model makes its own")
     return chosen
@@ -151,16 +160,18 @@ def measure_case(
     Every implementation computes the case once and is compared with the truth; one that is wrong, fails, or cannot run
     here has that in its row in place of a time.
     """
+    torch.compiler.reset()  # or what was compiled for other sizes would be timed
+    inputs, no_inputs = None, None
     try:
         inputs = cases.make_inputs(case)
-    except torch.OutOfMemoryError:
-        inputs = None
+    except Exception as problem:  # noqa: BLE001 (of memory, or of the backend that makes the old log-probabilities)
+        no_inputs = f"no inputs: {_reason(problem)}"
     found = sorted((each for each in among if each.op == case.op), key=lambda each: not each.is_floor)
     running, rows = {}, {}
     for each in found:
         row = rows[str(each)] = _row(case, each)
-        why = each.why_not(case) if inputs else "out of memory for the inputs"
-        if why is None and quick and each.name == "torch.compile":
+        why = each.why_not(case) or no_inputs
+        if why is None and quick and each.compiles:
             why = _SLOW_TO_COMPILE
         if why is None:
             why = check(each, inputs, row)
@@ -169,20 +180,32 @@ def measure_case(
             running[str(each)] = each
     steps = {name: (each.prepare, each.step) for name, each in running.items()}
     seconds = seconds / 4 if quick else seconds
-    slow = [name for name in running if rows[name]["ms_first"] > 1e4 * seconds]
-    times = measure.interleave(steps, inputs, seconds=seconds, slow=slow)
+    if case.device == "cuda":
+        _truths.clear()  # its memory is the implementations'
+        torch.cuda.empty_cache()
+    times, failures = measure.interleave(steps, inputs, seconds=seconds) if steps else ({}, {})
+    for name, problem in failures.items():
+        rows[name]["ok"], rows[name]["reason"] = False, _reason(problem)
     del inputs
     roof = None
     for name, row in rows.items():
         if name in times:
             row["ms_p20"], row["ms_p50"], row["ms_p80"] = measure.quantiles(times[name])
+            row["calls"] = len(times[name])
             if running[name].is_floor:
                 roof = _roof_rate(case, row)
             if roof:
                 row["roof_share"] = (case.flops or case.bytes) / roof / (row["ms_p50"] / 1e3)
             if not quick or (case.op, case.dtype, case.inactive) == ("linear", "bf16", 0.0):
-                row["peak_mb"] = peak(case, running[name])
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    row["peak_mb"] = peak(case, running[name])
         yield row
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
 
 
 _truths: dict[Case, dict] = {}  # of the last case, in any dtype: {function: results}
@@ -193,9 +216,7 @@ def check(each: Implementation, inputs, row: dict) -> str | None:
     case = inputs.case
     try:
         each.prepare(inputs)
-        started = time.perf_counter()
         results = each.step(inputs)
-        row["ms_first"] = 1e3 * (time.perf_counter() - started)  # loading and compiling included
         if each.is_floor:
             return None
         make_truth, key = each.truth or cases.truth, dataclasses.replace(case, dtype="fp32")
@@ -209,9 +230,7 @@ def check(each: Implementation, inputs, row: dict) -> str | None:
             return f"wrong: results {', '.join(results) or 'none'}, expected some of {', '.join(want)}"
         row["rel_err"] = cases.error(results, want, getattr(inputs, "advantages", None))
     except Exception as problem:  # noqa: BLE001 (a peer may fail in any way, and the others are still to be measured)
-        if isinstance(problem, torch.OutOfMemoryError):
-            return "out of memory"
-        return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+        return _reason(problem)
     finally:
         if case.device == "cuda":
             torch.cuda.empty_cache()
@@ -224,7 +243,7 @@ def check(each: Implementation, inputs, row: dict) -> str | None:
 def _row(case: Case, each: Implementation) -> dict:
     return dict(
         op=case.op, impl=each.name, backend=each.backend, mode=each.mode, shape=case.shape, dtype=case.dtype,
-        inactive=case.inactive, softcap=case.softcap, model=case.model, ms_first=None, ms_p50=None, ms_p20=None,
+        inactive=case.inactive, softcap=case.softcap, model=case.model, calls=None, ms_p50=None, ms_p20=None,
         ms_p80=None, peak_mb=None, rel_err=None, ok=None, reason=None, bytes=case.bytes, flops=case.flops,
         roof_share=None, on=case.device, case=str(case),
     )  # fmt: skip
@@ -245,8 +264,10 @@ def peak(case: Case, each: Implementation) -> float | None:
     """MiB above the inputs at an implementation's peak."""
     if case.device == "cuda":
         inputs = cases.make_inputs(case)
-        each.prepare(inputs)
-        return round(measure.gpu_peak(each.step, inputs), 1)
+        for _ in range(2):  # what is compiled, tuned and allocated once is not the step's
+            each.prepare(inputs)
+            found = measure.gpu_peak(each.step, inputs)
+        return round(found, 1)
     if not _fresh:
         _fresh.append(measure.FreshProcesses(["fastgrpo.bench.preloaded"]))
     found = _fresh[0].peak(cpu_peak, case, each.op, str(each))
@@ -262,8 +283,9 @@ def cpu_peak(case: Case, op: str, name: str) -> float:
     del small
     inputs = cases.make_inputs(case)
     each.prepare(inputs)
-    if each.is_floor or case.op == "step":
-        each.step(inputs)  # its buffers, and the trainers, count as inputs
+    if each.is_floor or each.compiles or case.op == "step":
+        each.step(inputs)  # its buffers and the trainers count as inputs, and compiling is not the step's
+        each.prepare(inputs)
     return measure.cpu_peak(each.step, inputs)
 
 
@@ -290,13 +312,13 @@ def print_table(rows: list[dict]) -> None:
 # ---- what every row says about where it comes from
 
 
-def _facts() -> dict:
+def _facts(on: str) -> dict:
     packages = ("fastgrpo", "torch", "triton", "transformers", "trl", "liger_kernel")
     versions = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    device = torch.cuda.get_device_name() if on == "cuda" else cpu_name()
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # nobody's folders
     return dict(
         device=device, threads=torch.get_num_threads(), python=platform.python_version(), versions=versions,
@@ -314,7 +336,7 @@ def cpu_name() -> str:
 
 def _commit() -> str | None:
     """Of the checkout that this package is run from, or the command is run in."""
-    for folder in (Path(__file__).parents[2], Path.cwd()):
+    for folder in (Path(__file__).parents[2], Path.cwd(), *Path.cwd().parents):
         if (folder / "csrc" / "objective.h").is_file() and (folder / ".git").exists():
             asked = [
                 ["git", "-C", str(folder), *words]

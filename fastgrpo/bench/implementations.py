@@ -39,6 +39,7 @@ class Implementation:
         mode: what its user chooses, such as "in place".
         prepare: what is put in place before each step, and not timed.
         truth: where the results are those of another function than the operation.
+        compiles: what it runs is compiled at its first call for a size.
         is_floor: computes less than the operation, and is not checked: copies and GEMMs, the roofs.
     """
 
@@ -51,6 +52,7 @@ class Implementation:
     why_not: Callable[[Case], str | None] = lambda case: None
     truth: Callable[[Inputs], Results] | None = None
     is_floor: bool = False
+    compiles: bool = False
 
     def __str__(self) -> str:
         return label({"impl": self.name, "backend": self.backend, "mode": self.mode})
@@ -238,7 +240,7 @@ def _add_eager() -> None:
             return {"loss": value.detach(), "d_hidden": hidden.grad, "d_weight": weight.grad}
 
         for op, step in (("logps", logps), ("forward", forward), ("loss", loss), ("linear", linear)):
-            REGISTRY.append(Implementation(op, name, step, why_not=_too_large))
+            REGISTRY.append(Implementation(op, name, step, why_not=_too_large, compiles=made is compiled))
 
 
 _add_eager()
@@ -307,15 +309,20 @@ def _liger_loss(inputs: Inputs) -> Results:
     return {"loss": loss.detach(), "d_logits": leaf.grad[:, :-1]}
 
 
-@register("linear", "liger", why_not=_liger_cannot)
-def _liger_linear(inputs: Inputs) -> Results:
+def _liger_linear(inputs: Inputs, compiled: bool) -> Results:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
-    function = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="dapo")
+    function = LigerFusedLinearGRPOLoss(beta=0.0, compiled=compiled, use_ref_model=False, loss_type="dapo")
     loss, *_ = function(hidden, weight, inputs.ids, inputs.mask, inputs.advantages, old_per_token_logps=inputs.old)
     loss.backward()
     return {"loss": loss.detach(), "d_hidden": hidden.grad, "d_weight": weight.grad}
+
+
+for _mode, _compiled in (("", True), ("not compiled", False)):  # its default is the first
+    register("linear", "liger", mode=_mode, why_not=_liger_cannot, compiles=_compiled)(
+        functools.partial(_liger_linear, compiled=_compiled)
+    )
 
 
 # ---- floors: less than the operation

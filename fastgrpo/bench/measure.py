@@ -8,7 +8,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -23,15 +23,18 @@ def interleave(
     inputs: SimpleNamespace,
     *,
     seconds: float,
-    slow: Collection[str] = (),
     turns: int = 2,
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     """Milliseconds of each call of `{name: (prepare, step)}`; only the steps are timed.
 
     Sides take turns, because timings on a shared machine drift. A turn is calls in a row, as a training loop makes
     them, for a share of `seconds`; its first is not counted, because it pays for the state of the caches and of the
-    system's free memory that the side before it left. The `slow` are called once in all. On a GPU, events measure,
-    the L2 cache is flushed before each call, and inputs of less than a GiB rotate between two copies.
+    system's free memory that the side before it left; unless it took more than ten times `seconds`, and then it is
+    the only one. On a GPU, events measure, the L2 cache is flushed before each call, and inputs of less than a GiB
+    rotate between two copies.
+
+    Returns:
+        (the times, and what went wrong with those that have none).
     """
     tensors = {name: x for name, x in vars(inputs).items() if isinstance(x, torch.Tensor)}
     on_gpu = any(x.is_cuda for x in tensors.values())
@@ -56,19 +59,26 @@ def interleave(
         end.synchronize()
         return start.elapsed_time(end)
 
-    times = {name: [] for name in steps}
+    times, failures = {name: [] for name in steps}, {}
     for turn in range(turns):
-        for name, (prepare, step) in steps.items():
-            if name in slow:
-                times[name] += [call(prepare, step, 0)] if turn == 0 else []
-                continue
+        for name in list(times):
+            prepare, step = steps[name]
             until = time.perf_counter() + seconds / turns
-            call(prepare, step, 0)
-            for number in range(1, _MOST_CALLS):
-                times[name].append(call(prepare, step, number))
-                if time.perf_counter() > until:
-                    break
-    return times
+            try:
+                if turn and len(times[name]) == 1 and times[name][0] > 1e4 * seconds:
+                    continue
+                first = call(prepare, step, 0)
+                if first > 1e4 * seconds:
+                    times[name].append(first)
+                    continue
+                for number in range(1, _MOST_CALLS):
+                    times[name].append(call(prepare, step, number))
+                    if time.perf_counter() > until:
+                        break
+            except Exception as problem:  # noqa: BLE001 (the others are still to be measured)
+                failures[name] = problem
+                del times[name]
+    return times, failures
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def load(folder: Path) -> Rows:
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text().splitlines():
             row = json.loads(line)
-            rows[row["case"], row["impl"], row["backend"], row["mode"]] = row
+            rows[row["case"], row["on"], row["impl"], row["backend"], row["mode"]] = row
     return list(rows.values())
 
 
@@ -43,7 +44,7 @@ def write_report(results: Path, readme: Path) -> None:
     parts = []
     for folder, rows in devices:
         parts.append(section(rows))
-        if len(targets.growth(rows)) > 1:
+        if len(targets.growth(_growing(rows))) > 1:
             plot(rows, folder / "growth.svg")
             where = (folder / "growth.svg").resolve().relative_to(readme.resolve().parent).as_posix()
             parts.append(f"![time and memory as tokens and vocabulary grow]({where})")
@@ -61,13 +62,13 @@ def section(rows: Rows) -> str:
     commands = ", ".join(f"`{command}`" for command in sorted({_plain(row["command"]) for row in rows}))
     parts = [f"**{first['device']}**; {versions}; {max(row['date'] for row in rows)}, commit {commits}: {commands}."]
     growing = _growing(rows)
+    timed = {label(row) for row in rows if row["ms_p50"] is not None}
     for op in _TABLES:
-        found = [row for row in rows if row["op"] == op and row["case"] not in growing]
+        found = [row for row in rows if row["op"] == op and row not in growing and label(row) in timed]
         sizes = {_size(row): None for row in found}
         parts += [_table(op, size, [row for row in found if _size(row) == size]) for size in sizes]
-    if points := targets.growth(rows):
-        if len(points) > 1:
-            parts.append(_growth_table(rows, points))
+    if len(points := targets.growth(growing)) > 1:
+        parts.append(_growth_table(growing, points))
     if missing := _missing(rows):
         parts.append(f"Not measured: {missing}.")
     parts.append(_targets_table(rows))
@@ -89,9 +90,9 @@ def _size(row: dict) -> str:
     return ", ".join(words)
 
 
-def _growing(rows: Rows) -> set[str]:
-    """The cases of sweeps, which are for the plot and the growth table."""
-    return {row["case"] for row in rows if "--growth" in row["command"]}
+def _growing(rows: Rows) -> Rows:
+    """The rows of sweeps, which are for the plot and the growth table."""
+    return [row for row in rows if "--growth" in row["command"]]
 
 
 def _table(op: str, size: str, rows: Rows) -> str:
@@ -101,16 +102,14 @@ def _table(op: str, size: str, rows: Rows) -> str:
         by_name.setdefault(label(row), {})[row["dtype"]] = row
     ours = [row for row in rows if row["impl"] == "fastgrpo" and row["ms_p50"]]
     best = {d: min((row["ms_p50"] for row in ours if row["dtype"] == d), default=None) for d in dtypes}
-    timed = {name: found for name, found in by_name.items() if any(row["ms_p50"] for row in found.values())}
     lines = [
         f"{OPS[op][0].upper()}{OPS[op][1:]}, {size}:",
         "",
         "| | " + " | ".join(f"{d} | | memory | error" for d in dtypes) + " |",
         "|---|" + "---:|---:|---:|---:|" * len(dtypes),
     ]
-    order = sorted(timed, key=lambda name: min(row["ms_p50"] for row in timed[name].values() if row["ms_p50"]))
-    for name in order:
-        cells = [cell for d in dtypes for cell in _cells(timed[name].get(d), best[d])]
+    for name in sorted(by_name, key=lambda name: min(row["ms_p50"] or math.inf for row in by_name[name].values())):
+        cells = [cell for d in dtypes for cell in _cells(by_name[name].get(d), best[d])]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -143,7 +142,7 @@ def _milliseconds(ms: float) -> str:
 
 
 def _growth_table(rows: Rows, points: list[tuple[int, float, float | None]]) -> str:
-    first = next(row for row in rows if row["op"] == "linear" and row["case"] in _growing(rows))
+    first = next(row for row in rows if row["op"] == "linear")
     lines = [
         f"From hidden states as tokens grow, {first['dtype']}; the vocabulary in the plot:",
         "",
@@ -158,8 +157,9 @@ def _growth_table(rows: Rows, points: list[tuple[int, float, float | None]]) -> 
 
 def _targets_table(rows: Rows) -> str:
     lines = ["What the project holds itself to, on these rows:", "", "| | | |", "|---|---|---|"]
-    plain = [row for row in rows if row["case"] not in _growing(rows)]
-    for what, numbers, verdict in targets.verdicts(plain)[:-1] + targets.growth_verdict(rows):
+    growing = _growing(rows)
+    plain = [row for row in rows if row not in growing]
+    for what, numbers, verdict in targets.verdicts(plain)[:-1] + targets.growth_verdict(growing):
         if verdict != "not measured":
             lines.append(f"| {what} | {numbers} | {verdict} |")
     return "\n".join(lines)

@@ -144,7 +144,8 @@ def growth(rows: Rows) -> list[tuple[int, float, float | None]]:
             if row["peak_mb"] is not None:
                 gradients = (tokens + shape["V"]) * shape["H"] * DTYPES[row["dtype"]].itemsize / 2**20
                 extra = row["peak_mb"] - gradients
-            points.setdefault(key, {})[tokens] = (row["ms_p50"], extra)
+            sizes = points.setdefault(key, {})
+            sizes[tokens] = min(sizes.get(tokens, (row["ms_p50"], extra)), (row["ms_p50"], extra))  # the fastest
     longest = max(points.values(), key=len, default={})
     return [(tokens, *longest[tokens]) for tokens in sorted(longest)]
 

@@ -211,9 +211,7 @@ def _score_at_head(trainer: type, scorer):
     """The trainer's own scoring method, with log-probability and entropy of the next token in place of its logits."""
     original, module = getattr(trainer, _SCORE), sys.modules[trainer.__module__]
     original = getattr(original, "_trl", original)
-    takers = [name for name in _TAKERS if hasattr(module, name)]
-    if "selective_log_softmax" not in takers or "logits_to_keep" not in inspect.getsource(trainer):
-        _refuse(f"{trainer.__module__} has no selective_log_softmax")
+    takers = _takers(module)
 
     @functools.wraps(original)
     def scored(self, model, *args, **kwargs):
@@ -244,6 +242,15 @@ def _score_at_head(trainer: type, scorer):
 
     scored._trl = original
     return scored
+
+
+@functools.cache
+def _takers(module) -> list[str]:
+    """TRL's functions that take logits in a trainer's module."""
+    takers = [name for name in _TAKERS if hasattr(module, name)]
+    if "selective_log_softmax" not in takers or "logits_to_keep" not in inspect.getsource(module):
+        _refuse(f"{module.__name__} has no selective_log_softmax")
+    return takers
 
 
 def _keeps_its_logits(trainer, model) -> str | None:
@@ -394,6 +401,12 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _objective(self) -> Objective:
         """TRL's options as an Objective, with the entropy coefficient of this step."""
+        if (why := vars(self).get("_fastgrpo_left")) is not None:
+            raise _NotFused(why)
+        if not _chunked():
+            model = unwrap_peft(self.accelerator.unwrap_model(self.model))
+            if (why := _keeps_its_logits(self, model)) is not None:
+                raise _NotFused(why)
         for name in ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights"):
             if getattr(type(self), name, None) is not getattr(trl.GRPOTrainer, name, None):
                 raise _NotFused(f"{type(self).__name__} overrides {name}")
@@ -439,7 +452,8 @@ class GRPOTrainer(trl.GRPOTrainer):
                 for place in before:
                     setattr(*place)
         if at_head.output is None:
-            raise _NotFused(f"{type(self).__name__} did not score its tokens at the model's head")
+            self._fastgrpo_left = f"{type(self).__name__} did not score its tokens at the model's head"
+            raise _NotFused(self._fastgrpo_left)
         return scores
 
     def _control_entropy(self, entropies: Tensor, mask: Tensor) -> None:
