@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from types import SimpleNamespace
 
 import torch
@@ -115,6 +117,12 @@ class FreshProcesses:
         if sys.platform == "linux":  # the only one that lets a process reset its own peak
             self._context = multiprocessing.get_context("forkserver")
             self._context.set_forkserver_preload(packages)
+            here = os.getcwd()
+            os.chdir(os.sep)  # its Python looks for modules where it starts, and a checkout has no libraries in it
+            try:
+                forkserver.ensure_running()
+            finally:
+                os.chdir(here)
 
     def peak(self, function: Callable, *arguments, limit: float = 300.0) -> float | None:
         """What `function(*arguments)` returns in a fresh process; None where it cannot be had."""
