@@ -25,8 +25,8 @@ class Padded:
     num_sequences: int
     length: int
 
-    def seq_sum(self, x: Tensor) -> Tensor:  # (N,) -> (S,)
-        return x.view(self.num_sequences, self.length).sum(-1)
+    def seq_sum(self, x: Tensor) -> Tensor:  # (N, ...) -> (S, ...)
+        return x.view(self.num_sequences, self.length, *x.shape[1:]).sum(1)
 
     def seq_mean(self, x: Tensor) -> Tensor:  # over all rows, masked ones too
         return self.seq_sum(x) / max(self.length, 1)
@@ -43,7 +43,7 @@ class Packed:
     cu_seqlens: Tensor
     seq: Tensor  # (N,) int64
 
-    def seq_sum(self, x: Tensor) -> Tensor:
+    def seq_sum(self, x: Tensor) -> Tensor:  # (N, ...) -> (S, ...)
         return torch.segment_reduce(x, "sum", offsets=self.cu_seqlens, unsafe=True, initial=0)
 
     def seq_mean(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgrpo import backends
 from fastgrpo.layout import Batch, Packed, check, check_rows, make_batch
-from fastgrpo.linear_ops import LinearLoss, encode_objective, linear_loss, linear_stats
+from fastgrpo.linear_ops import LinearLoss, encode_objective, linear_loss, linear_stats, wanted_statistics
 from fastgrpo.loss import GRPOLoss, GRPOOutput, make_output, objective_of_stats
 from fastgrpo.objective import Objective, entropy_weight, row_weight
 from fastgrpo.projection import count_rows, default_chunk, wide
@@ -103,21 +103,20 @@ def linear_grpo_loss(
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in head]
     one_pass = objective.is_token_local and any(needs)
     options = head_options(hidden, vocab, logit_scale, softcap, chunk_size, dtype, backend, one_pass)
-    inv_temperature = batch.inv_temperature * logit_scale
+    inv_temperature = batch.inv_temperature if logit_scale == 1 else batch.inv_temperature * logit_scale
     batch.skip_inert = not return_stats
     batch.leave_out_inert(objective)
     scored = batch.scored if batch.masked or batch.scored is not batch.mask else None
     want_entropy = return_stats or objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
-    terms = None
 
     in_one_pass, counts = _row_counts(objective, batch, scored, options[2]) if any(needs) else (False, [])
     if not in_one_pass:
         count = counts[1] if counts else -1
         logps, _, entropies = linear_stats(*head, batch.ids, scored, count, inv_temperature, want_entropy, *options)
-        terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
-        loss = terms.loss
+        loss, *terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
     else:
-        weights, h = row_weight(objective, batch), entropy_weight(objective, batch)
+        weights, bonus_weight = row_weight(objective, batch), entropy_weight(objective, batch)
+        h = bonus_weight
         # fp16 gradients of a mean would round to 0: a power of two keeps them in range until the upstream factor comes
         scale = (
             _power_of_two(objective, batch, weights, h)
@@ -127,7 +126,7 @@ def linear_grpo_loss(
         if scale is not None:
             weights, h = weights * scale, None if h is None else h * scale
         call = linear_loss if torch.compiler.is_compiling() else LinearLoss.apply
-        loss, logps, entropies, *_ = call(
+        loss, table, *_ = call(
             *head,
             batch.ids,
             scored,
@@ -150,13 +149,18 @@ def linear_grpo_loss(
             *options,
         )
         loss = loss if scale is None else loss / scale
+        statistics = dict(zip(wanted_statistics(objective, want_entropy), table.unbind(), strict=True))
+        logps, entropies = statistics["logp"], statistics.get("entropy")
     loss = loss.to(torch.float32)
     if not return_stats:
         return GRPOOutput(loss)
-    if terms is None:
+    if in_one_pass and objective.is_token_local:
+        bonus = None if bonus_weight is None else (bonus_weight * entropies).sum()
+        terms = statistics["ratio"], statistics.get("kl"), None, bonus
+    elif in_one_pass:  # of whole sequences
         with torch.no_grad():
-            terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
-    return make_output(objective, batch, loss, logps, entropies, *terms[1:])
+            _, *terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
+    return make_output(objective, batch, loss, logps, entropies, *terms)
 
 
 def check_head(
@@ -216,7 +220,9 @@ _default_chunk = torch.compiler.assume_constant_result(default_chunk)
 
 def _learners(objective: Objective, batch: Batch) -> Tensor | None:
     """(N,) bool: the scored rows that may have a gradient; None: all of them."""
-    return batch.scored & (batch.advantages != 0) if batch.may_be_inert(objective) else None
+    if not batch.may_be_inert(objective) or batch.scored is not batch.mask:  # the others were left out already
+        return None
+    return batch.scored & (batch.advantages != 0)
 
 
 def _row_counts(objective: Objective, batch: Batch, scored: Tensor | None, chunk: int) -> tuple[bool, list[int]]:

@@ -129,7 +129,7 @@ def linear_grad(
     with no_autocast(hidden):
         projection = Projection(hidden, weight, bias, vocab, dtype, min(chunk, n))
         parts = cut(0, n, chunk)
-        gradients = Gradients(projection, weight, bias, needs, len(parts))
+        gradients = Gradients(projection, weight, bias, needs, len(parts), n)
         for part in parts:
             rows = _pick(part, order)
             per_row = (x if x is None else x[rows] for x in (lse, None if h is None else entropy, g, h))
@@ -218,21 +218,26 @@ def linear_loss(
     chunk: int,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logps, entropies, and the gradients of hidden, weight and bias for dL = 1), in one pass over chunks.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, statistics, and the gradients of hidden, weight and bias for dL = 1), in one pass over chunks.
 
-    Rows that do not learn are projected for their statistics alone, those that are not scored not at all. `counts` is
+    `statistics` (K, N) are those of `wanted_statistics`; a row that does not learn has ratio 1 and kl 0. Such rows are
+    projected for their statistics alone, those that are not scored not at all. `counts` is
     that of `count_rows`, or empty to count here. With the length of every sequence in it, sequences stay whole, and
     none may be longer than a chunk; without, rows must not depend on each other, or fit one chunk.
     """
     o = _decode_objective(objective, tuple(numbers))
-    n, every = ids.numel(), torch.ones_like(ids, dtype=torch.bool)
+    n, every = ids.numel(), torch.ones_like(ids, dtype=torch.bool) if scored is None else scored
     if not counts and scored is None and learn is None:
         counts = [n, n]
-    scored = every if scored is None else scored
-    learn = scored if learn is None else learn
-    n_learn, n_scored, *lengths = counts or count_rows(learn, scored)
-    order = None if n_learn == n else order_rows(learn, scored)
+    learn = every if learn is None else learn
+    n_learn, n_scored, *lengths = counts or count_rows(learn, every)
+    order = None if n_learn == n else order_rows(learn, every)
+    vectors = [inv_temperature, advantages, row_weight, h, old, ref, sampling, importance_ratio]
+    if order is not None:  # all vectors in the order of their way, once; a row of every chunk is then a slice
+        ids, every = ids[order], torch.ones_like(every)
+        vectors = _gather(vectors, order)
+    inv_temperature, advantages, row_weight, h, old, ref, sampling, importance_ratio = vectors
 
     batch = Batch(
         layout=Padded(n, 1),
@@ -265,45 +270,61 @@ def linear_loss(
         ]  # fmt: skip
     only_scored = cut(n_learn, n_scored, chunk)
 
-    loss = torch.zeros((), dtype=batch.dtype, device=hidden.device)
-    logps, entropies = torch.zeros_like(inv_temperature), torch.zeros_like(inv_temperature)
+    losses = []
+    wanted = wanted_statistics(o, want_entropy)
+    table = inv_temperature.new_zeros(len(wanted), n)
     with no_autocast(hidden):
         longest = max((part.stop - part.start for part in [part for part, _ in parts] + only_scored), default=0)
         projection = Projection(hidden, weight, bias, vocab, dtype, longest)
-        gradients = Gradients(projection, weight, bias, needs, len(parts), hold_dtype)
+        gradients = Gradients(projection, weight, bias, needs, len(parts), n_learn, hold_dtype)
         for part, layout in parts:
             at = _pick(part, order)
-            part_loss, logps[at], entropy = _loss_and_gradient(
-                o, batch.take(at, layout), projection.logits(at), want_entropy, softcap, backend
+            part_loss, stats = _loss_and_gradient(
+                o, batch.take(part, layout), projection.logits(at), want_entropy, softcap, backend
             )
-            loss += part_loss
-            if want_entropy:
-                entropies[at] = entropy
+            losses.append(part_loss)
+            torch.stack([stats[name] for name in wanted], out=table[:, part])
             gradients.add(at)
         for part in only_scored:
-            at = _pick(part, order)
-            stats = _row_stats(projection.logits(at), ids[at], inv_temperature[at], want_entropy, softcap, backend)
-            logps[at] = stats[0]
-            if want_entropy:
-                entropies[at] = stats[2]
+            logits = projection.logits(_pick(part, order))
+            logp, _, entropy = _row_stats(logits, ids[part], inv_temperature[part], want_entropy, softcap, backend)
+            stats = dict(logp=logp, entropy=entropy, ratio=torch.ones_like(logp), kl=torch.zeros_like(logp))
+            torch.stack([stats[name] for name in wanted], out=table[:, part])
         projection = None  # before the weight's gradient is rounded
-        return loss, logps, entropies if want_entropy else entropies.new_empty(0), *gradients.result()
+        loss = sum(losses[1:], start=losses[0]) if losses else inv_temperature.new_zeros(())
+        if order is not None:
+            table = torch.empty_like(table).index_copy_(1, order, table)
+        return loss, table, *gradients.result()
+
+
+def wanted_statistics(objective: Objective, want_entropy: bool) -> list[str]:
+    """The rows of linear_loss's statistics. The ratio and kl of whole sequences are left to who needs them."""
+    local = objective.is_token_local
+    return ["logp", *["entropy"] * want_entropy, *["ratio"] * local, *["kl"] * (local and objective.beta != 0)]
+
+
+def _gather(vectors: list[Tensor | None], rows: Tensor) -> list[Tensor | None]:
+    """The given rows of (N,) vectors of one dtype, None staying None; one gather for all of them."""
+    gathered = iter(torch.stack([x for x in vectors if x is not None]).index_select(1, rows).unbind())
+    return [None if x is None else next(gathered) for x in vectors]
 
 
 def _loss_and_gradient(
     o: Objective, batch: Batch, logits: Tensor, want_entropy: bool, softcap: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, logps, entropies) of a chunk, and dL/dlogits over its logits."""
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """(loss, statistics) of a chunk, and dL/dlogits over its logits."""
     kernels, rows = backends.get(backend), (batch.ids, batch.scored, batch.inv_temperature)
     if backend != "torch" and o.is_token_local:
         token_rows, spec = token_inputs(o, batch)
-        loss, logp, _, entropy, *_ = kernels.token_loss(logits, *rows, want_entropy, token_rows, spec, logits, softcap)
-        return loss.sum(), logp, entropy
+        loss, logp, _, entropy, kl, ratio, _ = kernels.token_loss(
+            logits, *rows, want_entropy, token_rows, spec, logits, softcap
+        )
+        return loss.sum(), dict(logp=logp, entropy=entropy, ratio=ratio, kl=kl)
     logp, lse, entropy = kernels.row_stats(logits, *rows, want_entropy, softcap)
     with _autograd_inside_an_operator():
         terms, g, h = coefficients(o, (logp, lse, entropy), batch, want_entropy)
     kernels.row_grad(logits, batch.ids, lse, entropy, g, h, batch.inv_temperature, logits, softcap)
-    return terms.loss, logp, entropy
+    return terms.loss, dict(logp=logp, entropy=entropy, ratio=terms.ratio, kl=terms.kl)
 
 
 @contextlib.contextmanager
@@ -318,17 +339,17 @@ def _autograd_inside_an_operator():
 
 @linear_loss.register_fake
 def _(hidden, weight, bias, ids, scored, learn, inv_temperature, *options):
-    *_, want_entropy, needs, _, _, _, _, _ = options
-    entropies = inv_temperature.new_empty(len(inv_temperature) * want_entropy)
-    gradients = _fake_gradients(hidden, weight, bias, needs, hold_dtype)
-    return inv_temperature.new_empty(()), torch.empty_like(inv_temperature), entropies, *gradients
+    names, numbers, want_entropy, needs, *_ = options[-9:]
+    o = _decode_objective(names, tuple(numbers))
+    table = inv_temperature.new_empty(len(wanted_statistics(o, want_entropy)), len(inv_temperature))
+    return inv_temperature.new_empty(()), table, *_fake_gradients(hidden, weight, bias, needs, hold_dtype)
 
 
 def _linear_loss_setup(ctx, inputs, output):
     ctx.dtypes, ctx.needs, *_ = _gradient_kinds(inputs)
-    _, logps, entropies, *gradients = output
-    ctx.save_for_backward(*gradients)
-    ctx.mark_non_differentiable(logps, entropies, *gradients)
+    _, *constants = output
+    ctx.save_for_backward(*constants[1:])
+    ctx.mark_non_differentiable(*constants)
     ctx.set_materialize_grads(False)
 
 
@@ -355,11 +376,11 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        loss, logps, entropies, *ctx.gradients = linear_loss(*inputs)
+        loss, statistics, *ctx.gradients = linear_loss(*inputs)
         ctx.dtypes, ctx.needs, ctx.backend = _gradient_kinds(inputs)
-        ctx.mark_non_differentiable(logps, entropies)
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return loss, logps, entropies
+        return loss, statistics
 
     @staticmethod
     def backward(ctx, d_loss: Tensor | None, *_):

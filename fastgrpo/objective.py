@@ -168,7 +168,11 @@ def row_weight(objective: Objective, batch: Batch) -> Tensor:
         weight = mask / max(layout.num_sequences, 1)
     else:  # dapo, cispo, vespo
         weight = mask / batch.num_items(mask)
-    return weight * batch.loss_scale
+    return weight if _is_one(batch.loss_scale) else weight * batch.loss_scale
+
+
+def _is_one(factor: Tensor | float) -> bool:
+    return not isinstance(factor, Tensor) and factor == 1
 
 
 def entropy_weight(objective: Objective, batch: Batch, entropy_mask: Tensor | None = None) -> Tensor | None:
@@ -291,45 +295,43 @@ def compute_metrics(
     phi: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """TRL's metrics, 0-dim tensors: means over the loss tokens, or over sequences for one number a sequence."""
-    o, layout, mask, metrics = objective, batch.layout, batch.mask.to(batch.dtype), {}
-    tokens = mask.sum().clamp(min=1)
+    o, layout, sequences = objective, batch.layout, batch.layout.num_sequences
     per_sequence = o.importance_sampling_level == "sequence" and not batch.advantages_per_token
-
-    def token_mean(x: Tensor) -> Tensor:
-        return torch.where(batch.mask, x, 0.0).sum() / tokens
-
+    vectors, shares = {}, {}  # of every token; the second are 0 or 1
     if kl is not None:
-        metrics["kl"] = token_mean(kl)
+        vectors["kl"] = kl
     if entropies is not None:
-        metrics["entropy"] = token_mean(entropies)
-
-    def sequence_mean(x: Tensor) -> Tensor:
-        return layout.seq_mean(x).sum() / max(layout.num_sequences, 1)
-
-    def mean(x: Tensor) -> Tensor:
-        return sequence_mean(x) if per_sequence else token_mean(x)
-
+        vectors["entropy"] = entropies
     if o.loss_type in CLIPPED_LOSS_TYPES:
         ratio = ratio if o.delta is None else ratio.clamp(max=o.delta)
-        low = ((ratio < 1 - o.epsilon) & (batch.advantages < 0)).to(batch.dtype)
-        high = ((ratio > o.clip_high) & (batch.advantages > 0)).to(batch.dtype)
-        metrics["clip_ratio/low_mean"] = mean(low)
-        metrics["clip_ratio/high_mean"] = mean(high)
-        metrics["clip_ratio/region_mean"] = mean(low + high)
-        if per_sequence:
-            low, high = layout.seq_mean(low), layout.seq_mean(high)
-        else:  # 0/0 is NaN for a sequence without loss tokens, which has no say in the extremes
-            lengths = layout.seq_sum(mask)
-            low, high = layout.seq_sum(low * mask) / lengths, layout.seq_sum(high * mask) / lengths
-        nan = torch.full((), torch.nan, dtype=batch.dtype, device=mask.device)
-        if layout.num_sequences == 0:
-            metrics["clip_ratio/low_min"] = metrics["clip_ratio/high_max"] = nan
-        else:
-            empty = low.isnan().all()
-            metrics["clip_ratio/low_min"] = torch.where(empty, nan, low.nan_to_num(nan=torch.inf).min())
-            metrics["clip_ratio/high_max"] = torch.where(empty, nan, high.nan_to_num(nan=-torch.inf).max())
+        shares["clip_ratio/low_mean"] = (ratio < 1 - o.epsilon) & (batch.advantages < 0)
+        shares["clip_ratio/high_mean"] = (ratio > o.clip_high) & (batch.advantages > 0)
     elif o.loss_type == "cispo":
-        metrics["cispo_clip_ratio"] = mean(((ratio > o.clip_high) & (batch.advantages > 0)).to(batch.dtype))
-    elif o.loss_type == "vespo":
-        metrics["vespo/phi_seq_mean"] = token_mean(phi) if batch.advantages_per_token else sequence_mean(phi)
+        shares["cispo_clip_ratio"] = (ratio > o.clip_high) & (batch.advantages > 0)
+    elif phi is not None and batch.advantages_per_token:
+        vectors["vespo/phi_seq_mean"] = phi
+
+    # all of them in one table: on a GPU each operation is a launch, whatever its size
+    table = torch.stack([*vectors.values(), *shares.values(), batch.mask], dim=1).to(batch.dtype)
+    sums = layout.seq_sum(torch.where(batch.mask[:, None], table, 0.0))  # (S, columns); the last: the lengths
+    totals, lengths = sums.sum(0), sums[:, -1:]
+    means = totals / totals[-1].clamp(min=1)
+    metrics = dict(zip((*vectors, *shares), means.unbind(), strict=False))
+    if per_sequence and shares:
+        of_sequence = sums / lengths.clamp(min=1)
+        means = of_sequence.sum(0) / max(sequences, 1)
+        metrics |= dict(zip(shares, means[len(vectors) :].unbind(), strict=False))
+    if "clip_ratio/low_mean" in shares:
+        metrics["clip_ratio/region_mean"] = metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"]
+        if not per_sequence:
+            of_sequence = sums / lengths  # NaN for a sequence without loss tokens, which has no say in the extremes
+        if sequences == 0:
+            extremes = sums.new_full((2,), torch.nan)
+        else:
+            low, high = of_sequence[:, len(vectors)], of_sequence[:, len(vectors) + 1]
+            extremes = torch.stack([low.nan_to_num(nan=torch.inf).amin(), high.nan_to_num(nan=-torch.inf).amax()])
+            extremes = extremes + (extremes - extremes)  # infinite where no sequence had a say: NaN
+        metrics["clip_ratio/low_min"], metrics["clip_ratio/high_max"] = extremes.unbind()
+    elif phi is not None and not batch.advantages_per_token:
+        metrics["vespo/phi_seq_mean"] = layout.seq_mean(phi).sum() / max(sequences, 1)
     return metrics

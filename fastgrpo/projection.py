@@ -56,7 +56,7 @@ def cut_sequences(lengths: list[int], chunk: int) -> list[tuple[slice, slice]]:
 
 def count_rows(learn: Tensor, scored: Tensor, layout: Padded | Packed | None = None) -> list[int]:
     """[rows that learn, rows that are scored], and with a layout the rows that learn in each sequence. One sync."""
-    counts = torch.stack([learn.sum(), scored.sum()])
+    counts = torch.stack([learn, scored]).sum(1)
     if layout is not None:
         counts = torch.cat([counts, layout.seq_sum(learn.to(torch.float64)).long()])
     return counts.tolist()
@@ -64,7 +64,7 @@ def count_rows(learn: Tensor, scored: Tensor, layout: Padded | Packed | None = N
 
 def order_rows(learn: Tensor, scored: Tensor) -> Tensor:
     """(N,) rows in the order of their way through the GEMMs: those that learn, those only scored, the others."""
-    return torch.argsort(learn.to(torch.int8) + scored.to(torch.int8), descending=True, stable=True)
+    return torch.argsort(learn.view(torch.int8) + scored.view(torch.int8), descending=True, stable=True)
 
 
 def _large(rows: int, width: int, dtype: torch.dtype, device: torch.device, stride: int | None = None) -> Tensor:
@@ -118,9 +118,9 @@ class Projection:
     def _take(self, rows: slice | Tensor) -> Tensor:
         """(n, H) of the GEMMs' dtype."""
         tokens = self.hidden.shape[1]
+        if self.hidden.is_contiguous():
+            return self.hidden.view(-1, self.hidden.shape[-1])[rows].to(self.dtype)
         if isinstance(rows, slice):
-            if self.hidden.is_contiguous():
-                return self.hidden.view(-1, self.hidden.shape[-1])[rows].to(self.dtype)
             rows = torch.arange(rows.start, rows.stop, device=self.hidden.device)
         return self.hidden[rows // tokens, rows % tokens].to(self.dtype)
 
@@ -131,6 +131,7 @@ class Gradients:
     Args:
         needs: which of the three; the others come out empty.
         chunks: how many chunks there will be. dW of more than one adds up in fp32, whatever the weight is.
+        rows: how many rows there will be; the others have gradient 0.
         hold: their dtype, from that of what they are the gradients of.
     """
 
@@ -141,12 +142,15 @@ class Gradients:
         bias: Tensor | None,
         needs: list[bool],
         chunks: int,
+        rows: int,
         hold: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
     ):
         self.projection, self.needs, self.started = projection, needs, False
         hidden, device, sums = projection.hidden, weight.device, wide(projection.dtype)
         shape = hidden.shape if needs[0] else (0, 0, 0)
-        self.d_hidden = torch.zeros(shape, dtype=hold(hidden.dtype), device=device)
+        self.d_hidden = torch.empty(shape, dtype=hold(hidden.dtype), device=device)
+        if rows < hidden.shape[0] * hidden.shape[1]:
+            self.d_hidden.zero_()
         # dW of more than one chunk adds up in fp32; it becomes what it is to be once the buffer of logits is gone
         self.shape, self.dtype = weight.shape if needs[1] else torch.Size([0, 0]), hold(weight.dtype)
         direct = self.dtype == sums or (chunks == 1 and self.dtype == projection.dtype)
@@ -192,7 +196,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         if first:
             torch.mm(a.t(), b, out_dtype=out.dtype, out=out)
         else:
-            torch.addmm(out, a.t(), b, out_dtype=out.dtype, out=out)
+            torch.addmm(out, a.t(), b, out_dtype=out.dtype, out=out)  # torch 2.9 to 2.11 take an fp32 sum here
     else:  # no GEMM here writes another dtype than it reads
         for part in cut(0, len(out), SLICE):
             if a.dtype == torch.float16:  # whose range a product may leave

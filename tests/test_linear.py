@@ -20,14 +20,17 @@ from cases import (
     rel_norm,
     softcap_on,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import (
     LinearGRPOLoss,
     Objective,
     backends,
     grpo_loss,
+    layout,
     linear_grpo_loss,
     linear_grpo_loss_reference,
+    linear_ops,
     projection,
 )
 from fastgrpo.objective import LOSS_TYPES
@@ -312,6 +315,42 @@ def test_recomputed_gradients_skip_rows_too(monkeypatch, backend, device):
     assert 0 < kept < loss_rows / 2
     assert spy.take()[:2] == (loss_rows + kept, kept)
     assert_agrees(got, want, 1e-5)
+
+
+class Launches(TorchDispatchMode):
+    """Names the operations of a call that would be kernels on a GPU: all but views, empty results and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        made = [x for x in (results if isinstance(results, tuple) else [results]) if isinstance(x, torch.Tensor)]
+        name = func._schema.name.removeprefix("aten::")
+        free = ("empty", "new_empty", "detach", "alias", "_unsafe_view", "lift_fresh")
+        if not view and any(x.numel() for x in made) and not name.startswith(free):
+            self.names.append(name)
+        return results
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "around"),  # before the first GEMM, and in all but the GEMMs and the kernels of the backend
+    [(dict(), 21, 47), (dict(return_stats=False), 21, 25), (dict(beta=0.04, entropy_coef=0.01), 24, 56)],
+)
+def test_few_small_kernels_around_the_gemms(options, before, around, monkeypatch):
+    """The host needs 5 to 10 microseconds for each. One of them is a CPU's alone: the zeros in dW."""
+    hidden, weight, ids, kwargs = make_linear_inputs(("old", "ref"), dtype=torch.bfloat16)
+    kwargs |= {key: options[key] for key in ("return_stats",) if key in options}
+    objective = Objective(**{key: value for key, value in options.items() if key != "return_stats"})
+    monkeypatch.setattr(layout, "_values_can_be_checked", lambda x: False)  # as on a GPU
+    monkeypatch.setattr(linear_ops, "linear_loss", linear_ops.linear_loss._init_fn)  # a mode sees no operator's body
+    with Launches() as launches:
+        linear_grpo_loss(hidden.requires_grad_(), weight.requires_grad_(), ids, objective=objective, **kwargs)
+    gemms = [i for i, name in enumerate(launches.names) if name == "mm"]
+    assert len(gemms) == 3
+    assert gemms[0] <= before and len(launches.names) - 3 <= around, launches.names
 
 
 def test_nan_in_rows_that_are_left_out_reaches_nothing(backend, device):
