@@ -21,7 +21,7 @@ Rows = list[dict]
 START, END = "<!-- fastgrpo bench --report writes from here -->", "<!-- to here -->"
 PAGE = Path("docs", "benchmarks.md")  # beside the README
 _TABLES = ("loss", "linear", "step", "logps")  # the others are in the rows
-_SHORT = {"loss": "from logits", "linear": "from hidden states", "step": "a step of TRL's trainer"}
+_SHORT = {"loss": "from logits", "linear": "from hidden states", "step": "a step of TRL's trainer, two layers"}
 _SIDES = {"fastgrpo": "fastgrpo", "eager": "eager PyTorch", "trl": "TRL", "liger": "Liger"}
 _COLOURS = {"fastgrpo": "tab:blue", "eager": "tab:gray", "trl": "tab:orange", "liger": "tab:green", "copy": "black",
             "GEMMs alone": "black", "F.linear_cross_entropy": "tab:purple", "torch.compile": "tab:brown"}  # fmt: skip
@@ -101,7 +101,10 @@ def short_table(devices: list[Rows]) -> str:
         head = [f"| {_device(rows[0])} | size | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(_SIDES)]
         parts.append("\n".join(head + lines))
     if not any(row["on"] == "cuda" and row["ms_p50"] for rows in devices for row in rows):
-        parts.append("**Not measured yet: any GPU.** No timing of the Triton and CUDA kernels has been recorded.")
+        others = "" if len(devices) > 1 else ", and any other CPU"
+        parts.append(
+            f"**Not measured yet: any GPU{others}.** No timing of the Triton and CUDA kernels has been recorded."
+        )
     return "\n\n".join(parts)
 
 
