@@ -150,7 +150,7 @@ def check_rows(rows: Tensor, completion_ids: Tensor, name: str, width: str) -> N
 
 
 def _values_can_be_checked(x: Tensor) -> bool:
-    """Whether values may be read: on a CPU; on a GPU, where that waits, with FASTGRPO_DEBUG=1; in no compiled graph."""
+    """Whether values may be read: on a CPU; on a GPU, where that waits, with FASTGRPO_DEBUG=1; not while compiling."""
     if torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" or os.environ.get("FASTGRPO_DEBUG") == "1"
