@@ -237,12 +237,13 @@ def recorded(**others):
 
 
 def test_rows_of_uncommitted_files_are_left_out(tmp_path):
-    """Whether they come before or after a good row of the same measurement."""
+    """Whether they come before or after a good row of the same measurement; other operations' are not looked at."""
     changed, unknown = dict(commit="d" * 40 + "+changes"), dict(commit=None)
     rows = [
         recorded(), recorded(ms_p50=1.0, **changed),
         recorded(case="b", ms_p50=2.0, **changed), recorded(case="b", ms_p50=20.0),
         recorded(case="c", ms_p50=3.0, **changed), recorded(case="d", ms_p50=4.0, **unknown),
+        recorded(case="e", op="one_pass", ms_p50=5.0),
     ]  # fmt: skip
     device = tmp_path / "results" / "a-cpu"
     device.mkdir(parents=True)

@@ -30,6 +30,8 @@ _COLOURS = {"fastgrpo": "tab:blue", "eager": "tab:gray", "trl": "tab:orange", "l
 def load(folder: Path) -> tuple[Rows, Rows]:
     """The rows of a folder's .jsonl files, in order; of a measurement that was repeated, the last.
 
+    Rows of other operations than `cases.OPS`, such as sweeps of a kernel's choices, are not for the report.
+
     Returns:
         (rows recorded on a committed tree, the other measurements, which are in no table and no plot).
     """
@@ -37,6 +39,8 @@ def load(folder: Path) -> tuple[Rows, Rows]:
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text().splitlines():
             row = json.loads(line)
+            if row["op"] not in OPS:
+                continue
             rows = committed if row["commit"] and not row["commit"].endswith("+changes") else others
             rows[row["case"], row["on"], row["impl"], row["backend"], row["mode"]] = row
     return list(committed.values()), [row for key, row in others.items() if key not in committed]
