@@ -67,7 +67,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     add("--json", metavar="FILE", help="append the rows, one JSON object a line")
     add("--plot", metavar="FILE", help="draw time and memory of the rows, as SVG or PNG by the file's name")
     add("--report", nargs="?", const="benchmarks/results", metavar="FOLDER",
-        help="measure nothing: write docs/benchmarks.md, the README's table and plots from rows in %(const)s")  # fmt: skip
+        help="measure nothing: write docs/benchmarks.md and the README's table from rows in %(const)s")  # fmt: skip
 
 
 def _bench(options: argparse.Namespace) -> int:
