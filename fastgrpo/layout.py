@@ -134,7 +134,7 @@ def check(ok: bool, name: str, expected: str, got: object) -> None:
 
 
 def check_rows(rows: Tensor, completion_ids: Tensor, name: str, width: str) -> None:
-    """Check that `rows` is (B, T, width) for ids (B, T), or (N, width) for (N,), floating point on the same device."""
+    """`rows` is (B, T, width) beside ids (B, T), or (N, width) beside (N,); same device, floating point."""
     check(isinstance(rows, Tensor) and rows.is_floating_point(), name, "a floating point tensor", rows)
     check(rows.dim() in (2, 3), name, f"shape (B, T, {width}), or (N, {width}) with cu_seqlens", rows)
     check(
@@ -170,7 +170,7 @@ def check_ids(ids: Tensor, mask: Tensor, vocab_size: int, mask_name: str = "comp
 
 
 def make_mask(mask: Tensor | None, shape: torch.Size, device: torch.device, name: str = "completion_mask") -> Tensor:
-    """(N,) bool from a mask of any dtype; all True from None."""
+    """(N,) bool from a mask of any dtype, or all True."""
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device).view(-1)
     check(isinstance(mask, Tensor) and mask.shape == shape, name, f"shape {tuple(shape)}", mask)
