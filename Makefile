@@ -12,7 +12,7 @@ slow: ## full runs of the recipes, many minutes
 bench: ## small paired timings; compare across commits with --benchmark-autosave --benchmark-compare
 	pytest benchmarks
 
-report: ## the README's section on speed, from the rows in benchmarks/results
+report: ## docs/benchmarks.md and the README's table, from the rows in benchmarks/results
 	fastgrpo bench --report
 
 gpu: ## on a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks

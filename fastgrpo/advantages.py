@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 SCALE_REWARDS = ("group", "batch", "none")
-_EPS = 1e-4  # TRL's; keeps a group of nearly equal rewards from being blown up
+_EPS = 1e-4  # as in TRL; it bounds the advantages of a group of nearly equal rewards
 
 
 def _nan_std(x: Tensor, mean: Tensor, count: Tensor) -> Tensor:
-    """Standard deviation over dim 0 of the non-NaN entries, Bessel's correction; NaN for fewer than two."""
+    """Standard deviation over dim 0 without the NaNs, with Bessel's correction; NaN for fewer than two values."""
     var = torch.nansum((x - mean) ** 2, dim=0) / (count - 1)
     return torch.where(count > 1, var, torch.nan).sqrt()
 
@@ -24,10 +24,13 @@ def group_advantages(
     scale_rewards: str = "group",
     group_ids: Tensor | None = None,
 ) -> Tensor:
-    """A = (r - mean of the group) / (std + 1e-4), with the std of the group, of the batch, or none.
+    """The advantage of each completion, from the rewards of its group (GRPO, arXiv:2402.03300):
 
-    NaN marks a completion that no reward function could judge: it is left out of every mean and std and gets A = 0. A
-    group whose rewards are all equal gets A = 0 exactly, so its tokens carry no policy gradient.
+        A = (r - mean of the group) / (std + 1e-4)
+
+    with the std (Bessel's correction) of the group or of the batch, or without the division (Dr. GRPO,
+    arXiv:2503.20783). NaN marks a completion that no reward function could judge: it is left out of every mean and std
+    and gets A = 0. A group of equal rewards gets A = 0 exactly, so its tokens have no policy gradient.
 
     Args:
         rewards (B,) float: one reward per completion.
@@ -48,7 +51,7 @@ def group_advantages(
     if scale_rewards not in SCALE_REWARDS:
         raise ValueError(f"scale_rewards: expected one of {', '.join(SCALE_REWARDS)}, got {scale_rewards!r}")
     dtype = rewards.dtype if rewards.dtype in (torch.float32, torch.float64) else torch.float32
-    rewards = rewards.double()  # B numbers: the rounding of a mean must not show in a small spread
+    rewards = rewards.double()  # so that the rounding of a mean does not show in a small spread
     if group_ids is not None:
         same_shape = isinstance(group_ids, Tensor) and group_ids.shape == rewards.shape
         if not same_shape or group_ids.is_floating_point():
@@ -69,7 +72,7 @@ def group_advantages(
         advantages = advantages / (_nan_std(columns, mean, count)[index] + _EPS)
     elif scale_rewards == "batch":
         advantages = advantages / (_nan_std(rewards, rewards.nanmean(), (~rewards.isnan()).sum()) + _EPS)
-    # equal rewards: r - mean may be a rounding error away from 0
+    # of equal rewards, r - mean may be a rounding error away from 0
     highest, lowest = columns.nan_to_num(nan=-torch.inf).amax(0), columns.nan_to_num(nan=torch.inf).amin(0)
     return torch.where((highest == lowest)[index], 0.0, advantages).nan_to_num(nan=0.0).to(dtype)
 
@@ -92,19 +95,18 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
         δ_t = r_t + γ V_{t+1} - V_t,   A_t = δ_t + γλ A_{t+1},   return_t = A_t + V_t
 
-    Masked tokens are skipped as if the sequence did not contain them, be they padding or holes (a tool's output): no
-    discount is paid for them, and what they hold, NaN included, reaches no result. A reward belongs on a token that
-    counts. The results are constants to autograd.
+    Masked tokens, padding as well as holes such as a tool's output, are skipped as if the sequence did not contain
+    them: they cost no discount, and may hold NaN. Put a reward on a token that counts. The results carry no gradient.
 
     Args:
-        rewards (B, T) float or integer: the reward of each token; often 0 but for the last one.
+        rewards (B, T) float or integer: the reward of each token; often 0 except for the last one.
         values (B, T) float: V of the state before each token.
         mask (B, T) bool or integer: nonzero where a token counts.
         gamma: discount γ in [0, 1].
         lam: λ in [0, 1]; 0 gives the one-step error δ, 1 the discounted return minus the value.
 
     Returns:
-        (advantages (B, T), returns (B, T)): fp32, float64 where an input is; 0 where masked.
+        (advantages (B, T), returns (B, T)): fp32, or float64 if an input is; 0 where masked.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, gamma or lam outside [0, 1].
@@ -114,13 +116,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     mask = mask != 0
     rewards, values = (torch.where(mask, x.to(dtype), 0.0) for x in (rewards, values))
 
-    # V of the next token that counts: a running minimum from the right over the positions of those tokens
+    # V of the next token that counts; its position is a running minimum, from the right, of such tokens' positions
     length = mask.shape[1]
     here = torch.where(mask, torch.arange(length, device=mask.device), length)
     after = nn.functional.pad(here.flip(1).cummin(1).values.flip(1)[:, 1:], (0, 1), value=length) if length else here
     next_values = nn.functional.pad(values, (0, 1)).gather(1, after)
 
-    # A_t = a_t A_{t+1} + b_t, a masked token being the identity (1, 0). Composing the maps of 1, 2, 4, … tokens takes
+    # A_t = a_t A_{t+1} + b_t; a masked token is the identity (1, 0). Composing the maps of 1, 2, 4, … tokens takes
     # log2(T) steps. Every a is in [0, 1] and nothing is divided, so no digits are lost; a cumulative sum divided by
     # powers of γλ would lose them all.
     a = torch.where(mask, torch.full_like(values, gamma * lam), 1.0)
@@ -151,7 +153,7 @@ def _check_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam:
 
 
 def check_groups(rewards: Tensor, num_generations: int | None) -> None:
-    """Raise a ValueError unless (B,) rewards fall into whole groups of `num_generations`."""
+    """Raise a ValueError unless (B,) rewards make whole groups of `num_generations`."""
     if not isinstance(num_generations, int) or isinstance(num_generations, bool) or num_generations < 1:
         raise ValueError(f"num_generations: expected an integer >= 1, got {num_generations!r}")
     if rewards.numel() % num_generations:

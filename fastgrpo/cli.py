@@ -48,7 +48,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench.set_defaults(run=_bench)
     add = bench.add_argument
     add("--quick", action="store_true", help="small sizes, in less than two minutes on two cores; the default")
-    add("--full", action="store_true", help="the sizes of the README's table")
+    add("--full", action="store_true", help="the sizes of the tables in docs/benchmarks.md")
     add("--growth", action="store_true", help="sweeps of the number of tokens and of the vocabulary")
     add("--op", action="append", choices=("advantages", "logps", "forward", "loss", "linear", "step"),
         help="only this operation; repeatable: loss is from logits, linear from hidden states")  # fmt: skip
@@ -67,7 +67,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     add("--json", metavar="FILE", help="append the rows, one JSON object a line")
     add("--plot", metavar="FILE", help="draw time and memory of the rows, as SVG or PNG by the file's name")
     add("--report", nargs="?", const="benchmarks/results", metavar="FOLDER",
-        help="measure nothing: write the README's section and plots from recorded rows (%(const)s)")  # fmt: skip
+        help="measure nothing: write docs/benchmarks.md and the README's table from rows in %(const)s")  # fmt: skip
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
-"""Padded (B, T) and packed (N,) with cu_seqlens: both become rows, and sequences as segments of rows.
+"""Padded (B, T) and packed (N,) inputs, both as rows; a sequence is a segment of rows.
 
-Everything behind the public functions sees a `Batch` of flat (N,) vectors and two operations of its layout: a sum per
-sequence, and a number per sequence put back on its rows.
+What the public functions call sees a `Batch` of flat (N,) vectors, and two operations of its layout: the sum over each
+sequence, and a sequence's number put on each of its rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Padded:
         return self.seq_sum(x) / max(self.length, 1)
 
     def to_rows(self, s: Tensor) -> Tensor:  # (S,) -> (N,)
-        return s[:, None].expand(-1, self.length).reshape(-1).contiguous()  # of one sequence it would be a view
+        return s[:, None].expand(-1, self.length).reshape(-1).contiguous()  # one sequence would give a view
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class Packed:
 
 @dataclass
 class Batch:
-    """A validated call: flat row vectors of one dtype, and how rows make sequences. N rows, S sequences."""
+    """The arguments of a call after validation: vectors of N rows, in one dtype, and how rows make S sequences."""
 
     layout: Padded | Packed
-    shape: torch.Size  # of completion_ids, and of every per-token result
+    shape: torch.Size  # of completion_ids and of every per-token result
     dtype: torch.dtype
     ids: Tensor  # (N,) int64; anything where masked
     mask: Tensor  # (N,) bool: the loss tokens
-    scored: Tensor  # (N,) bool: the rows that are read; less than `mask` where rows that cannot learn are left out
+    scored: Tensor  # (N,) bool: the rows that are read; fewer than in `mask` if rows that cannot learn are left out
     inv_temperature: Tensor  # (N,) fp32
     given_advantages: Tensor | None = None  # (N,)
     advantages_per_token: bool = False
-    rewards: Tensor | None = None  # (S,), with the next two
+    rewards: Tensor | None = None  # (S,); given in place of advantages, with the next two
     num_generations: int | None = None
     scale_rewards: str = "group"
     old: Tensor | None = None  # (N,)
@@ -76,9 +76,9 @@ class Batch:
     importance_ratio_per_sequence: bool = False
     num_items_in_batch: Tensor | float | None = None
     loss_scale: Tensor | float = 1.0
-    masked: bool = True  # whether there was a mask at all: without one every row is scored
-    skip_inert: bool = False  # the caller wants no statistics: rows that cannot learn need not be scored
-    # of a part of a batch, whose averages are the whole batch's: what `row_weight` and `entropy_weight` gave there
+    masked: bool = True  # whether a mask was given; without one every row is scored
+    skip_inert: bool = False  # the caller wants no statistics, so rows that cannot learn need not be scored
+    # a part of a batch is averaged over the whole batch: it holds what `row_weight` and `entropy_weight` gave there
     weight: Tensor | None = None  # (N,)
     h: Tensor | None = None  # (N,)
 
@@ -95,11 +95,11 @@ class Batch:
         return self.layout.to_rows(s)
 
     def scored_only(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """`x`, with `fill` in the rows that are not scored: their content, NaN included, goes nowhere."""
+        """`x`, with `fill` in the rows that are not scored, whose values may be NaN."""
         return torch.where(self.scored, x, fill)
 
     def num_items(self, mask: Tensor) -> Tensor | float:
-        """The denominator of dapo, cispo and vespo; 1 in place of 0, where there is nothing to divide."""
+        """The denominator of dapo, cispo and vespo; 1 in place of 0."""
         if self.num_items_in_batch is None:
             return mask.sum().clamp(min=1)
         if isinstance(self.num_items_in_batch, Tensor):
@@ -107,7 +107,7 @@ class Batch:
         return self.num_items_in_batch if self.num_items_in_batch > 0 else 1
 
     def leave_out_inert(self, objective: Objective) -> None:
-        """Do not score rows that are known to add nothing to loss and gradient, where the caller agreed to that."""
+        """Leave rows unscored that add nothing to loss and gradient, if the caller wants no statistics."""
         if self.skip_inert and self.may_be_inert(objective):
             self.scored = self.mask & (self.advantages != 0)
 
@@ -150,14 +150,14 @@ def check_rows(rows: Tensor, completion_ids: Tensor, name: str, width: str) -> N
 
 
 def _values_can_be_checked(x: Tensor) -> bool:
-    """Reading a value costs nothing on a CPU; on a GPU it is a sync, so only FASTGRPO_DEBUG=1 asks for it."""
+    """Whether values may be read: on a CPU; on a GPU, where that waits, with FASTGRPO_DEBUG=1; not while compiling."""
     if torch.compiler.is_compiling():
         return False
     return x.device.type == "cpu" or os.environ.get("FASTGRPO_DEBUG") == "1"
 
 
 def check_ids(ids: Tensor, mask: Tensor, vocab_size: int, mask_name: str = "completion_mask") -> None:
-    """Ids of the rows in `mask` lie in [0, V). Others may be anything, -100 included."""
+    """Check that the ids of the rows in `mask` are in [0, V); those of other rows may be anything, such as -100."""
     if not _values_can_be_checked(ids):
         return
     outside = ((ids < 0) | (ids >= vocab_size)) & mask
@@ -262,7 +262,11 @@ def make_batch(
     temperature: float | Tensor = 1.0,
     cu_seqlens: Tensor | None = None,
 ) -> Batch:
-    """Validate a call's arguments (already checked against the logits) and put them on rows. ValueErrors name them."""
+    """The batch of a call whose ids fit its logits: validates the other arguments and puts them on rows.
+
+    Raises:
+        ValueError: names the argument, what was expected and what came.
+    """
     if not isinstance(objective, Objective):
         raise ValueError(f"objective: expected an Objective, got {objective!r}")
     shape, device = completion_ids.shape, completion_ids.device
@@ -284,7 +288,7 @@ def make_batch(
     check(scale_rewards in SCALE_REWARDS, "scale_rewards", f"one of {', '.join(SCALE_REWARDS)}", scale_rewards)
     advantages_per_token = False
     if advantages is not None:
-        # a constant of the objective, whatever made it
+        # the objective takes no gradient through the advantages
         check(isinstance(advantages, Tensor), "advantages", "a tensor", advantages)
         advantages, per_seq = _to_rows("advantages", advantages.detach(), layout, shape, device, dtype)
         advantages_per_token = not per_seq

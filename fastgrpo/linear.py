@@ -1,4 +1,4 @@
-"""The GRPO loss from hidden states: logits exist for a chunk of rows at a time, and gradients are made on the way."""
+"""The GRPO loss from hidden states: logits exist for a chunk of rows at a time, and become gradients there."""
 
 from __future__ import annotations
 
@@ -40,43 +40,53 @@ def linear_grpo_loss(
     return_stats: bool = True,
     backend: str = "auto",
 ) -> GRPOOutput:
-    """The GRPO loss of a batch of completions from their hidden states; all logits never exist at once.
+    """The GRPO loss of a batch of completions from their hidden states, a chunk of logits at a time.
 
-    A chunk of rows is projected, its logits are turned into their gradient in place, and that into dL/dhidden and
-    dL/dweight: 6NHV FLOPs (4NHV when the weight is frozen, 2NHV without gradients), and memory for one chunk of logits
-    and the gradients, which wait for the backward pass (dL/dweight adds up in fp32 over several chunks, and waits in
-    fp32 for fp16 weights). Rows outside the mask enter no GEMM. Rows that are known not to learn (advantage 0 with
-    beta and entropy_coef 0) are only scored, or left out altogether with `return_stats=False`.
+    It is the loss of `grpo_loss` with
 
-    Objectives beyond token level keep sequences whole. Where one is longer than a chunk, or top_entropy_quantile < 1
-    and the batch is, the gradient is made in the backward pass by projecting again (8NHV), without the rows whose
-    coefficient came out 0.
+        logits = softcap(logit_scale · (hidden @ weightᵀ + bias)),   softcap(x) = c tanh(x / c)
 
-    On a GPU a call waits for the device at most once, to learn how many rows there are to project (or how long packed
-    sequences are): not without a mask and with beta or entropy_coef, at token level or in one chunk. A gradient that
-    is made in the backward pass waits there once more.
+    by default loss = loss_scale · 1/D Σ mask · (-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta · KL)
+    with r = exp(logp - old).
+
+    Each chunk of rows is projected, its logits become their gradient in place, and from that come dL/dhidden and
+    dL/dweight. For N rows that is 6NHV FLOPs (4NHV if the weight is frozen, 2NHV without gradients). Memory holds one
+    chunk of logits, and the gradients until the backward pass. dL/dweight adds up in fp32 over several chunks; for an
+    fp16 weight it stays fp32 until the backward pass. Masked rows enter no GEMM. Rows of advantage 0, with beta and
+    entropy_coef 0, cost one forward GEMM, or none with `return_stats=False`.
+
+    Objectives beyond token level keep sequences whole. If a sequence does not fit into a chunk (with
+    top_entropy_quantile < 1: if the batch does not), the gradient is made in the backward pass instead, by projecting
+    the rows that have one again: 8NHV.
+
+    On a GPU a call waits for the device at most once, to learn how many rows there are to project, or how long packed
+    sequences are. It does not wait without a mask and with beta or entropy_coef, at token level or in one chunk. A
+    gradient that is made in the backward pass waits there once more.
 
     Args:
         hidden (B, T, H) or packed (N, H), fp32, bf16 or fp16: row t predicts completion_ids[:, t]. Any strides.
         weight (V, H): the language-model head, of hidden's dtype; under autocast both are cast, the weight once.
         completion_ids (B, T) or (N,) integer: the sampled tokens.
-        bias (V,): added to the logits.
+        bias (V,) float: added to the logits; None: none.
         logit_scale: factor > 0 of the logits.
-        softcap: c > 0: the logits, scaled, become c·tanh(logit/c), before the temperature.
-        vocab_size: the tokens are the first `vocab_size` rows of the weight; the others are padding, gradient 0.
-        chunk_size: rows of logits that exist at once (None: 512 MiB of them on a CPU, 1/32 of a GPU's memory and at
-            most 8192).
+        softcap: c > 0, applied to the scaled logits, before the temperature; None: none.
+        vocab_size: the first `vocab_size` rows of the weight are tokens; the others are padding and get gradient 0.
+            None: all are tokens.
+        chunk_size: rows of logits that exist at once. None: as many as take 512 MiB on a CPU; on a GPU as many as take
+            1/32 of its memory, at most 8192.
         The rest: as in `grpo_loss`.
 
     Returns:
-        GRPOOutput; `loss` is differentiable in hidden, weight and bias, where it came with its gradient once.
+        GRPOOutput; its loss is differentiable in hidden, weight and bias. If the gradient was made in the forward
+        pass, one backward call is allowed; else any number.
 
     Raises:
         ValueError: names the argument, what was expected and what came.
-        RuntimeError: a named backend cannot run here; a second backward; a double backward.
+        RuntimeError: the named backend cannot run here; a second backward call where one is allowed; a double
+            backward.
 
-    Equivalent to: `grpo_loss(logits, …)` with logits = softcap(logit_scale · (hidden @ weightᵀ + bias)) in hidden's
-    dtype (under autocast, in autocast's).
+    Equivalent to: `grpo_loss` of the logits above, in hidden's dtype (under autocast, in autocast's). The loss is
+    DAPO's (arXiv:2503.14476) by default; `Objective` names the papers of the others.
     """
     check_rows(hidden, completion_ids, "hidden", "H")
     dtype, vocab = check_head(hidden, weight, bias, logit_scale, softcap, vocab_size, chunk_size)
@@ -117,7 +127,7 @@ def linear_grpo_loss(
     else:
         weights, bonus_weight = row_weight(objective, batch), entropy_weight(objective, batch)
         h = bonus_weight
-        # fp16 gradients of a mean would round to 0: a power of two keeps them in range until the upstream factor comes
+        # fp16 gradients of a mean would round to 0; a power of two keeps them in range until the upstream factor comes
         scale = (
             _power_of_two(objective, batch, weights, h)
             if torch.float16 in (dtype, hidden.dtype, weight.dtype)
@@ -172,7 +182,7 @@ def check_head(
     vocab_size: int | None,
     chunk_size: int | None,
 ) -> tuple[torch.dtype, int]:
-    """(dtype of the GEMMs, V) of a head that fits hidden. ValueErrors name the argument."""
+    """(dtype of the GEMMs, V) of a head, after checking that it fits hidden; a ValueError names the argument."""
     width, device = hidden.shape[-1], hidden.device
     matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point() and len(weight) > 0
     check(matrix and weight.shape[1] == width, "weight", f"a floating point tensor of shape (V, {width})", weight)
@@ -208,7 +218,10 @@ def head_options(
     backend: str,
     one_pass: bool = False,
 ) -> tuple[int, float, int, torch.dtype, str]:
-    """(vocab, softcap, chunk, dtype, backend) as the operators take them; the scale has gone into the temperature."""
+    """(vocab, softcap, chunk, dtype, backend) as the operators take them.
+
+    The caller puts `logit_scale` into the temperature; the softcap is divided by it here.
+    """
     chunk = chunk_size or _default_chunk(vocab, dtype, hidden.device)
     backend = backends.select(hidden, backend, dtype, one_pass=vocab if one_pass and softcap is None else 0)
     # c·tanh(s·x/c) = s · (c/s)·tanh(x / (c/s))
@@ -226,11 +239,11 @@ def _learners(objective: Objective, batch: Batch) -> Tensor | None:
 
 
 def _row_counts(objective: Objective, batch: Batch, scored: Tensor | None, chunk: int) -> tuple[bool, list[int]]:
-    """(whether the gradient can be made in one pass, the `counts` of linear_loss where that had to be known)."""
+    """(whether the gradient can be made in the forward pass, `counts` of linear_loss if they had to be known here)."""
     if objective.is_token_local or batch.ids.numel() <= chunk:
-        return True, []  # rows can be cut anywhere, or need not be
+        return True, []  # chunks may end at any row, or there is one chunk
     if objective.top_entropy_quantile < 1 or torch.compiler.is_compiling():
-        return False, []  # the quantile is the whole batch's; and a graph cannot hold the sequences' lengths
+        return False, []  # the quantile is over the whole batch, and a graph cannot hold the sequences' lengths
     learn, layout = _learners(objective, batch), batch.layout
     if scored is not None or learn is not None:
         learn = batch.scored if learn is None else learn
@@ -242,9 +255,10 @@ def _row_counts(objective: Objective, batch: Batch, scored: Tensor | None, chunk
 
 
 def _power_of_two(objective: Objective, batch: Batch, weights: Tensor, h: Tensor | None) -> Tensor:
-    """0-dim 2^k that takes the largest coefficient of a row to about 2^8, as far as it is known before the pass.
+    """The power of two, 0-dim, that brings the largest coefficient of a row to about 2^8.
 
-    fp16 reaches from 2^-24 to 2^16: that leaves room for small probabilities below, and for ratios above.
+    It uses what is known before the pass. fp16 reaches from 2^-24 to 2^16, so 2^8 leaves room for small probabilities
+    below it and for ratios above it.
     """
     size = batch.scored_only(batch.advantages).abs() + objective.beta
     if batch.importance_ratio is not None:
@@ -255,11 +269,16 @@ def _power_of_two(objective: Objective, batch: Batch, weights: Tensor, h: Tensor
 
 
 class LinearGRPOLoss(GRPOLoss):
-    """`linear_grpo_loss` with its objective (and, if wished, other fixed options) held in a module.
+    """`linear_grpo_loss` as a module, which holds the objective and other options that do not change.
+
+    Call it as `linear_grpo_loss`, without `objective`; a keyword of the call wins over one held here.
 
     Args:
         objective: the options of the loss.
-        **options: keyword arguments of `linear_grpo_loss` that stay the same from call to call, such as softcap.
+        **options: keyword arguments of `linear_grpo_loss`, such as `softcap=30.0`.
+
+    Raises:
+        ValueError: an objective that is none, or a keyword that `linear_grpo_loss` does not have.
     """
 
     function = staticmethod(linear_grpo_loss)

@@ -1,8 +1,8 @@
 """The operators of the projection in chunks, `torch.ops.fastgrpo.linear_*`: schemas, fakes and autograd formulas.
 
-linear_stats is differentiable by projecting again (linear_grad, 8NHV FLOPs in all); linear_loss makes its gradients
-in the forward pass (6NHV). What they share: hidden (B, T, H), weight (V', H) and bias (V') of which the first `vocab`
-rows take part, vectors (N,) with N = B·T, `chunk` rows at a time, GEMMs in `dtype`.
+linear_stats is differentiable: its backward pass, linear_grad, projects again (8NHV FLOPs in all). linear_loss makes
+its gradients in the forward pass (6NHV). All take hidden (B, T, H), weight (V', H) and bias (V'), of which the first
+`vocab` rows are used, and vectors (N,) with N = B·T; they project `chunk` rows at a time, with GEMMs in `dtype`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NUMBERS = tuple(field.name for field in fields(Objective) if field.name not in 
 
 
 def encode_objective(objective: Objective) -> tuple[str, list[float]]:
-    """An Objective as an operator's schema takes it: its names in a string, its numbers as floats, inf for None."""
+    """An Objective as a schema can hold it: its names as a string, its numbers as floats, with inf for None."""
     numbers = [getattr(objective, name) for name in _NUMBERS]
     names = " ".join([getattr(objective, name) for name in _NAMES])
     return names, [float("inf") if number is None else float(number) for number in numbers]
@@ -63,9 +63,9 @@ def linear_stats(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ops.row_stats of the logits of hidden @ weightᵀ + bias; rows outside `mask` enter no GEMM. 2NHV FLOPs.
+    """ops.row_stats of the logits hidden @ weightᵀ + bias, with 2NHV FLOPs; rows outside `mask` enter no GEMM.
 
-    `count` is the number of rows in the mask, or -1 to count here.
+    `count` is the number of rows in the mask, or -1: then they are counted here, which waits for the device.
     """
     n, order = ids.numel(), None
     if mask is not None:
@@ -119,7 +119,7 @@ def linear_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias (empty unless `needs` says so) from g = dL/dlogp and h = dL/dentropy.
 
-    Rows where both are 0 enter no GEMM. 2NHV FLOPs, and 2NHV for each of the first two gradients.
+    Rows with both 0 enter no GEMM. It takes 2NHV FLOPs, and 2NHV more for each of the first two gradients.
     """
     n, order = ids.numel(), None
     learn = g != 0 if h is None else (g != 0) | (h != 0)
@@ -136,7 +136,7 @@ def linear_grad(
             logits = projection.logits(rows)
             backends.get(backend).row_grad(logits, ids[rows], *per_row, inv_temperature[rows], logits, softcap)
             gradients.add(rows)
-        logits = projection = None  # before the weight's gradient is rounded
+        logits = projection = None  # frees the buffer before the weight's gradient is rounded
         return gradients.result()
 
 
@@ -170,7 +170,7 @@ def _linear_stats_backward(ctx, d_logp, _, d_entropy):
         d_entropy = None
     if d_logp is None and d_entropy is None:
         return (None,) * 13
-    # masked rows have no gradient, whatever comes from above
+    # masked rows have no gradient, whatever the upstream gradient is
     g, h = (None if d is None else d if mask is None else torch.where(mask, d, 0.0) for d in (d_logp, d_entropy))
     g = torch.zeros_like(lse) if g is None else g.contiguous()
     h = None if h is None else h.contiguous()
@@ -185,7 +185,7 @@ linear_stats.register_autograd(_linear_stats_backward, setup_context=_linear_sta
 
 
 def hold_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which gradients wait for the upstream factor: fp16 has no room for numbers that are yet to be scaled."""
+    """The dtype of gradients until the upstream factor comes; fp16 has too little range for unscaled ones."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -194,7 +194,7 @@ def linear_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ids: Tensor,  # (N,) int64; what follows has N elements too
+    ids: Tensor,  # (N,) int64; the vectors below are (N,), too
     scored: Tensor | None,  # bool; None: all
     learn: Tensor | None,  # bool, within `scored`; None: all that are scored
     inv_temperature: Tensor,
@@ -205,7 +205,7 @@ def linear_loss(
     ref: Tensor | None,
     sampling: Tensor | None,
     importance_ratio: Tensor | None,
-    seq: Tensor | None,  # int64, the sequence of each row; None where the objective does not ask
+    seq: Tensor | None,  # int64, the sequence of each row; None at token level
     num_sequences: int,
     counts: list[int],
     importance_ratio_per_sequence: bool,
@@ -222,9 +222,10 @@ def linear_loss(
     """(loss, statistics, and the gradients of hidden, weight and bias for dL = 1), in one pass over chunks.
 
     `statistics` (K, N) are those of `wanted_statistics`; a row that does not learn has ratio 1 and kl 0. Such rows are
-    projected for their statistics alone, those that are not scored not at all. `counts` is
-    that of `count_rows`, or empty to count here. With the length of every sequence in it, sequences stay whole, and
-    none may be longer than a chunk; without, rows must not depend on each other, or fit one chunk.
+    only projected for their statistics; rows that are not scored are not projected.
+    `counts` is the result of `count_rows`, or empty: then it is computed here. If it has the length of every sequence,
+    sequences stay whole, and none may be longer than a chunk. Otherwise rows must not depend on each other, or all of
+    them must fit into one chunk.
     """
     o = _decode_objective(objective, tuple(numbers))
     n, every = ids.numel(), torch.ones_like(ids, dtype=torch.bool) if scored is None else scored
@@ -290,7 +291,7 @@ def linear_loss(
             logp, _, entropy = _row_stats(logits, ids[part], inv_temperature[part], want_entropy, softcap, backend)
             stats = dict(logp=logp, entropy=entropy, ratio=torch.ones_like(logp), kl=torch.zeros_like(logp))
             torch.stack([stats[name] for name in wanted], out=table[:, part])
-        projection = None  # before the weight's gradient is rounded
+        projection = None  # frees the buffer before the weight's gradient is rounded
         loss = sum(losses[1:], start=losses[0]) if losses else inv_temperature.new_zeros(())
         if order is not None:
             table = torch.empty_like(table).index_copy_(1, order, table)
@@ -312,7 +313,7 @@ def _gather(vectors: list[Tensor | None], rows: Tensor) -> list[Tensor | None]:
 def _loss_and_gradient(
     o: Objective, batch: Batch, logits: Tensor, want_entropy: bool, softcap: float, backend: str
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """(loss, statistics) of a chunk, and dL/dlogits over its logits."""
+    """(loss, statistics) of a chunk; writes dL/dlogits over its logits."""
     kernels, rows = backends.get(backend), (batch.ids, batch.scored, batch.inv_temperature)
     if backend != "torch" and o.is_token_local:
         token_rows, spec = token_inputs(o, batch)
@@ -329,7 +330,8 @@ def _loss_and_gradient(
 
 @contextlib.contextmanager
 def _autograd_inside_an_operator():
-    """The dispatcher keeps autograd out of an operator's own body; the objective's derivatives want it back."""
+    """Turns autograd on again, which the dispatcher turns off in the body of an operator, for the objective's
+    derivatives."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for name in ("AutogradFunctionality", "AutogradCPU", "AutogradCUDA", "AutogradXPU", "ADInplaceOrView"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
@@ -371,8 +373,8 @@ linear_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_
 
 
 class LinearLoss(torch.autograd.Function):
-    """linear_loss outside a compiled graph: the gradients are nobody else's, so backward scales them in place and
-    gives them away, once."""
+    """linear_loss outside a compiled graph: nothing else holds the gradients, so backward scales them in place and
+    returns them, once."""
 
     @staticmethod
     def forward(ctx, *inputs):

@@ -1,4 +1,4 @@
-"""Per-token logps and entropies, differentiable, for the policy of today, of yesterday and of reference."""
+"""Per-token logps and entropies, differentiable, for the current, the old and the reference policy."""
 
 from __future__ import annotations
 
@@ -22,24 +22,27 @@ def selective_logps(
     return_entropy: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """logp_t = z_t[id] - logsumexp(z_t) with z = logits / temperature, in one read of the logits; differentiable.
+    """The log-probability of each sampled token, and the entropy of its distribution, from one read of the logits.
 
-    A row's result depends on that row alone, bit for bit: the same completion scored alone or in another batch gives
-    the same logps, and they equal those inside `grpo_loss`, so that a first update's ratio is exactly 1.
+        logp_t = z_t[id_t] - logsumexp(z_t),   H_t = -Σ p_t log p_t   with z = logits / temperature, p = softmax(z)
+
+    A row's result depends on that row alone, bit for bit. So a completion has the same logps alone and in any batch,
+    and they equal those inside `grpo_loss` on the same backend: the ratio of a first update is exactly 1.
 
     Args:
         logits (B, T, V) or (N, V), fp32, bf16, fp16 (float64 in plain torch): row t predicts completion_ids[:, t].
         completion_ids (B, T) or (N,) integer.
-        mask like completion_ids: rows to score (nonzero); others are not read and give 0.
+        mask like completion_ids: nonzero for the tokens to score; the others are not read and give 0. None: all.
         temperature: number > 0, or a tensor per sequence (B,) or per token (B, T) / (N,).
-        return_entropy: also return the entropies, in nats (of the distribution at that temperature).
-        backend: "auto", "cpu", "cuda", "triton" or "torch".
+        return_entropy: also return the entropies, in nats.
+        backend: "auto" (see `fastgrpo.backends.select`), "cpu", "cuda", "triton" or "torch".
 
     Returns:
-        logps like completion_ids, fp32; or (logps, entropies).
+        logps like completion_ids, fp32 (float64 from float64); or (logps, entropies). Differentiable in logits.
 
     Raises:
         ValueError: names the argument, what was expected and what came.
+        RuntimeError: the named backend cannot run here.
 
     Equivalent to: trl.trainer.utils.selective_log_softmax, and entropy_from_logits for the entropy.
     """
@@ -70,27 +73,30 @@ def linear_logps(
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`selective_logps` from hidden states, a chunk of logits at a time; for old and reference policies too.
+    """`selective_logps` from hidden states, a chunk of logits at a time; for old and reference policies, too.
 
-    2NHV FLOPs; the backward pass projects again the rows whose upstream gradient is not 0, and those alone, 6NHV for
-    each. The logps agree with those inside `linear_grpo_loss` to the rounding of the library's GEMM, which may sum in
-    another order for another number of rows.
+        logp_t = z_t[id_t] - logsumexp(z_t)   with z = softcap(logit_scale · (hidden @ weightᵀ + bias)) / temperature
+
+    The forward pass takes 2NHV FLOPs for N rows. The backward pass projects only the rows whose upstream gradient is
+    not 0, and takes 6HV for each. The logps may differ in the last bits from those inside `linear_grpo_loss`, because
+    the GEMM may sum in another order for another number of rows.
 
     Args:
         hidden (B, T, H) or (N, H), fp32, bf16 or fp16: row t predicts completion_ids[:, t]. Any strides.
         weight (V, H): the language-model head, of hidden's dtype; under autocast both are cast, the weight once.
         completion_ids (B, T) or (N,) integer.
-        mask like completion_ids: rows to score (nonzero); others enter no GEMM and give 0.
+        mask like completion_ids: nonzero for the tokens to score; the others enter no GEMM and give 0. None: all.
         temperature: number > 0, or a tensor per sequence (B,) or per token (B, T) / (N,).
-        return_entropy: also return the entropies, in nats (of the distribution at that temperature).
+        return_entropy: also return the entropies, in nats.
         bias, logit_scale, softcap, vocab_size, chunk_size: as in `linear_grpo_loss`.
-        backend: "auto", "cpu", "cuda", "triton" or "torch".
+        backend: "auto" (see `fastgrpo.backends.select`), "cpu", "cuda", "triton" or "torch".
 
     Returns:
         logps like completion_ids, fp32; or (logps, entropies). Differentiable in hidden, weight and bias.
 
     Raises:
         ValueError: names the argument, what was expected and what came.
+        RuntimeError: the named backend cannot run here.
 
     Equivalent to: `selective_logps` of softcap(logit_scale · (hidden @ weightᵀ + bias)) in hidden's dtype.
     """
@@ -109,5 +115,5 @@ def linear_logps(
 
 
 def _layout(shape: torch.Size) -> Padded:
-    """Packed rows stand on their own here: per token is per sequence."""
+    """The layout of ids; each packed row counts as a sequence, since no boundaries are needed here."""
     return Padded(*shape) if len(shape) == 2 else Padded(shape[0], 1)

@@ -21,16 +21,16 @@ from fastgrpo.objective import (
 
 
 class GRPOOutput(NamedTuple):
-    """What a loss call returns. Only `loss` is differentiable; with return_stats=False only `loss` is filled.
+    """What a loss returns: the loss, which alone is differentiable, and statistics.
 
-    fp32; from float64 inputs the statistics are float64.
+    With `return_stats=False` only `loss` is filled. All are fp32; from float64 inputs the statistics are float64.
     """
 
     loss: Tensor  # 0-dim
     per_token_logps: Tensor | None = None  # like completion_ids; 0 where masked
     entropies: Tensor | None = None  # like completion_ids, nats; 0 where masked
     kl: Tensor | None = None  # like completion_ids; None when beta is 0
-    metrics: dict[str, Tensor] | None = None  # 0-dim tensors under TRL's names; reading one is the caller's sync
+    metrics: dict[str, Tensor] | None = None  # 0-dim tensors under TRL's names; reading one waits for the device
 
 
 def grpo_loss(
@@ -57,45 +57,57 @@ def grpo_loss(
 ) -> GRPOOutput:
     """The GRPO loss of a batch of completions from their logits, without a full softmax.
 
-    With `inplace=True` the gradient is made in the forward pass and written over the logits: one pass over them for
-    token-level objectives, and no memory that grows with V. Otherwise the forward pass reads the logits once and the
-    backward pass makes the gradient in a new tensor.
+    With logp = log_softmax(logits / temperature)[id] and r = exp(logp - old) of each token, and d = ref - logp, the
+    default objective is that of DAPO (arXiv:2503.14476), GRPO's (arXiv:2402.03300) averaged over tokens:
+
+        loss = loss_scale · 1/D Σ mask · (-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta · KL)
+        KL = r (exp(d) - d - 1),   without the factor r if use_bias_correction_kl=False
+
+    summed over all tokens, D being the number of loss tokens (`num_items_in_batch`). `Objective` has the other losses,
+    ratios and averages, and docs/objectives.md their formulas.
+
+    With `inplace=True` the gradient is made in the forward pass and written over the logits: token-level objectives
+    take one pass over them, and nothing is allocated that grows with V. With `inplace=False` the forward pass reads
+    the logits once, and the backward pass makes the gradient in a new tensor.
 
     Args:
         logits (B, T, V) or packed (N, V), fp32, bf16 or fp16: row t predicts completion_ids[:, t] (the caller drops
             the last position; a strided slice is fine and is not copied). float64 works too, in plain torch.
         completion_ids (B, T) or (N,) integer: the sampled tokens.
-        advantages (B,) or (B, T), packed (S,) or (N,): or None, and then `rewards` with `num_generations`.
-        completion_mask like completion_ids: the loss tokens (nonzero). What a masked row holds, NaN included, reaches
-            no result, and its logits are not read.
-        old_per_token_logps like completion_ids: logps under the policy that sampled; None: the current ones, detached.
-        ref_per_token_logps like completion_ids: logps under the reference policy; needed when beta is not 0.
-        rewards (B,): one per completion, whole contiguous groups of `num_generations`; NaN: not judged.
+        advantages (B,) or (B, T), packed (S,) or (N,) float: A; or None, and then `rewards` with `num_generations`.
+        completion_mask like completion_ids: nonzero for the loss tokens; None: all. Masked tokens are never read, so
+            they may hold NaN.
+        old_per_token_logps like completion_ids, float: logps under the policy that sampled; None: the current ones,
+            detached, so that r = 1.
+        ref_per_token_logps like completion_ids, float: logps under the reference policy; needed if beta is not 0.
+        rewards (B,), packed (S,): one per completion, in whole contiguous groups of `num_generations`; they become
+            advantages as in `group_advantages`. NaN: not judged.
+        num_generations: completions in a group of `rewards`.
         scale_rewards: "group", "batch" or "none", see `group_advantages`.
-        importance_sampling_ratio (B, T), (B, 1) or (B,): factor of the policy term for tokens of another sampler.
+        importance_sampling_ratio (B, T), (B, 1) or (B,): factor of the policy term, for samples of another policy than
+            the old one, such as an inference engine's.
         sampling_per_token_logps like completion_ids: the sampler's logps, for the off-policy mask (None: old ones).
         num_items_in_batch: number of loss tokens that "dapo", "cispo" and "vespo" divide by (number or 0-dim tensor;
             None: this batch's).
         loss_scale: factor of loss and gradient, such as 1/accumulation steps (number or 0-dim tensor).
         temperature: number > 0, or a tensor (B,) or (B, T): logits are divided by it.
-        cu_seqlens (S+1,) integer: the sequence boundaries of a packed batch.
+        cu_seqlens (S+1,) integer: boundaries of the S sequences in a packed batch.
         objective: every option of the loss.
-        return_stats: fill per_token_logps, entropies, kl and metrics; without, rows that cannot learn are not scored.
-        inplace: overwrite `logits` with their gradient, when they require one: use them for nothing else afterwards (a
-            leaf's .grad then shares its memory). One backward call is allowed. torch.compile(fullgraph=True) takes it
+        return_stats: fill per_token_logps, entropies, kl and metrics; if False, tokens that cannot learn are not
+            scored.
+        inplace: overwrite `logits` with their gradient if they require one. Use them for nothing else afterwards; the
+            .grad of a leaf shares its memory. One backward call is allowed. torch.compile(fullgraph=True) takes it
             on the kernel backends, in fp32 and bf16, at token level.
-        backend: "auto" (`backends.select` has the rule), "cpu", "cuda", "triton" or "torch"; a named one that cannot
-            run raises.
+        backend: "auto" (see `fastgrpo.backends.select`), "cpu", "cuda", "triton" or "torch".
 
     Returns:
-        GRPOOutput.
+        GRPOOutput; its loss is differentiable in logits.
 
     Raises:
         ValueError: names the argument, what was expected and what came.
-        RuntimeError: a named backend cannot run here; a second backward after inplace=True; a double backward.
+        RuntimeError: the named backend cannot run here; a second backward call after inplace=True; a double backward.
 
-    Equivalent to: TRL 1.16's `GRPOTrainer._compute_loss` after its forward pass (arXiv:2402.03300; for the options,
-    the papers named in `Objective`).
+    Equivalent to: TRL 1.16's `GRPOTrainer._compute_loss` after its forward pass.
     """
     check_rows(logits, completion_ids, "logits", "V")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -141,7 +153,7 @@ def make_output(objective: Objective, batch: Batch, loss, logps, entropies, rati
 
 
 def as_rows(logits: Tensor, inplace: bool = False) -> Tensor:
-    """(B, T, V) with unit stride in V; packed (N, V) becomes (1, N, V)."""
+    """The logits as (B, T, V) with unit stride in V; packed (N, V) becomes (1, N, V)."""
     if logits.stride(-1) != 1 and logits.size(-1) > 1:
         if inplace:
             raise ValueError(f"logits: expected unit stride in V with inplace=True, got strides {logits.stride()}")
@@ -156,7 +168,7 @@ def as_rows(logits: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _loss(logits: Tensor, objective: Objective, batch: Batch, want_entropy: bool, backend: str):
-    """Forward now, gradient when asked: (loss, logps, entropies, ratio, kl, phi, bonus)."""
+    """(loss, logps, entropies, ratio, kl, phi, bonus); the gradient is made in the backward pass, in a new tensor."""
     if backend != "torch" and objective.is_token_local:
         return _token_loss(ops.token_loss, logits, objective, batch, want_entropy, backend)
     batch.leave_out_inert(objective)
@@ -174,7 +186,7 @@ def objective_of_stats(
 
 
 def _token_loss(op, logits: Tensor, objective: Objective, batch: Batch, want_entropy: bool, backend: str):
-    """The one-pass kernels: `op` is ops.token_loss or ops.token_loss_."""
+    """The same by the one-pass kernels: `op` is ops.token_loss, or ops.token_loss_, which writes over the logits."""
     rows, spec = token_inputs(objective, batch)
     loss, logps, _, entropies, kl, ratio, _ = op(
         logits, batch.ids, batch.scored, batch.inv_temperature, want_entropy, *rows, list(spec), backend
@@ -187,7 +199,7 @@ def _token_loss(op, logits: Tensor, objective: Objective, batch: Batch, want_ent
 def token_inputs(objective: Objective, batch: Batch) -> tuple[TokenRows, TokenSpec]:
     """The fused objective's view of a batch."""
     o = objective
-    # not in the pass: what it cannot do, a std over the batch and float64
+    # the pass cannot take a std over the batch, nor float64 rewards: their advantages are made before it
     in_pass = batch.rewards is not None and batch.scale_rewards != "batch" and batch.rewards.dtype != torch.float64
     rows = TokenRows(
         weight=row_weight(o, batch),
@@ -216,14 +228,14 @@ def token_inputs(objective: Objective, batch: Batch) -> tuple[TokenRows, TokenSp
 
 
 class _InPlaceLoss(torch.autograd.Function):
-    """The gradient is made in the forward pass, over the logits; backward hands it out, scaled, once."""
+    """The gradient is made in the forward pass, over the logits; backward scales it and returns it, once."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, objective: Objective, batch: Batch, want_entropy: bool, backend: str):
-        # detach() shares the version counter: whoever saved these logits for a backward of their own gets autograd's
-        # error about an in-place change instead of a gradient in their place
+        # detach() shares the version counter: an operation that saved these logits for its own backward pass gets
+        # autograd's error about an in-place change, and does not read a gradient as logits
         buffer = logits.detach()
-        # fp16 gradients wait for the upstream factor: a GradScaler's is there to keep them from rounding to 0
+        # fp16 gradients wait for the upstream factor, because a GradScaler's keeps them from rounding to 0
         ctx.wait = buffer.dtype == torch.float16
         if backend != "torch" and objective.is_token_local and not ctx.wait:
             results = _token_loss(ops.token_loss_, buffer, objective, batch, want_entropy, backend)
@@ -266,7 +278,7 @@ class _InPlaceLoss(torch.autograd.Function):
 
 
 def coefficients(objective: Objective, stats: tuple[Tensor, Tensor, Tensor], batch: Batch, want_entropy: bool):
-    """The objective's terms, and g = dL/dlogp and h = dL/dentropy (or None) of each row, by autograd on vectors."""
+    """(the objective's terms, g = dL/dlogp, h = dL/dentropy or None), g and h (N,), by autograd on vectors."""
     with torch.enable_grad():
         logps = stats[0].detach().requires_grad_()
         entropies = stats[2].detach().requires_grad_(objective.entropy_coef != 0)
@@ -277,11 +289,16 @@ def coefficients(objective: Objective, stats: tuple[Tensor, Tensor, Tensor], bat
 
 
 class GRPOLoss(nn.Module):
-    """`grpo_loss` with its objective (and, if wished, other fixed options) held in a module.
+    """`grpo_loss` as a module, which holds the objective and other options that do not change from call to call.
+
+    Call it as `grpo_loss`, without `objective`; a keyword of the call wins over one held here.
 
     Args:
         objective: the options of the loss.
-        **options: keyword arguments of `grpo_loss` that stay the same from call to call, such as inplace.
+        **options: keyword arguments of `grpo_loss`, such as `inplace=True`.
+
+    Raises:
+        ValueError: an objective that is none, or a keyword that `grpo_loss` does not have.
     """
 
     function = staticmethod(grpo_loss)

@@ -38,24 +38,32 @@ _PRESETS = {
 
 @dataclass(frozen=True)
 class Objective:
-    """Every option of the objective, with TRL's names and defaults; checked on construction.
+    """Every option of the loss, with TRL 1.16's names and defaults; checked on construction.
+
+    docs/objectives.md has each loss as a formula.
 
     Args:
-        loss_type: how tokens are scored and averaged: "grpo", "bnpo", "dr_grpo", "dapo", "luspo" (clipped ratio,
-            five averages), "cispo", "sapo", "vespo".
-        importance_sampling_level: the ratio of "token", "sequence" (GSPO) or "sequence_token" (GSPO-token: value of
-            the sequence's ratio, gradient of the token's).
-        beta: coefficient of the k3 KL estimate to the reference policy; 0 needs no reference.
-        epsilon: lower clip range, ratio >= 1 - epsilon.
-        epsilon_high: upper clip range, ratio <= 1 + epsilon_high (None: epsilon). For "cispo" it is the cap itself.
-        delta: second, upper clip of the unclipped ratio (two-sided clipping); None: none.
-        use_bias_correction_kl: multiply the KL estimate by the ratio (DeepSeek-V3.2).
-        entropy_coef: coefficient of the mean entropy that is subtracted from the loss.
-        top_entropy_quantile: share of tokens, those of highest entropy, that get a policy gradient (1: all).
-        off_policy_mask_threshold: drop sequences of negative advantage whose mean log ratio sampler/policy exceeds it.
-        max_completion_length: the constant that "dr_grpo" divides by.
-        sapo_temperature_pos, sapo_temperature_neg: SAPO's gate temperatures, by the advantage's sign.
-        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: VESPO's gamma weights, by the advantage's sign.
+        loss_type: the loss of a token, and how tokens are averaged. The loss is the clipped ratio for "grpo"
+            (arXiv:2402.03300), "bnpo", "dr_grpo" (arXiv:2503.20783), "dapo" (arXiv:2503.14476) and "luspo"
+            (arXiv:2602.05261), which differ in the average. "cispo" (arXiv:2506.13585), "sapo" (arXiv:2511.20347)
+            and "vespo" (arXiv:2602.10693) have losses of their own.
+        importance_sampling_level: what the ratio is of: "token"; "sequence" (GSPO, arXiv:2507.18071); or
+            "sequence_token" (GSPO-token), which has the value of the sequence's ratio and the gradient of the token's.
+        beta: coefficient of the KL to the reference policy, estimated by k3; 0: no reference is needed.
+        epsilon: the ratio is clipped at 1 - epsilon from below.
+        epsilon_high: the ratio is clipped at 1 + epsilon_high from above; None: as epsilon. For "cispo" it is the
+            bound itself.
+        delta: bound of the unclipped ratio from above (two-sided clipping, arXiv:2505.07291); None: none.
+        use_bias_correction_kl: multiply the KL estimate by the ratio (DeepSeek-V3.2, arXiv:2512.02556).
+        entropy_coef: coefficient of the mean entropy, which is subtracted from the loss.
+        top_entropy_quantile: share of the tokens, those of highest entropy, that have a policy gradient
+            (arXiv:2506.01939); 1: all.
+        off_policy_mask_threshold: sequences of negative advantage have no policy gradient if their mean of
+            sampler's logp - logp exceeds it (DeepSeek-V3.2); None: all have.
+        max_completion_length: the constant that "dr_grpo" divides by, and needs.
+        sapo_temperature_pos, sapo_temperature_neg: temperatures of SAPO's gate, by the advantage's sign.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: parameters of VESPO's weight, by the advantage's
+            sign.
 
     Raises:
         ValueError: names the option, what was expected and what came.
@@ -116,7 +124,15 @@ class Objective:
 
     @classmethod
     def preset(cls, name: str, **overrides) -> Objective:
-        """The options that a paper uses, "grpo-paper", "dapo", "dr_grpo", "gspo", "cispo", …, with `overrides`."""
+        """An objective with the settings of a paper.
+
+        Args:
+            name: "grpo-paper", "dapo", "dr_grpo", "bnpo", "gspo", "gspo-token", "luspo", "cispo", "sapo" or "vespo".
+            **overrides: options that take other values than the paper's.
+
+        Raises:
+            ValueError: another name, or an option's bad value.
+        """
         if name not in _PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(_PRESETS)}, got {name!r}")
         return cls(**{**_PRESETS[name], **overrides})

@@ -1,7 +1,7 @@
 """The operators of the row sweeps, `torch.ops.fastgrpo.*`: schemas, fakes and autograd formulas, for every backend.
 
-row_stats and token_loss are differentiable; row_grad and the in-place ones (trailing underscore) are what their
-backward passes are made of. Each takes the backend's name, chosen by `backends.select`.
+row_stats and token_loss are differentiable; their backward passes call row_grad and the operators in place, whose
+names end in an underscore. Each operator takes the name of a backend, which `backends.select` has chosen.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from fastgrpo.backends import TokenRows, TokenSpec
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
-    """An uninitialised gradient, with the logits' own strides where they are those of a slice of rows.
+    """An uninitialised gradient, with the strides of the logits if they are a slice of rows.
 
-    Equal strides mean equal alignment of every row, which the kernels' wide accesses like.
+    With equal strides every row of both has the same alignment, so the kernels' wide accesses fit both.
     """
     span = row_span(logits)
     if span is not None and span <= 1.25 * logits.numel():
@@ -25,7 +25,7 @@ def empty_gradient(logits: Tensor) -> Tensor:
 
 
 def row_span(logits: Tensor) -> int | None:
-    """Elements from the first to the last of (B, T, V) logits; None where rows share memory, as expanded ones do."""
+    """Elements from the first to the last of (B, T, V) logits; None if rows share memory, as expanded ones do."""
     span = logits.size(-1)
     for stride, size in sorted(zip(logits.stride()[:2], logits.shape[:2], strict=True)):
         if size > 1:
@@ -43,7 +43,7 @@ def _rows_like(ids: Tensor, inv_temperature: Tensor, count: int) -> list[Tensor]
 def row_stats(
     logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, lse, entropy) of each row, (N,) fp32; entropy is empty unless wanted. Not read where masked."""
+    """(logp, lse, entropy) of each row, (N,) fp32; entropy is empty unless wanted. Masked rows are not read."""
     return backends.get(backend).row_stats(logits, ids, mask, inv_temperature, want_entropy)
 
 
@@ -64,7 +64,7 @@ def row_grad(
     inv_temperature: Tensor,
     backend: str,
 ) -> Tensor:
-    """The gradient of the logits from g = dL/dlogp and h = dL/dentropy of each row; zero rows are not read."""
+    """The gradient of the logits from g = dL/dlogp and h = dL/dentropy of each row; rows with both 0 are not read."""
     out = empty_gradient(logits)
     backends.get(backend).row_grad(logits, ids, lse, entropy, g, h, inv_temperature, out)
     return out
@@ -159,7 +159,7 @@ def token_loss_(
     spec: list[float],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """token_loss that also writes the gradient over the logits, still in the one pass."""
+    """token_loss that also writes the gradient over the logits, in the same pass."""
     rows = TokenRows(weight, advantages, rewards, seq, old, ref, policy_scale, h)
     return backends.get(backend).token_loss(
         logits, ids, mask, inv_temperature, want_entropy, rows, TokenSpec(*spec), logits
@@ -180,7 +180,7 @@ def _row_stats_setup(ctx, inputs, output):
     _, lse, entropy = output
     ctx.save_for_backward(logits, ids, mask, inv_temperature, lse, entropy)
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)  # an entropy that nobody differentiates must not cost its gradient
+    ctx.set_materialize_grads(False)  # so that an entropy that nobody differentiates costs no gradient
 
 
 def _row_stats_backward(ctx, d_logp, _, d_entropy):
@@ -189,7 +189,7 @@ def _row_stats_backward(ctx, d_logp, _, d_entropy):
         d_entropy = None
     if d_logp is None and d_entropy is None:
         return None, None, None, None, None, None
-    # masked rows have no gradient, whatever comes from above
+    # masked rows have no gradient, whatever the upstream gradient is
     g = torch.zeros_like(lse) if d_logp is None else torch.where(mask, d_logp, 0.0)
     h = None if d_entropy is None else torch.where(mask, d_entropy, 0.0)
     grad = torch.ops.fastgrpo.row_grad(logits, ids, lse, entropy, g, h, inv_temperature, ctx.backend)

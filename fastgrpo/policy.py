@@ -29,12 +29,18 @@ def policy_loss(
     objective: Objective = Objective(),  # noqa: B008 (frozen)
     return_stats: bool = True,
 ) -> GRPOOutput:
-    """The GRPO loss from logps (B, T) or packed (N,) that the caller's own forward pass made; plain torch autograd.
+    """The GRPO loss from log-probabilities that your own forward pass made, in plain torch.
+
+    It is the loss of `grpo_loss` from its logp on: by default
+
+        loss = loss_scale · 1/D Σ mask · (-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta · KL)
+
+    with r = exp(logp - old).
 
     Args:
-        per_token_logps (B, T) or (N,): differentiable logps of the sampled tokens.
-        entropies like per_token_logps: needed for an entropy bonus (then differentiable) and for
-            top_entropy_quantile < 1; otherwise a statistic.
+        per_token_logps (B, T) or packed (N,) float: logps of the sampled tokens.
+        entropies like per_token_logps: entropies of their distributions, in nats. An entropy bonus needs them, and is
+            differentiable in them; top_entropy_quantile < 1 needs them, too; otherwise they are a statistic.
         The rest: as in `grpo_loss`.
 
     Returns:

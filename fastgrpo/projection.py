@@ -1,7 +1,7 @@
 """The vocabulary projection a few rows at a time: the library's GEMMs around one reused buffer of logits.
 
 A chunk of rows is projected into the buffer (2NHV FLOPs), a row sweep writes dL/dlogits over the logits, and two more
-GEMMs take the gradients out of it (4NHV). What the sweeps compute is none of this file's business.
+GEMMs make the gradients of hidden states and weight from them (4NHV). This file does not know what the sweeps compute.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor
 from fastgrpo.backends import cpu
 from fastgrpo.layout import Packed, Padded
 
-CPU_BYTES = 512 << 20  # of a chunk: few and large ones, because each adds its dW to the sum in memory
-GPU_SHARE = 32  # a chunk takes at most this part of a GPU's memory
-GPU_ROWS = 8192  # beyond which the GEMMs gain nothing
+CPU_BYTES = 512 << 20  # of a chunk's logits; chunks are few and large, because each adds its dW to a sum in memory
+GPU_SHARE = 32  # a chunk takes at most 1/32 of a GPU's memory
+GPU_ROWS = 8192  # more rows make the GEMMs no faster
 LEAST_ROWS = 256
-SLICE = 4096  # rows of dW that stay in a CPU's cache between their GEMM and their sum
+SLICE = 4096  # so many rows of dW stay in a CPU's cache between their GEMM and their sum
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in."""
+    """The dtype of sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def default_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a chunk, by the memory that their logits take."""
+    """The number of rows in a chunk, by the memory that their logits take."""
     row = vocab * dtype.itemsize
     if device.type == "cpu":
         return max(LEAST_ROWS, CPU_BYTES // row)
@@ -36,14 +36,14 @@ def default_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def cut(start: int, stop: int, chunk: int) -> list[slice]:
-    """[start, stop) in equal parts of at most `chunk`."""
+    """[start, stop) cut into equal parts of at most `chunk`."""
     count = -(-(stop - start) // chunk)
     edges = [start + (stop - start) * i // max(count, 1) for i in range(count + 1)]
     return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def cut_sequences(lengths: list[int], chunk: int) -> list[tuple[slice, slice]]:
-    """(rows, sequences) of chunks of whole sequences, as many as fit in each; none may be longer than a chunk."""
+    """(rows, sequences) of each chunk, which holds as many whole sequences as fit; none is longer than a chunk."""
     parts, row, first, begin = [], 0, 0, 0
     for i, length in enumerate(lengths):
         if row + length - begin > chunk:
@@ -55,7 +55,10 @@ def cut_sequences(lengths: list[int], chunk: int) -> list[tuple[slice, slice]]:
 
 
 def count_rows(learn: Tensor, scored: Tensor, layout: Padded | Packed | None = None) -> list[int]:
-    """[rows that learn, rows that are scored], and with a layout the rows that learn in each sequence. One sync."""
+    """[rows that learn, rows that are scored, and with a layout the rows that learn in each sequence].
+
+    Waits for the device once.
+    """
     counts = torch.stack([learn, scored]).sum(1)
     if layout is not None:
         counts = torch.cat([counts, layout.seq_sum(learn.to(torch.float64)).long()])
@@ -63,13 +66,13 @@ def count_rows(learn: Tensor, scored: Tensor, layout: Padded | Packed | None = N
 
 
 def order_rows(learn: Tensor, scored: Tensor) -> Tensor:
-    """(N,) rows in the order of their way through the GEMMs: those that learn, those only scored, the others."""
+    """(N,) rows in the order in which they are projected: those that learn, those only scored, the others."""
     return torch.argsort(learn.view(torch.int8) + scored.view(torch.int8), descending=True, stable=True)
 
 
 def _large(rows: int, width: int, dtype: torch.dtype, device: torch.device, stride: int | None = None) -> Tensor:
-    """An uninitialised (rows, width); on a CPU of large pages, since faulting in small ones can take as long as a
-    GEMM."""
+    """An uninitialised (rows, width); on a CPU in large pages, because page faults on small ones can take as long as
+    a GEMM."""
     x = torch.empty(rows, stride or width, dtype=dtype, device=device)
     if device.type == "cpu":
         cpu.prefer_large_pages(x)
@@ -81,9 +84,9 @@ class Projection:
 
     Args:
         hidden (B, T, H): any strides; row r is token r % T of sequence r // T.
-        weight (V', H), bias (V') or None: their first `vocab` rows take part.
+        weight (V', H), bias (V') or None: only their first `vocab` rows are used.
         dtype: of the GEMMs. The weight is cast to it once, hidden chunk by chunk.
-        chunk: most rows at a time.
+        chunk: the most rows at a time.
     """
 
     def __init__(
@@ -101,12 +104,12 @@ class Projection:
         if weight.dtype != dtype:
             self.weight = _large(*self.weight.shape, dtype, device).copy_(self.weight)
         self.bias = None if bias is None else bias[:vocab].to(dtype)
-        # on a GPU rows begin at multiples of 128 bytes, which the fast GEMMs want whatever V is
+        # on a GPU rows begin at multiples of 128 bytes, as the fast GEMMs require, whatever V is
         stride = vocab if device.type == "cpu" else -(-vocab // 64) * 64
         self._buffer = _large(chunk, vocab, dtype, device, stride)
 
     def logits(self, rows: slice | Tensor) -> Tensor:
-        """(1, n, V), good until the next call; their gradient is to be written over them."""
+        """(1, n, V), valid until the next call; the caller writes their gradient over them."""
         self.h = self._take(rows)
         self.z = self._buffer[: len(self.h)]
         if self.bias is None:
@@ -116,7 +119,7 @@ class Projection:
         return self.z[None]
 
     def _take(self, rows: slice | Tensor) -> Tensor:
-        """(n, H) of the GEMMs' dtype."""
+        """The hidden states of these rows, (n, H), in the GEMMs' dtype."""
         tokens = self.hidden.shape[1]
         if self.hidden.is_contiguous():
             return self.hidden.view(-1, self.hidden.shape[-1])[rows].to(self.dtype)
@@ -129,10 +132,10 @@ class Gradients:
     """Collects dL/dhidden, dL/dweight and dL/dbias over the chunks of a `Projection`.
 
     Args:
-        needs: which of the three; the others come out empty.
-        chunks: how many chunks there will be. dW of more than one adds up in fp32, whatever the weight is.
+        needs: which of the three are wanted; the others are empty.
+        chunks: how many chunks there will be. dL/dweight adds up in fp32 over more than one, whatever the weight is.
         rows: how many rows there will be; the others have gradient 0.
-        hold: their dtype, from that of what they are the gradients of.
+        hold: gives the dtype of a gradient from that of its tensor.
     """
 
     def __init__(
@@ -151,18 +154,18 @@ class Gradients:
         self.d_hidden = torch.empty(shape, dtype=hold(hidden.dtype), device=device)
         if rows < hidden.shape[0] * hidden.shape[1]:
             self.d_hidden.zero_()
-        # dW of more than one chunk adds up in fp32; it becomes what it is to be once the buffer of logits is gone
+        # dW of more than one chunk adds up in fp32, and is cast when the buffer of logits is free
         self.shape, self.dtype = weight.shape if needs[1] else torch.Size([0, 0]), hold(weight.dtype)
         direct = self.dtype == sums or (chunks == 1 and self.dtype == projection.dtype)
         self.sum = _large(*self.shape, self.dtype if direct else sums, device)
         self.vocab = len(projection.weight)
-        # zeros where no GEMM writes; on a CPU everywhere, since page faults cost more amid a GEMM
+        # zeros where no GEMM writes; on a CPU everywhere, because page faults inside a GEMM cost more
         self.sum[self.vocab if chunks and device.type != "cpu" else 0 :].zero_()
         self.d_bias = torch.zeros(len(bias) if needs[2] else 0, dtype=sums, device=device)
         self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)
 
     def add(self, rows: slice | Tensor) -> None:
-        """Those of the chunk that the projection holds, whose logits have become their gradient."""
+        """Add the gradients of the chunk that the projection holds, whose logits have become their gradient."""
         dz, h = self.projection.z, self.projection.h
         if self.needs[0]:
             flat = self.d_hidden.view(-1, h.shape[1])
@@ -186,7 +189,7 @@ class Gradients:
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """out (V, H) = aᵀ @ b, or += unless `first`; summed in the dtype of `out`, also where a and b are narrower."""
+    """out (V, H) = aᵀ @ b if `first`, else +=; summed in the dtype of `out`, even if a and b are narrower."""
     if out.dtype == a.dtype:
         if first:
             torch.mm(a.t(), b, out=out)
@@ -197,9 +200,9 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
             torch.mm(a.t(), b, out_dtype=out.dtype, out=out)
         else:
             torch.addmm(out, a.t(), b, out_dtype=out.dtype, out=out)  # torch 2.9 to 2.11 take an fp32 sum here
-    else:  # no GEMM here writes another dtype than it reads
+    else:  # a GEMM here writes the dtype that it reads
         for part in cut(0, len(out), SLICE):
-            if a.dtype == torch.float16:  # whose range a product may leave
+            if a.dtype == torch.float16:  # a product may leave its range
                 product = torch.mm(a[:, part].t().float(), b.float())
             else:
                 product = torch.mm(a[:, part].t(), b)

@@ -20,10 +20,20 @@ def grpo_loss_reference(
     return_stats: bool = True,
     **options,
 ) -> GRPOOutput:
-    """`grpo_loss` in plain torch, computed in the logits' own dtype (use float64 for truth).
+    """`grpo_loss` as a textbook would write it: log_softmax, gather, the objective, autograd.
 
-    Takes the arguments of `grpo_loss`, less `inplace` and `backend`; differentiable any number of times. Needs several
-    copies of the logits.
+    It computes in the logits' own dtype, so float64 gives the truth that kernels are tested against. It needs several
+    copies of the logits, and can be differentiated any number of times.
+
+    Args:
+        logits, completion_ids, advantages, objective, return_stats, **options: as in `grpo_loss`, which also has
+            `inplace` and `backend`.
+
+    Returns:
+        GRPOOutput in the logits' dtype.
+
+    Raises:
+        ValueError: names the argument, what was expected and what came.
     """
     check_rows(logits, completion_ids, "logits", "V")
     vocab = logits.size(-1)
@@ -55,9 +65,19 @@ def linear_grpo_loss_reference(
     vocab_size: int | None = None,
     **options,
 ) -> GRPOOutput:
-    """`linear_grpo_loss` in plain torch: all logits, in the dtype of hidden and weight, then `grpo_loss_reference`.
+    """`linear_grpo_loss` as a textbook would write it: all logits, then `grpo_loss_reference`.
 
-    Takes the arguments of `linear_grpo_loss`, less `chunk_size` and `backend`.
+    It computes in the dtype of hidden and weight.
+
+    Args:
+        hidden, weight, completion_ids, advantages, bias, logit_scale, softcap, vocab_size, **options: as in
+            `linear_grpo_loss`, which also has `chunk_size` and `backend`.
+
+    Returns:
+        GRPOOutput in that dtype.
+
+    Raises:
+        ValueError: names the argument, what was expected and what came.
     """
     check_rows(hidden, completion_ids, "hidden", "H")
     logits = project(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], logit_scale, softcap)
@@ -67,6 +87,6 @@ def linear_grpo_loss_reference(
 def project(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None
 ) -> Tensor:
-    """(B, T, H) or (N, H) to logits with V in H's place: softcap(logit_scale · (hidden @ weightᵀ + bias))."""
+    """The logits, softcap(logit_scale · (hidden @ weightᵀ + bias)), (B, T, V) or (N, V)."""
     logits = F.linear(hidden, weight, bias) * logit_scale
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap

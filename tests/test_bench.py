@@ -209,18 +209,76 @@ def test_the_report_shows_who_failed_at_a_size():
     ]  # fmt: skip
     text = report.section(rows)
     assert re.search(r"792 tokens.*\| eager \| out of memory \|", text, re.DOTALL)
-    assert "Not measured: liger: not installed." in text
+    assert "Not measured on this machine: liger: not installed." in text
 
 
 def test_the_readme_holds_what_was_recorded(tmp_path):
-    readme = tmp_path / "README.md"
-    text = (ROOT / "README.md").read_text()
-    readme.write_text(text)
+    """Reporting once more changes neither the README nor docs/benchmarks.md."""
+    pages = ["README.md", "docs/benchmarks.md"]
+    texts = {name: (ROOT / name).read_text() for name in pages}
+    (tmp_path / "docs").mkdir()
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
     results = tmp_path / "benchmarks" / "results"
     for file in (ROOT / "benchmarks" / "results").glob("*/*.jsonl"):
         copied = results / file.parent.name / file.name
         copied.parent.mkdir(parents=True, exist_ok=True)
         copied.write_text(file.read_text())
-    report.write_report(results, readme)
-    assert readme.read_text() == text
-    assert all((ROOT / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
+    for _ in range(2):
+        report.write_report(results, tmp_path / "README.md")
+        assert {name: (tmp_path / name).read_text() for name in pages} == texts
+    page = ROOT / "docs" / "benchmarks.md"
+    assert all((page.parent / path).is_file() for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", texts[pages[1]]))
+
+
+def recorded(**others):
+    more = dict(ok=True, reason=None, model=None, device="a CPU", versions={}, date="", commit="c" * 40)
+    return row_of("fastgrpo", 10.0, **more, command="fastgrpo bench") | others
+
+
+def test_rows_of_uncommitted_files_are_left_out(tmp_path):
+    """Whether they come before or after a good row of the same measurement; other operations' are not looked at."""
+    changed, unknown = dict(commit="d" * 40 + "+changes"), dict(commit=None)
+    rows = [
+        recorded(), recorded(ms_p50=1.0, **changed),
+        recorded(case="b", ms_p50=2.0, **changed), recorded(case="b", ms_p50=20.0),
+        recorded(case="c", ms_p50=3.0, **changed), recorded(case="d", ms_p50=4.0, **unknown),
+        recorded(case="e", op="one_pass", ms_p50=5.0),
+    ]  # fmt: skip
+    device = tmp_path / "results" / "a-cpu"
+    device.mkdir(parents=True)
+    (device / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good, left_out = report.load(device)
+    assert [row["ms_p50"] for row in good] == [10.0, 20.0]
+    assert [row["ms_p50"] for row in left_out] == [3.0, 4.0]
+    text = report.section(good, left_out)
+    assert "2 measurements of `fastgrpo bench`" in text and "d" * 12 not in text
+    (device / "rows.jsonl").write_text(json.dumps(recorded(**changed)) + "\n")
+    with pytest.raises(ValueError, match="expected folders with .jsonl files of a committed tree"):
+        report.write_report(tmp_path / "results", tmp_path / "README.md")
+
+
+def test_a_page_without_its_marks_is_named_and_nothing_is_written(tmp_path):
+    device, readme = tmp_path / "results" / "a-cpu", tmp_path / "README.md"
+    device.mkdir(parents=True)
+    (device / "rows.jsonl").write_text(json.dumps(recorded()) + "\n")
+    marked = f"# A page\n\n{report.START}\n\n{report.END}\n"
+    readme.write_text(marked)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "benchmarks.md").write_text("# No marks\n")
+    with pytest.raises(ValueError, match="expected .*benchmarks.md to have the lines"):
+        report.write_report(tmp_path / "results", readme)
+    assert readme.read_text() == marked
+
+
+def test_the_short_table_has_the_size_that_most_were_measured_at():
+    large = dict(case="large", shape=dict(B=8, T=99, V=1000, H=10))
+    rows = [recorded(), recorded(ms_p50=30.0, backend="torch"), recorded(**large), recorded(impl="trl", ms_p50=50.0)]
+    rows += [recorded(impl="liger", ms_p50=60.0, mode="not compiled")]
+    rows += [recorded(ms_p50=7.0, command="fastgrpo bench --growth", case="growing")]
+    text = report.short_table([rows])
+    cells = ["from hidden states, bf16", "512 tokens, V = 1,000, H = 10", *("10.0 ms · 1e-03", "–", "50.0 ms · 1e-03")]
+    assert f"| {' | '.join(cells)} | 60.0 ms" in text
+    assert "Liger (not compiled) |" in text and "792" not in text and "7.0 ms" not in text
+    assert "Not measured yet: any GPU" in text
+    assert "GPU" not in report.short_table([rows, [recorded(on="cuda", device="a card")]])

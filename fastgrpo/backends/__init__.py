@@ -71,13 +71,16 @@ def _warn_once(message: str) -> None:
 
 
 def select(tensor: Tensor, backend: str = "auto", dtype: _torch.dtype | None = None, *, one_pass: int = 0) -> str:
-    """The name of the backend that takes logits on the device of `tensor`, of its dtype unless one is given.
+    """The name of the backend that sweeps logits on the device of `tensor`.
 
-    one_pass: V, where the objective is one of a token alone and the gradient is to be written over the logits.
+    "auto" takes the first of these that fits: torch for float64; cpu for CPU tensors; cuda for one pass over rows that
+    a cluster of thread blocks can hold (NVIDIA GPUs of compute capability 9.0 and later); triton. If the kernels of
+    that one are missing, it is torch, and a RuntimeWarning says why, once.
 
-    "auto" is, in this order: torch for float64; cpu for CPU tensors; cuda for one pass over logits whose rows a
-    cluster of an NVIDIA GPU's blocks can hold (compute capability 9.0 and later); triton. When torch stands in because
-    a kernel is missing, a RuntimeWarning says why, once.
+    Args:
+        backend: "auto", or one of `NAMES`, which is then checked and returned.
+        dtype: of the logits; None: that of `tensor`.
+        one_pass: V if the objective is of single tokens and the gradient is written over the logits, else 0.
 
     Raises:
         ValueError: unknown backend, or a named one that cannot take this tensor.

@@ -1,9 +1,14 @@
-"""From recorded rows to the README's section and the plots, so that no figure in it is typed by hand."""
+"""From recorded rows to docs/benchmarks.md, the README's table and the plots, so that no figure is typed by hand.
+
+A figure is worth what its commit says: rows that were recorded while tracked files had changes ("+changes"), or
+without a commit, are left out, and the report says how many.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -14,65 +19,128 @@ from fastgrpo.bench.implementations import label
 Rows = list[dict]
 
 START, END = "<!-- fastgrpo bench --report writes from here -->", "<!-- to here -->"
+PAGE = Path("docs", "benchmarks.md")  # beside the README
 _TABLES = ("loss", "linear", "step", "logps")  # the others are in the rows
+_SHORT = {"loss": "from logits", "linear": "from hidden states", "step": "a step of TRL's trainer, two layers"}
+_SIDES = {"fastgrpo": "fastgrpo", "eager": "eager PyTorch", "trl": "TRL", "liger": "Liger"}
 _COLOURS = {"fastgrpo": "tab:blue", "eager": "tab:gray", "trl": "tab:orange", "liger": "tab:green", "copy": "black",
             "GEMMs alone": "black", "F.linear_cross_entropy": "tab:purple", "torch.compile": "tab:brown"}  # fmt: skip
 
 
-def load(folder: Path) -> Rows:
-    """The rows of a folder's .jsonl files, in order; of a measurement that was repeated, the last."""
-    rows = {}
+def load(folder: Path) -> tuple[Rows, Rows]:
+    """The rows of a folder's .jsonl files, in order; of a measurement that was repeated, the last.
+
+    Rows of other operations than `cases.OPS`, such as sweeps of a kernel's choices, are not for the report.
+
+    Returns:
+        (rows recorded on a committed tree, the other measurements, which are in no table and no plot).
+    """
+    committed, others = {}, {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text().splitlines():
             row = json.loads(line)
+            if row["op"] not in OPS:
+                continue
+            rows = committed if row["commit"] and not row["commit"].endswith("+changes") else others
             rows[row["case"], row["on"], row["impl"], row["backend"], row["mode"]] = row
-    return list(rows.values())
+    return list(committed.values()), [row for key, row in others.items() if key not in committed]
 
 
 def write_report(results: Path, readme: Path) -> None:
-    """Rewrite the section of `readme`, and the plot beside each device's rows.
+    """Rewrite the generated parts of `readme` and of docs/benchmarks.md beside it, and the plot of each device.
 
     Raises:
-        ValueError: no rows, or no section to write.
+        ValueError: no rows of a committed tree, or a file without the two lines that enclose its generated part.
     """
-    devices = [(folder, rows) for folder in sorted(results.iterdir()) if folder.is_dir() and (rows := load(folder))]
+    devices = [(folder, *load(folder)) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    devices = [device for device in devices if device[1]]
     if not devices:
-        raise ValueError(f"expected folders with .jsonl files in {results}, found none")
-    text = readme.read_text()
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"expected {readme} to have the lines {START} and {END}")
+        raise ValueError(f"expected folders with .jsonl files of a committed tree in {results}, found none")
+    page = readme.parent / PAGE
+    texts = {file: _split(file) for file in (readme, page)}  # both are looked at before one is written
     parts = []
-    for folder, rows in devices:
-        parts.append(section(rows))
+    for folder, rows, left_out in devices:
+        parts.append(section(rows, left_out))
         if len(targets.growth(_growing(rows))) > 1:
             plot(rows, folder / "growth.svg")
-            where = (folder / "growth.svg").resolve().relative_to(readme.resolve().parent).as_posix()
+            where = Path(os.path.relpath(folder / "growth.svg", page.parent)).as_posix()
             parts.append(f"![time and memory as tokens and vocabulary grow]({where})")
+    for file, generated in ((page, parts), (readme, [short_table([rows for _, rows, _ in devices])])):
+        before, after = texts[file]
+        file.write_text("\n\n".join([before + START, *generated, END + after]))
+
+
+def _split(file: Path) -> tuple[str, str]:
+    """What stands before and after the generated part of a file."""
+    text = file.read_text()
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise ValueError(f"expected {file} to have the lines {START} and {END}")
     before, rest = text.split(START)
-    after = rest.split(END)[1]
-    readme.write_text(before + START + "\n\n" + "\n\n".join(parts) + "\n\n" + END + after)
+    return before, rest.split(END)[1]
 
 
-def section(rows: Rows) -> str:
-    """One device's tables as Markdown."""
-    first = rows[0]
-    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("torch", "trl", "liger_kernel")
-                         if name in first["versions"])  # fmt: skip
-    commits = ", ".join(sorted({re.sub(r"^(\w{12})\w*", r"\1", str(row["commit"])) for row in rows}))
-    commands = ", ".join(f"`{command}`" for command in sorted({_plain(row["command"]) for row in rows}))
-    parts = [f"**{first['device']}**; {versions}; {max(row['date'] for row in rows)}, commit {commits}: {commands}."]
+def short_table(devices: list[Rows]) -> str:
+    """The README's table: fastgrpo beside its peers, and what has not been measured.
+
+    Of the sizes of an operation, each device shows the one that the most sides were measured at.
+    """
+    parts = []
+    for rows in devices:
+        groups: dict[tuple, dict[str, Rows]] = {}
+        for row in rows:
+            if row["op"] in _SHORT and row["impl"] in _SIDES and row["ms_p50"] and "--growth" not in row["command"]:
+                key = list(_SHORT).index(row["op"]), row["inactive"] > 0, row["dtype"]
+                groups.setdefault(key, {}).setdefault(_size(row), []).append(row)
+        lines, modes = [], {side: {} for side in _SIDES}
+        for key in sorted(groups):
+            size, found = max(groups[key].items(), key=lambda item: len({row["impl"] for row in item[1]}))
+            best = {row["impl"]: row for row in sorted(found, key=lambda row: -row["ms_p50"])}  # the last: the fastest
+            for side, row in best.items():
+                modes[side][row["mode"]] = None
+            what = _SHORT[found[0]["op"]] + (f" ({mode})" if (mode := best.get("fastgrpo", {}).get("mode")) else "")
+            cells = [" · ".join(filter(None, _facts(best[side]))) if side in best else "–" for side in _SIDES]
+            lines.append(f"| {what}, {key[2]} | {size} | " + " | ".join(cells) + " |")
+        names = [f"{name} ({mode})" if (mode := ", ".join(modes[side])) and side != "fastgrpo" else name
+                 for side, name in _SIDES.items()]  # fmt: skip
+        head = [f"| {_device(rows[0])} | size | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(_SIDES)]
+        parts.append("\n".join(head + lines))
+    if not any(row["on"] == "cuda" and row["ms_p50"] for rows in devices for row in rows):
+        others = "" if len(devices) > 1 else ", and any other CPU"
+        parts.append(
+            f"**Not measured yet: any GPU{others}.** No timing of the Triton and CUDA kernels has been recorded."
+        )
+    return "\n\n".join(parts)
+
+
+def section(rows: Rows, left_out: Rows = ()) -> str:
+    """One device's tables as Markdown; `left_out` are measurements that may not be shown."""
     growing = _growing(rows)
+    points = targets.growth(growing)
+    shown = rows if len(points) > 1 else [row for row in rows if row not in growing]
+    commits = ", ".join(sorted({row["commit"][:12] for row in shown}))
+    commands = ", ".join(f"`{command}`" for command in sorted({_plain(row["command"]) for row in shown}))
+    parts = [f"## {_device(rows[0])}", f"{max(row['date'] for row in shown)}, commit {commits}: {commands}."]
     timed = {label(row) for row in rows if row["ms_p50"] is not None}
     for op in _TABLES:
         found = [row for row in rows if row["op"] == op and row not in growing and label(row) in timed]
         sizes = {_size(row): None for row in found}
         parts += [_table(op, size, [row for row in found if _size(row) == size]) for size in sizes]
-    if len(points := targets.growth(growing)) > 1:
+    if len(points) > 1:
         parts.append(_growth_table(growing, points))
     if missing := _missing(rows):
-        parts.append(f"Not measured: {missing}.")
+        parts.append(f"Not measured on this machine: {missing}.")
+    if left_out:
+        commands = ", ".join(f"`{command}`" for command in sorted({_plain(row["command"]) for row in left_out}))
+        parts.append(f"Left out, because the files had changes that were not committed: {len(left_out)} measurements "
+                     f"of {commands}. They have to be recorded again.")  # fmt: skip
     parts.append(_targets_table(rows))
     return "\n\n".join(parts)
+
+
+def _device(row: dict) -> str:
+    versions = [f"{name} {row['versions'][name]}" for name in ("torch", "trl", "liger_kernel")
+                if name in row["versions"]]  # fmt: skip
+    return "; ".join(filter(None, (row["device"], ", ".join(versions))))
 
 
 def _plain(command: str) -> str:
@@ -105,7 +173,7 @@ def _table(op: str, size: str, rows: Rows) -> str:
     lines = [
         f"{OPS[op][0].upper()}{OPS[op][1:]}, {size}:",
         "",
-        "| | " + " | ".join(f"{d} | | memory | error" for d in dtypes) + " |",
+        "| | " + " | ".join(f"{d}, time | × | memory | error" for d in dtypes) + " |",
         "|---|" + "---:|---:|---:|---:|" * len(dtypes),
     ]
     for name in sorted(by_name, key=lambda name: min(row["ms_p50"] or math.inf for row in by_name[name].values())):
@@ -129,12 +197,17 @@ def _cells(row: dict | None, best: float | None) -> list[str]:
         return [""] * 4
     if row["ms_p50"] is None:
         return [row["reason"] or "", "", "", ""]
-    return [
+    time, memory, error = _facts(row)
+    return [time, f"{row['ms_p50'] / best:.2f}×" if best else "", memory, error or "floor"]
+
+
+def _facts(row: dict) -> tuple[str, str, str]:
+    """(time, memory, error) of a row that has a time; empty where it holds none."""
+    return (
         _milliseconds(row["ms_p50"]),
-        f"{row['ms_p50'] / best:.2f}×" if best else "",
         "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f} MiB",
-        "floor" if row["rel_err"] is None else f"{row['rel_err']:.0e}",
-    ]
+        "" if row["rel_err"] is None else f"{row['rel_err']:.0e}",
+    )
 
 
 def _milliseconds(ms: float) -> str:
@@ -146,7 +219,7 @@ def _growth_table(rows: Rows, points: list[tuple[int, float, float | None]]) -> 
     lines = [
         f"From hidden states as tokens grow, {first['dtype']}; the vocabulary in the plot:",
         "",
-        "| tokens | fastgrpo | a thousand tokens | memory above inputs and gradients |",
+        "| tokens | fastgrpo | per thousand tokens | memory above inputs and gradients |",
         "|---:|---:|---:|---:|",
     ]
     for tokens, ms, extra in points:
@@ -156,7 +229,7 @@ def _growth_table(rows: Rows, points: list[tuple[int, float, float | None]]) -> 
 
 
 def _targets_table(rows: Rows) -> str:
-    lines = ["What the project holds itself to, on these rows:", "", "| | | |", "|---|---|---|"]
+    lines = ["The project's targets, on these rows:", "", "| target | measured | |", "|---|---|---|"]
     growing = _growing(rows)
     plain = [row for row in rows if row not in growing]
     for what, numbers, verdict in targets.verdicts(plain)[:-1] + targets.growth_verdict(growing):

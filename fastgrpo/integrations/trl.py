@@ -42,17 +42,21 @@ _VERSIONS = "1.10 to 1.16"
 
 
 class ChunkedLogProb(torch.autograd.Function):
-    """TRL's `_ChunkedLogProbFunction`, arguments and results, on fastgrpo's kernels.
+    """TRL's `_ChunkedLogProbFunction` on fastgrpo's kernels, with its arguments and results.
 
-    Forward: 2NHV FLOPs, a chunk of logits at a time. Backward: 6NHV for the rows whose upstream gradient is not
-    exactly 0, and nothing for the others.
+    The forward pass takes 2NHV FLOPs, a chunk of logits at a time. The backward pass takes 6HV for each row whose
+    upstream gradient is not exactly 0, and nothing for the others.
 
     Args of `apply`:
-        hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) int64; temperature > 0; chunk_size: not used;
-        final_logit_softcapping, logit_scale: as in `linear_logps`; outputs: which results to compute beside logp.
+        hidden (N, H), weight (V, H), bias (V,) or None: as in `linear_logps`.
+        targets (N,) int64: the tokens to score.
+        temperature: number > 0.
+        chunk_size: not used.
+        final_logit_softcapping, logit_scale: `softcap` and `logit_scale` of `linear_logps`.
+        outputs: the results to compute beside logp.
 
     Returns:
-        logp, entropy, log_sum_sq_probs, mean_logits (N,) fp32, is_top1 (N,) bool; None where not asked for. The first
+        logp, entropy, log_sum_sq_probs, mean_logits (N,) fp32, is_top1 (N,) bool; None if not in `outputs`. The first
         two are differentiable.
     """
 
@@ -135,17 +139,16 @@ class _Patched(contextlib.AbstractContextManager):
 
 
 def patch() -> contextlib.AbstractContextManager:
-    """Let TRL's trainers score tokens with fastgrpo, from their next forward pass on.
+    """Let TRL's trainers score tokens with fastgrpo, from their next forward pass on, until `unpatch()`.
 
-    From TRL 1.15 on that is every trainer that scores through TRL's chunked log-probabilities: GRPO, RLOO, DPO, KTO,
-    SFT, AsyncGRPO. In 1.10 to 1.14 it is GRPO and RLOO, which make full logits there.
+    From TRL 1.15 on these are the trainers that score through TRL's chunked log-probabilities: GRPO, RLOO, DPO, KTO,
+    SFT, AsyncGRPO. In 1.10 to 1.14, where GRPO and RLOO make full logits, it is these two, and they make none.
+    A second call changes nothing.
 
     Returns:
-        A context manager that undoes it on exit, whatever happened inside; calling `unpatch()` does so too. Patching
-        twice is patching once.
+        A context manager that calls `unpatch()` on exit.
 
     Raises:
-        ImportError: TRL is not installed.
         RuntimeError: this TRL has its log-probabilities elsewhere, or they take other arguments; nothing is changed.
     """
     with _lock:
@@ -155,7 +158,7 @@ def patch() -> contextlib.AbstractContextManager:
 
 
 def unpatch() -> None:
-    """Put TRL's own objects back, the very same; does nothing when they are there."""
+    """Put TRL's own objects back; does nothing if they are in place."""
     with _lock:
         while _originals:
             setattr(*_originals.pop())
@@ -343,12 +346,14 @@ class _LossAtHead:
 
 
 class GRPOTrainer(trl.GRPOTrainer):
-    """TRL's GRPOTrainer with fastgrpo's loss from hidden states: arguments, config, data, logs and results are TRL's.
+    """TRL's GRPOTrainer with fastgrpo's loss from hidden states; arguments, config, data, logs and results are TRL's.
 
-    The gradients are made in the forward pass (6NHV FLOPs against 8); masked and tool tokens enter no GEMM, tokens
-    without advantage (beta and the entropy coefficient 0) only the first; the metrics take one collective and one
-    wait. What it cannot take is left to TRL, with a warning that says what: methods that make the loss and that a
-    subclass has overridden, and options that no `Objective` has.
+    The gradients are made in the forward pass, with 6NHV FLOPs in place of 8NHV. Masked and tool tokens enter no GEMM;
+    tokens of advantage 0, with beta and the entropy coefficient 0, enter only the first. The metrics take one
+    collective and one wait.
+
+    If a subclass overrides a method that makes the loss, or an option has no counterpart in `Objective`, the loss is
+    TRL's own, and a RuntimeWarning says why.
     """
 
     def _compute_loss(self, model, inputs):

@@ -27,32 +27,38 @@ class GRPOConfig(TrainingArguments):
     functions read the columns).
 
     Args:
-        model_init_kwargs: for `from_pretrained` when the model is given as a path or id; dtype is float32 by default.
+        model_init_kwargs: for `from_pretrained`, if the model is given as a path or hub id. The dtype is float32 by
+            default.
         trust_remote_code: allow models and tokenizers that bring their own code.
         disable_dropout: set every dropout of the policy to 0.
-        num_generations: G, completions per prompt.
-        num_generations_eval: the same in evaluation (None: num_generations).
-        max_completion_length: most tokens that are sampled for a completion.
+        num_generations: the number of completions per prompt, a group.
+        num_generations_eval: the same in evaluation; None: num_generations.
+        max_completion_length: the most tokens that are sampled for a completion.
         shuffle_dataset: visit the prompts in random order.
         temperature, top_p, top_k, min_p, repetition_penalty: how completions are sampled.
-        cache_implementation: of `generate`.
+        cache_implementation: the cache that `generate` uses.
         generation_kwargs: more options for `GenerationConfig`; they win over the ones above.
-        chat_template_kwargs: for `apply_chat_template`, when prompts are conversations.
-        steps_per_generation: micro-batches that one round of sampling feeds (None: gradient_accumulation_steps).
-        generation_batch_size: completions per round of sampling, over all processes; instead of the former.
-        num_iterations: μ, passes over the completions of a round.
-        reward_weights: one factor per reward function (None: 1 each).
-        multi_objective_aggregation: "sum_then_normalize", or "normalize_then_sum" (GDPO: each function is normalised
-            within its group, then the weighted sum is normalised over the batch).
-        scale_rewards: "group", "batch" or "none": the std that advantages are divided by. True and False are read as
-            "group" and "none".
+        chat_template_kwargs: for `apply_chat_template`, if prompts are lists of messages.
+        steps_per_generation: the number of micro-batches that are sampled together; None: gradient_accumulation_steps.
+        generation_batch_size: the number of completions that are sampled together, over all processes; it may be given
+            in place of steps_per_generation.
+        num_iterations: how often each completion is used for an update.
+        reward_weights: a factor per reward function; None: 1 each.
+        multi_objective_aggregation: "sum_then_normalize": the weighted sum of the rewards is normalised.
+            "normalize_then_sum" (GDPO, arXiv:2601.05242): the rewards of each function are normalised within their
+            group, and their weighted sum is normalised over the batch.
+        scale_rewards: the std that advantages are divided by: "group", "batch" or "none". True means "group", False
+            "none".
         mask_truncated_completions: leave completions without an end token out of the loss.
         log_completions: write prompts, completions and rewards of each logging step to
             `output_dir/completions/completions_<step>.parquet`.
-        chunk_size: rows of logits that exist at once (None: by the device's memory, see `linear_grpo_loss`).
-        backend: of the fused loss, "auto" or one of `fastgrpo.backends.NAMES`.
+        chunk_size: rows of logits that exist at once; None: as the device's memory allows, see `linear_grpo_loss`.
+        backend: the backend of the loss, "auto" or one of `fastgrpo.backends.NAMES`.
 
-    The remaining fields are those of `fastgrpo.Objective`, which explains them, holds their defaults and checks them.
+    The remaining options are those of `fastgrpo.Objective`, which explains them, holds their defaults and checks them.
+
+    Raises:
+        ValueError: names the option, what was expected and what came.
     """
 
     _VALID_DICT_FIELDS = [

@@ -1,11 +1,11 @@
 """The stages of DeepSeek-R1 (arXiv:2501.12948), each a function that trains a model in place.
 
-R1-Zero is `reasoning_rl` of a base model. R1 is `supervised` on a few long-form examples (the cold start),
-`reasoning_rl`, `rejection_sample` and `supervised` on what that keeps, and `all_scenarios_rl`. Here the third stage
-goes on from the model of the second, where the paper starts from the base model again.
+R1-Zero is `reasoning_rl` on a base model. R1 has four stages: `supervised` on a few long-form examples (the cold
+start); `reasoning_rl`; `rejection_sample`, with `supervised` on the samples that it keeps; `all_scenarios_rl`. Unlike
+the paper, the third stage continues from the model of the second, not from the base model.
 
-Every stage writes checkpoints to args.output_dir as args says, and with `resume=True` goes on from the last one there,
-or starts where there is none.
+Every stage writes checkpoints to args.output_dir, as args says. With `resume=True` it continues from the last one
+there, or starts if there is none.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ def supervised(
     """Supervised fine-tuning: the cold start on long-form examples, and the stage after rejection sampling.
 
     Args:
+        model: it is trained in place.
         examples: rows with `prompt` and `completion`, as `SFTTrainer` takes them.
-        backend: of the loss.
-        log: takes the place of transformers' progress bar and prints.
+        backend: the backend of the loss.
+        log: a callback, used in place of transformers' progress bar and prints.
+        resume: continue from the last checkpoint in args.output_dir.
     """
     _train(SFTTrainer(model, args, examples, tokenizer, backend=backend), log, resume)
 
@@ -70,12 +72,15 @@ def reasoning_rl(
     log: TrainerCallback | None = None,
     resume: bool = False,
 ) -> None:
-    """GRPO on questions with rules alone: is the answer right, and is it in the format.
+    """GRPO on questions, with rules alone as rewards: the answer is right, and it is in the format.
 
     Args:
+        model: it is trained in place.
         questions: rows with `prompt` and `answer`.
-        consistent_language: also reward reasoning in the language that the column `language` names; R1 does, R1-Zero
-            does not.
+        consistent_language: also reward reasoning in the language that the column `language` names, as R1 does and
+            R1-Zero does not.
+        log: a callback, used in place of transformers' progress bar and prints.
+        resume: continue from the last checkpoint in args.output_dir.
     """
     rules = reasoning_rewards(questions)
     if not consistent_language:
@@ -92,13 +97,19 @@ def rejection_sample(
     num_samples: int,
     batch_size: int,
 ) -> Dataset:
-    """Of `num_samples` completions of each question, those that are right, in the format, and consistent in language.
+    """Sample completions of each question, and keep those that are right, in the format and consistent in language.
+
+    Args:
+        questions: rows with `prompt` and `answer`, and `language` if its consistency counts.
+        args: max_completion_length, temperature and seed are read.
+        num_samples: completions of each question.
+        batch_size: completions that are sampled at once.
 
     Returns:
-        rows with `prompt` and `completion`, each pair once.
+        Rows with `prompt` and `completion`, each pair once.
 
     Raises:
-        ValueError: none is left.
+        ValueError: no completion was kept.
     """
     rules = reasoning_rewards(questions)
     samples = sample(
@@ -135,11 +146,14 @@ def all_scenarios_rl(
     """GRPO on questions, whose completions rules score, and on requests, whose completions `judge` scores.
 
     Args:
-        questions: rows with `prompt` and `answer`, and `language` where its consistency counts.
+        model: it is trained in place.
+        questions: rows with `prompt` and `answer`, and `language` if its consistency counts.
         requests: rows with `prompt`; repeated until they are a third of all rows.
         judge: a reward function, such as `model_reward(classifier, its_tokenizer)`.
+        log: a callback, used in place of transformers' progress bar and prints.
+        resume: continue from the last checkpoint in args.output_dir.
     """
-    # rules that have no say about a request are None there; so is the judge about a question
+    # a rule gives None for a request, and the judge for a question: neither has a say there
     rules = {name: by_column("scenario", {REASONING: rule}) for name, rule in reasoning_rewards(questions).items()} | {
         "general": by_column("scenario", {GENERAL: judge})
     }
@@ -154,7 +168,7 @@ def all_scenarios_rl(
 
 
 def reasoning_rewards(questions: Dataset) -> dict[str, RewardFunc]:
-    """The rules for reasoning by name: accuracy, format, and language where the questions have that column."""
+    """The rules for reasoning, by name: accuracy, format, and language if the questions have that column."""
     rules = {"accuracy": accuracy_reward, "format": format_reward}
     if "language" in questions.column_names:
         codes = sorted({code for code in questions["language"] if code is not None})

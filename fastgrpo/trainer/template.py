@@ -9,8 +9,8 @@ _INSTRUCTION = (
     "reasoning process here </think> <answer> answer here </answer>."
 )
 
-# A question of the user gives r1_zero_prompt(question); what the assistant said, for demonstrations, follows its
-# "Assistant: " and ends with the end token.
+# A user's message gives r1_zero_prompt(its content). An assistant's message, in demonstrations, follows "Assistant: "
+# and ends with the end token.
 R1_ZERO_CHAT_TEMPLATE = (
     f"{{{{ '{_INSTRUCTION}' }}}}"
     "{% for message in messages %}"
@@ -24,11 +24,12 @@ R1_ZERO_CHAT_TEMPLATE = (
 
 
 def r1_zero_prompt(question: str) -> str:
-    """The paper's template with the question in the place of its word `prompt`, verbatim, the full stop after it
-    included; the completion starts after "Assistant:".
+    """The prompt of DeepSeek-R1-Zero for a question; the completion follows its last word, "Assistant:".
+
+    It is Table 1 of arXiv:2501.12948, word for word and with the full stop after the question. For prompts that are
+    lists of messages, set `tokenizer.chat_template = R1_ZERO_CHAT_TEMPLATE`.
 
     Equivalent to: `tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
-    add_generation_prompt=True, chat_template=R1_ZERO_CHAT_TEMPLATE)`. That is the way for prompts that are lists of
-    messages: set `tokenizer.chat_template`.
+    add_generation_prompt=True, chat_template=R1_ZERO_CHAT_TEMPLATE)`.
     """
     return f"{_INSTRUCTION} User: {question}. Assistant:"
