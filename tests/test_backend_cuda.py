@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from cases import assert_close, loss_and_grad, make_inputs, objective_for, rel_norm, truth
 
-from fastgrpo import backends, grpo_loss, selective_logps
+from fastgrpo import backends, cli, grpo_loss, selective_logps
 from fastgrpo.backends import TokenRows, TokenSpec, cuda
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -550,6 +550,28 @@ def test_what_it_cannot_do(cuda_host_library, tmp_path, monkeypatch):
         monkeypatch.setattr(cuda, "_place", lambda device: machine.fastgrpo_host_forget() or (0, 0))
         with pytest.raises(RuntimeError, match=r"row_stats of logits of shape \(2, 1, 50\) on cpu: out of bounds"):
             cuda.row_stats(logits, ids, mask, inv_t, True)
+
+
+def test_how_rows_are_held_is_shown(new_machine, monkeypatch, capsys):
+    """By `fastgrpo env`: per GPU and dtype, clusters at once and the shapes of usual rows; or why there are none."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    new_machine.fastgrpo_host_largest_cluster(8)
+    new_machine.fastgrpo_host_active_clusters(5)
+    assert cli.main(["env"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "cuda:0 bfloat16, 2 blocks a multiprocessor, clusters at once by their blocks: 1: 5, 2: 5, 4: 5, 8: 5, 16: 0\n"
+        in said
+    )
+    assert (
+        "cuda:0 float16, rows of 151936: cluster 8, 3 buffers, 2 blocks a multiprocessor, 5 clusters at once\n" in said
+    )
+    assert "cuda:0 float32, rows of 262144: two passes, as the device cannot run a cluster of so many blocks\n" in said
+    new_machine.fastgrpo_host_fail_occupancy(2)
+    cuda.shape.cache_clear()
+    lines = list(cuda.describe(1))
+    assert lines[0].startswith("cuda:1 bfloat16: backend 'cuda': asking cuda:1 for clusters: invalid device")
 
 
 def test_two_passes_below_9_0(new_machine):
