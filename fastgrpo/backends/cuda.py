@@ -197,19 +197,14 @@ def describe(device: int) -> Iterator[str]:
         name = f"cuda:{device} {str(dtype).removeprefix('torch.')}"
         try:
             for blocks in (2, 1):
-                counts = ", ".join(
-                    f"{size}: {count}" for size, count in active_clusters(dtype, device, blocks).items()
-                )
-                yield f"{name}, {blocks} blocks a multiprocessor, clusters at once by their blocks: {counts}"
+                counts = active_clusters(dtype, device, blocks)
+                at_once = ", ".join(f"{count} of {size}" for size, count in counts.items())
+                yield f"{name}, {blocks} a multiprocessor: clusters at once by their blocks: {at_once}"
             for vocab in (32_000, 128_256, 151_936, 262_144):
                 found = shape(vocab, dtype, device)
-                how = (
-                    f"cluster {found.cluster}, {found.buffers} buffers, {found.blocks} blocks a multiprocessor, "
-                    f"{found.clusters} clusters at once"
-                    if found.cluster
-                    else f"two passes, as {found.why}"
-                )
-                yield f"{name}, rows of {vocab}: {how}"
+                held = f"{found.clusters} clusters of {found.cluster}, {found.blocks} a multiprocessor, "
+                held += f"{found.buffers} buffers"
+                yield f"{name}, rows of {vocab}: {held if found.cluster else f'two passes: {found.why}'}"
         except RuntimeError as error:
             yield f"{name}: {error}"
 

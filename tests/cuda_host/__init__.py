@@ -50,7 +50,7 @@ def library(path: Path) -> ctypes.CDLL:
     for name in ("seed", "allow", "forget", "devices", "capability", "active_clusters", "largest_cluster",
                  "fail_occupancy"):  # fmt: skip
         getattr(lib, f"fastgrpo_host_{name}").restype = None
-    lib.fastgrpo_host_calls.restype = ctypes.c_int64
+    lib.fastgrpo_host_calls.restype = lib.fastgrpo_host_copies.restype = ctypes.c_int64
     return lib
 
 
