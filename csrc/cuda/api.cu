@@ -141,6 +141,17 @@ int32_t on_device(int32_t device, F f) {
 const char* const kTooOld = "the GPU has a compute capability below 8.0";
 const char* const kNoDriver = "there is no NVIDIA driver, or it is older than the CUDA toolkit that built the library";
 
+// Null, or why this device cannot run the kernels.
+const char* device_unavailable(int32_t device) {
+  const OnDevice here(device);
+  Device about = {};
+  cudaError_t error = here.error();
+  if (error == cudaSuccess) error = ask(device, about);
+  if (error == cudaSuccess && about.capability < 80) return kTooOld;
+  if (error == cudaSuccess) error = loadable();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace
 }  // namespace fastgrpo
 
@@ -154,16 +165,6 @@ const char* fastgrpo_cuda_error(int32_t error) {
   return error == FASTGRPO_REFUSED ? "the choice cannot run" : cudaGetErrorString((cudaError_t)error);
 }
 
-const char* fastgrpo_cuda_device_unavailable(int32_t device) {
-  const OnDevice here(device);
-  Device about = {};
-  cudaError_t error = here.error();
-  if (error == cudaSuccess) error = ask(device, about);
-  if (error == cudaSuccess && about.capability < 80) return kTooOld;
-  if (error == cudaSuccess) error = loadable();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 const char* fastgrpo_cuda_unavailable(void) {
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
@@ -171,7 +172,7 @@ const char* fastgrpo_cuda_unavailable(void) {
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const char* why = "there is no NVIDIA GPU";
   for (int device = 0; device < devices; ++device) {
-    why = fastgrpo_cuda_device_unavailable(device);
+    why = device_unavailable(device);
     if (why == nullptr) break;
   }
   return why;

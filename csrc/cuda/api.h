@@ -33,8 +33,6 @@ FASTGRPO_API const char* fastgrpo_cuda_error(int32_t error);
 
 // Null, or why no device here can run the kernels.
 FASTGRPO_API const char* fastgrpo_cuda_unavailable(void);
-// Null, or why this device cannot.
-FASTGRPO_API const char* fastgrpo_cuda_device_unavailable(int32_t device);
 // How token_loss, or row_stats, holds rows like these (dtype, vocab, entropy, and where out is).
 FASTGRPO_API int32_t fastgrpo_cuda_one_pass(const FastgrpoArgs* args, int32_t device, const FastgrpoOnePass* choice,
                                             FastgrpoOnePassShape* shape);

@@ -48,9 +48,10 @@ def library(path: Path) -> ctypes.CDLL:
         getattr(lib, f"fastgrpo_host_{name}").argtypes = [ctypes.c_int]
     lib.fastgrpo_host_capability.argtypes = [ctypes.c_int, ctypes.c_int]
     for name in ("seed", "allow", "forget", "devices", "capability", "active_clusters", "largest_cluster",
-                 "fail_occupancy"):  # fmt: skip
+                 "fail_occupancy", "copies"):  # fmt: skip
         getattr(lib, f"fastgrpo_host_{name}").restype = None
-    lib.fastgrpo_host_calls.restype = lib.fastgrpo_host_copies.restype = ctypes.c_int64
+    lib.fastgrpo_host_calls.restype = ctypes.c_int64
+    lib.fastgrpo_host_copies.argtypes = [ctypes.c_int64 * 3]
     return lib
 
 

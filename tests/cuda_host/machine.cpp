@@ -264,8 +264,9 @@ void begin(Copy copy) {
 constexpr uint64_t kPolicy = 0x12f0000000000000;  // and 0 or 1
 
 void check_bulk(const char* operation, uint32_t shared, const void* global, uint32_t bytes, uint64_t policy) {
-  m.bulk_copies[(shared - (uintptr_t)global) % 128 == 0]++;
   if ((policy | 1) != (kPolicy | 1)) violate("policy", "%s: %#llx", operation, (unsigned long long)policy);
+  ((shared - (uintptr_t)global) % 128 == 0 ? m.bulk_copies.in_phase : m.bulk_copies.out_of_phase)++;
+  m.bulk_copies.evict_first += policy & 1;
   if (!bytes || bytes % 16) violate("misaligned", "%s of %u bytes: not a multiple of 16", operation, bytes);
   fastgrpo::check_global(global, bytes, operation);
 }
@@ -355,7 +356,7 @@ bool run_grid(void (*body)(void*), void* context, int grid, int cluster, int thr
   m.cluster = cluster;
   m.threads = threads;
   m.random = m.seed;
-  m.bulk_copies[0] = m.bulk_copies[1] = 0;
+  m.bulk_copies = {};
   m.blocks.resize(cluster);
   if (_setjmp(m.abandon)) {
     me = nullptr;

@@ -141,7 +141,10 @@ struct Machine {
   Threads ready, round, cluster_waiting;
   std::vector<Copy> copies;
   Pool<std::vector<Read>> lists;
-  int64_t bulk_copies[2];  // of this launch: those that change and those that keep the phase modulo 128 bytes
+  struct {
+    int64_t in_phase, out_of_phase;  // modulo 128 bytes
+    int64_t evict_first;
+  } bulk_copies;  // of this launch
   const char* operation;
   Range range;
   jmp_buf scheduler, abandon;
