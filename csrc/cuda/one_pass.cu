@@ -17,7 +17,7 @@ namespace {
 constexpr int kThreads = kWorkers + 32;
 constexpr int kMaxBuffers = 4;
 constexpr int kMaxCluster = 16;
-constexpr int kLine = 128;  // bytes: bulk copies are fastest between places that are the same modulo this
+constexpr int kLine = 128;  // bytes of a cache line: copies begin at the same place of one on both sides
 
 struct OnePassArgs {
   FastgrpoArgs a;
