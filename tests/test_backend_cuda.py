@@ -3,19 +3,18 @@ finds what a GPU would punish. Truth is float64. What all backends share is test
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 
-import cuda_host
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import assert_close, loss_and_grad, make_inputs, objective_for, rel_norm, truth
+from cuda_rows import DTYPES, exact, exact_grad, make, rows_of
 
 from fastgrpo import backends, grpo_loss, selective_logps
-from fastgrpo.backends import TokenRows, TokenSpec, cuda
+from fastgrpo.backends import TokenSpec, cuda
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a gradient's element
 CLUSTERS = (-1, 1, 2, 4, 8, 16)  # -1: two passes
 TOKEN_FAMILY = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
@@ -27,51 +26,19 @@ def device(cuda_anywhere):
 
 
 @pytest.fixture
-def use(monkeypatch, device):
-    """use(cluster): blocks that hold a row together from now on; use(seed=n): the order of threads and copies."""
+def use(device):
+    """use(cluster, ...): fields of OnePass from now on; use(seed=n): the order of threads and copies."""
+    with contextlib.ExitStack() as stack:
 
-    def choose(cluster=None, seed=0):
-        if cluster is not None:
-            monkeypatch.setattr(cuda, "_CLUSTER", cluster)
-        if device == "cpu":
-            cuda._load()[0].fastgrpo_host_seed(ctypes.c_uint64(seed))
+        def choose(cluster=None, seed=0, **choices):
+            if cluster is not None:
+                stack.close()
+                stack.enter_context(cuda.using(cluster=cluster, **choices))
+            if device == "cpu":
+                cuda._load()[0].fastgrpo_host_seed(ctypes.c_uint64(seed))
 
-    yield choose
-    choose()
-
-
-def make(B, T, V, dtype=torch.float32, *, seed=0, offset=0, stride=None, device="cpu"):
-    """(logits, ids, mask, inv_temperature); rows `stride` apart, the first one `offset` elements past an aligned
-    address, NaN around them."""
-    generator = torch.Generator().manual_seed(seed)
-    stride = V if stride is None else stride
-    store = torch.full((offset + B * T * stride + 16,), math.nan, dtype=dtype, device=device)
-    logits = store.as_strided((B, T, V), (T * stride, stride, 1), offset)
-    logits.copy_(torch.randn(B, T, V, generator=generator) * 3)
-    ids = torch.randint(V, (B * T,), generator=generator).to(device)
-    inv_temperature = (torch.rand(B * T, generator=generator) + 0.5).to(device)
-    return logits, ids, torch.ones(B * T, dtype=torch.bool, device=device), inv_temperature
-
-
-def exact(logits, ids, inv_temperature):
-    """(logp, lse, entropy, p, log p) in float64."""
-    z = logits.double().flatten(0, 1) * inv_temperature.double()[:, None]
-    log_p = z.log_softmax(-1)
-    p = log_p.exp()
-    entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)
-    return log_p.gather(1, ids[:, None])[:, 0], z.logsumexp(-1), entropy, p, log_p
-
-
-def exact_grad(ids, g, h, inv_temperature, entropy, p, log_p):
-    grad = g.double()[:, None] * (F.one_hot(ids, p.shape[1]).double() - p)
-    if h is not None:
-        grad -= h.double()[:, None] * torch.where(p == 0, 0.0, p * (log_p + entropy[:, None]))
-    return grad * inv_temperature.double()[:, None]
-
-
-def rows_of(n, device, **given):
-    weight = torch.full((n,), 0.25, device=device)
-    return TokenRows(**{**dict.fromkeys(TokenRows._fields), "weight": weight, **given})
+        yield choose
+        choose()
 
 
 # 1, 5: nothing but edges; 61: slices without an element; 1000: whole vectors alone; 4099: odd.
@@ -328,9 +295,35 @@ def test_another_stride_for_the_gradient(use, device):
     out = torch.full((1, 3, 1003), math.nan, dtype=torch.bfloat16, device=device)
     rows = rows_of(3, device, advantages=torch.tensor([1.0, -2.0, 3.0], device=device))
     want = exact(logits, ids, inv_t)
-    use(2)
     cuda.token_loss(logits, ids, mask, inv_t, False, rows, TokenSpec(), out)
     assert_close(out[0], exact_grad(ids, -0.25 * rows.advantages, None, inv_t, want[2], *want[3:]), 2**-8)
+    use(2)
+    with pytest.raises(ValueError, match=r"OnePass\(cluster=2, .*the gradient lies otherwise modulo 16 bytes"):
+        cuda.token_loss(logits, ids, mask, inv_t, False, rows, TokenSpec(), out)
+
+
+@pytest.mark.parametrize("evict_first", [False, True])
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+@pytest.mark.parametrize("buffers", [0, 1, 2, 3, 4])
+def test_every_choice(buffers, blocks, evict_first, use, device):
+    """Other numbers of buffers and blocks give the same bits, in place and into a tensor that is elsewhere modulo 128
+    bytes; more rows than are on their way at once."""
+    V, offset = 1999, 3
+    logits, ids, mask, inv_t = make(13, 1, V, torch.bfloat16, offset=offset, stride=2003, device=device)
+    rows = rows_of(13, device, advantages=torch.linspace(-2, 2, 13, device=device))
+    want, want_grad = None, None
+    for cluster in (2, 4):
+        for chosen in (dict(), dict(buffers=buffers, blocks=blocks, evict_first=evict_first)):
+            use(cluster, seed=buffers + 5 * blocks, **chosen)
+            same = logits._base.clone().as_strided(logits.shape, logits.stride(), offset)
+            apart = torch.zeros_like(logits._base.repeat(2)).as_strided(logits.shape, logits.stride(), offset + 8)
+            for out in (same, apart):
+                got = cuda.token_loss(logits if out is apart else out, ids, mask, inv_t, True, rows, TokenSpec(), out)
+                want, want_grad = (want, want_grad) if chosen or out is apart else (got, out)
+                assert torch.equal(out, want_grad) and all(map(torch.equal, got, want))
+    true = exact(logits, ids, inv_t)
+    assert_close(want[1], true[0], 1e-6)
+    assert_close(want_grad.flatten(0, 1), exact_grad(ids, -0.25 * rows.advantages, None, inv_t, *true[2:]), 2**-8)
 
 
 def test_shapes_are_remembered_apart(use, device):
@@ -341,22 +334,6 @@ def test_shapes_are_remembered_apart(use, device):
         for want_entropy in (False, True):
             logp, *_ = cuda.row_stats(logits, ids, mask, inv_t, want_entropy)
             torch.testing.assert_close(logp.double(), exact(logits, ids, inv_t)[0], rtol=1e-6, atol=2e-6)
-
-
-def test_a_smaller_cluster_where_a_large_one_finds_no_room(cuda_host_library):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here, with room of its own")
-    with cuda_host.backend(cuda_host_library) as machine:
-        library = cuda._load()[0]
-        try:
-            machine.fastgrpo_host_largest_cluster(8)
-            assert library.fastgrpo_cuda_cluster(1, 262_145, 0) == 8
-            machine.fastgrpo_host_largest_cluster(2)
-            assert library.fastgrpo_cuda_cluster(1, 262_146, 0) == 0
-        finally:
-            machine.fastgrpo_host_largest_cluster(16)
-        assert library.fastgrpo_cuda_cluster(1, 262_147, 0) == 16
-        assert library.fastgrpo_cuda_cluster(0, 4096, 0) == 1
 
 
 def test_rows_that_no_cluster_holds(use, device):
@@ -370,13 +347,14 @@ def test_rows_that_no_cluster_holds(use, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_scale(dtype, device):
-    logits, *_ = make(1, 3, 1003, dtype, offset=1, device=device)
+@pytest.mark.parametrize("rows", [3, 50])  # fewer and more than the machine of cuda_host has blocks for
+def test_scale(rows, dtype, device):
+    logits, *_ = make(1, rows, 1003, dtype, offset=1, device=device)
     before = logits.clone()
     for factor in (1.0, 0.3):
         cuda.scale_(logits, torch.tensor(factor, device=device))
         assert torch.equal(logits, (before.float() * torch.tensor(factor, device=device)).to(dtype))
-    assert logits._base[:1].isnan().all() and logits._base[1 + 3 * 1003 :].isnan().all()
+    assert logits._base[:1].isnan().all() and logits._base[1 + rows * 1003 :].isnan().all()
 
 
 def test_first_update_has_ratio_one_exactly(use, device):
@@ -388,49 +366,6 @@ def test_first_update_has_ratio_one_exactly(use, device):
         leaf = logits.clone().requires_grad_()
         out = grpo_loss(leaf, ids, old_per_token_logps=old, backend="cuda", inplace=True, **kwargs)
         assert torch.equal(out.per_token_logps, old * kwargs["completion_mask"])
-
-
-def test_what_it_cannot_do(cuda_host_library, monkeypatch):
-    """A machine without a GPU, one with an old GPU, and a launch that fails: each says why."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    path = backends._native.library_path("fastgrpo_cuda")
-    assert ("does not exist" in cuda.unavailable()) == (not path.exists())
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: "):
-        grpo_loss(torch.randn(1, 2, 8), torch.zeros(1, 2).long(), torch.ones(1), backend="cuda")
-    unavailable = cuda.unavailable
-    with cuda_host.backend(cuda_host_library) as machine:
-        library = cuda._load()[0]
-        try:
-            machine.fastgrpo_host_capability(7, 5)
-            assert "below 8.0" in library.fastgrpo_cuda_unavailable().decode()
-            machine.fastgrpo_host_capability(8, 6)
-            assert library.fastgrpo_cuda_unavailable() is None
-            assert unavailable() == "torch sees no NVIDIA GPU"
-            machine.fastgrpo_host_devices(0)
-            assert "no" in library.fastgrpo_cuda_unavailable().decode()
-        finally:
-            machine.fastgrpo_host_devices(1)
-            machine.fastgrpo_host_capability(9, 0)
-        with pytest.raises(ValueError, match="cannot take these logits: .*float64"):
-            grpo_loss(torch.randn(1, 2, 8).double(), torch.zeros(1, 2).long(), torch.ones(1), backend="cuda")
-        logits, ids, mask, inv_t = make(2, 1, 50)
-        monkeypatch.setattr(cuda, "_place", lambda device: machine.fastgrpo_host_forget() or (0, 0))
-        with pytest.raises(RuntimeError, match=r"row_stats of logits of shape \(2, 1, 50\) on cpu: out of bounds"):
-            cuda.row_stats(logits, ids, mask, inv_t, True)
-
-
-def test_two_passes_below_9_0(cuda_host_library):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here, with a capability of its own")
-    with cuda_host.backend(cuda_host_library) as machine:
-        machine.fastgrpo_host_capability(8, 0)
-        try:
-            cuda.cluster.cache_clear()
-            assert cuda.cluster(32001, torch.bfloat16, 0) == 0
-        finally:
-            machine.fastgrpo_host_capability(9, 0)
-            cuda.cluster.cache_clear()
 
 
 def test_auto_takes_it_for_one_pass_in_place(monkeypatch):

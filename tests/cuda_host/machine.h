@@ -82,7 +82,7 @@ struct Thread {
   std::vector<uint32_t> fences;  // the epochs that each ended with one
   std::vector<Range> stores;     // sources of bulk stores that were not waited for
   int storing;                   // of these, how many are still to be read
-  int value;
+  int value, source;             // what it gives to its warp, and the lane whose it takes
 };
 
 using Threads = std::vector<Thread*>;
@@ -141,6 +141,10 @@ struct Machine {
   Threads ready, round, cluster_waiting;
   std::vector<Copy> copies;
   Pool<std::vector<Read>> lists;
+  struct {
+    int64_t in_phase, out_of_phase;  // modulo 128 bytes
+    int64_t evict_first;
+  } bulk_copies;  // of this launch
   const char* operation;
   Range range;
   jmp_buf scheduler, abandon;

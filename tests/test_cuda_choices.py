@@ -1,0 +1,201 @@
+"""What the CUDA backend asks of a device, once, and what a caller may choose: on the machine of cuda_host, which says
+what it was asked, with a library that has asked nothing before. Where there is a GPU, these do not run."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+
+import cuda_host
+import pytest
+import torch
+from cuda_rows import DTYPES, make, rows_of
+
+from fastgrpo import backends, cli, grpo_loss
+from fastgrpo.backends import TokenSpec, cuda
+
+cuda_unavailable = cuda.unavailable  # the true one: cuda_host puts another in its place
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, which answers for itself")
+
+
+@pytest.fixture
+def new_machine(cuda_host_library, tmp_path):
+    """The machine of cuda_host, and the backend on it with a library that has asked the driver nothing yet."""
+    with cuda_host.backend(Path(shutil.copy(cuda_host_library, tmp_path))) as machine:
+        yield machine
+
+
+def _using(cluster, function, *arguments, **choices):
+    with cuda.using(cluster=cluster, **choices):
+        return function(*arguments)
+
+
+def test_choices_that_cannot_run(new_machine):
+    """Each says what was chosen, why it cannot be, and what can; nothing takes two passes unasked."""
+    for name, value in (("cluster", 3), ("cluster", 32), ("buffers", 5), ("blocks", 3), ("evict_first", 2)):
+        with pytest.raises(ValueError, match=f"{name}: expected one of .*, got {value}"):
+            with cuda.using(**{name: value}):
+                pass
+    logits, ids, mask, inv_t = make(1, 1, 32_000, torch.bfloat16)
+
+    def stats(cluster=0, **choices):
+        return _using(cluster, cuda.row_stats, logits, ids, mask, inv_t, True, **choices)[1]
+
+    fits = "cluster=1, blocks=1 with up to 3 buffers; cluster=1, blocks=2 with up to 1 buffers; cluster=2, blocks=1"
+    for choices in (dict(cluster=1, blocks=2), dict(cluster=1, buffers=4), dict(cluster=1, blocks=2, buffers=3)):
+        with pytest.raises(ValueError, match="no room") as error:
+            stats(**choices)
+        assert fits in str(error.value) and all(f"{k}={v}" in str(error.value) for k, v in choices.items())
+    want = stats(cluster=1)
+    for choices in (dict(cluster=1, blocks=2, buffers=1), dict(cluster=1, buffers=3), dict(blocks=1, buffers=2)):
+        assert torch.equal(stats(**choices), want)  # what is said to fit does, and blocks=1 is of one block too
+    new_machine.fastgrpo_host_largest_cluster(4)
+    with pytest.raises(ValueError, match="cannot run a cluster of so many blocks") as error:
+        _using(8, cuda.row_stats, *make(1, 1, 31_999), True)  # another length: answers are remembered
+    fits = str(error.value).split("logits (")[1]
+    assert "cluster=4, " in fits and "cluster=8, " not in fits
+
+
+def test_choices_end_with_their_block():
+    before = cuda._chosen
+    with cuda.using(cluster=8, buffers=2):
+        with pytest.raises(ZeroDivisionError), cuda.using(blocks=1):
+            assert cuda._chosen == cuda.OnePass(cluster=8, buffers=2, blocks=1)
+            assert list(map(lambda f: getattr(cuda._choice, f[0]), cuda._Choice._fields_)) == [8, 2, 1, 1]
+            raise ZeroDivisionError
+        assert cuda._chosen == cuda.OnePass(cluster=8, buffers=2)
+    assert cuda._chosen == before == cuda.OnePass()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_bulk_copies(dtype, new_machine):
+    """They go between places that are the same modulo 128 bytes, wherever a row is; their lines are the first to go
+    from the cache, if so chosen."""
+    for offset in (0, 8, 24, 33):
+        for V, stride in ((1000, 1000), (2051, 2063)):
+            logits, ids, mask, inv_t = make(3, 1, V, dtype, offset=offset, stride=stride)
+            rows = rows_of(3, "cpu", advantages=torch.ones(3))
+            for choices in (dict(), dict(evict_first=False)):
+                _using(2, cuda.token_loss, logits, ids, mask, inv_t, True, rows, TokenSpec(), logits, **choices)
+                counts = (ctypes.c_int64 * 3)()
+                new_machine.fastgrpo_host_copies(counts)
+                copies = 2 * 2 * 3  # in and out, of two blocks, three rows
+                assert tuple(counts) == (copies, 0, 0 if choices else copies)
+
+
+def test_a_smaller_cluster_where_a_large_one_finds_no_room(new_machine):
+    new_machine.fastgrpo_host_largest_cluster(8)
+    assert cuda.cluster(262_145, torch.bfloat16, 0) == 8
+    new_machine.fastgrpo_host_largest_cluster(2)
+    assert cuda.cluster(262_146, torch.bfloat16, 0) == 0
+    new_machine.fastgrpo_host_largest_cluster(16)
+    assert cuda.cluster(262_147, torch.bfloat16, 0) == 16
+    assert cuda.cluster(4096, torch.float32, 0) == 1
+
+
+def test_answers_are_remembered_and_failures_are_not(new_machine):
+    """Of the driver, in the library and in Python: one error is no reason for two passes from then on, and no room is
+    no reason to ask again."""
+    out_of_memory = 2
+    new_machine.fastgrpo_host_fail_occupancy(out_of_memory)
+    with pytest.warns(RuntimeWarning, match="asking cuda:0 for clusters: out of memory; asked again"):
+        assert cuda.cluster(32_000, torch.bfloat16, 0) == 0
+    assert cuda.cluster(32_000, torch.bfloat16, 0) == 2
+    logits, ids, mask, inv_t = make(1, 1, 1000)
+    new_machine.fastgrpo_host_fail_occupancy(out_of_memory)
+    with pytest.raises(RuntimeError, match=r"row_stats of logits of shape \(1, 1, 1000\) on cpu: out of memory"):
+        cuda.row_stats(logits, ids, mask, inv_t, True)
+    one_pass = cuda.row_stats(logits, ids, mask, inv_t, True)
+    assert all(map(torch.equal, one_pass, cuda.row_stats(logits, ids, mask, inv_t, True)))
+    assert cuda.shape(1000, torch.float32, 0, entropy=True).cluster == 1
+
+    new_machine.fastgrpo_host_largest_cluster(0)
+    assert cuda.cluster(2000, torch.bfloat16, 0) == 0
+    new_machine.fastgrpo_host_largest_cluster(16)
+    calls = new_machine.fastgrpo_host_calls()
+    assert cuda.cluster(2000, torch.bfloat16, 0) == 0
+    assert new_machine.fastgrpo_host_calls() == calls
+
+
+def test_calls_of_the_runtime(new_machine, monkeypatch):
+    """After its first call, a kernel costs two: which device is this thread's, and the launch. Choosing a backend
+    costs none."""
+    real = cuda_unavailable
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    logits, ids, mask, inv_t = make(2, 1, 1000, torch.bfloat16)
+    rows = rows_of(2, "cpu", advantages=torch.ones(2))
+    out, g, lse = torch.empty_like(logits), torch.ones(2), torch.zeros(2)
+    calls = {
+        "choosing": (0, lambda: (real(), cuda.cluster(1000, torch.bfloat16, 0))),
+        "row_stats": (2, lambda: cuda.row_stats(logits, ids, mask, inv_t, False)),
+        "token_loss": (2, lambda: cuda.token_loss(logits, ids, mask, inv_t, True, rows, TokenSpec(), out)),
+        "row_grad": (2, lambda: cuda.row_grad(logits, ids, lse, lse, g, None, inv_t, out)),
+        "scale_": (2, lambda: cuda.scale_(logits, torch.tensor(0.5))),
+        "two passes": (3, lambda: _using(-1, cuda.token_loss, logits, ids, mask, inv_t, True, rows, TokenSpec(), out)),
+    }
+    found = {}
+    for name, (_, call) in calls.items():
+        call()
+        before = new_machine.fastgrpo_host_calls()
+        call()
+        found[name] = new_machine.fastgrpo_host_calls() - before
+    assert found == {name: count for name, (count, _) in calls.items()}
+
+
+def test_a_factor_of_one_starts_few_blocks(new_machine):
+    """Not one per row: dW has as many rows as the vocabulary."""
+    for factor in (1.0, 2.0):
+        x = torch.ones(1, 1000, 8, dtype=torch.bfloat16)
+        cuda.scale_(x, torch.tensor(factor))
+        assert (x == factor).all() and new_machine.fastgrpo_host_blocks() == 4 * 2  # four of each multiprocessor
+
+
+def test_how_rows_are_held_is_shown(new_machine, monkeypatch, capsys):
+    """By `fastgrpo env`: per GPU and dtype, clusters at once and the shapes of usual rows; or why there are none."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    new_machine.fastgrpo_host_largest_cluster(8)
+    new_machine.fastgrpo_host_active_clusters(5)
+    assert cli.main(["env"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "cuda:0 bfloat16, 2 a multiprocessor: clusters at once by their blocks: "
+        "5 of 1, 5 of 2, 5 of 4, 5 of 8, 0 of 16",
+        "cuda:0 float16, rows of 151936: 5 clusters of 8, 2 a multiprocessor, 3 buffers",
+        "cuda:0 float32, rows of 262144: two passes: the device cannot run a cluster of so many blocks",
+    ):
+        assert f"{line}\n" in said
+    lines = list(cuda.describe(1))
+    assert lines[0].startswith("cuda:1 bfloat16: backend 'cuda': asking cuda:1 for clusters: invalid device")
+
+
+def test_two_passes_below_9_0(new_machine):
+    new_machine.fastgrpo_host_capability(8, 0)
+    assert cuda.cluster(32001, torch.bfloat16, 0) == 0
+    assert "9.0" in cuda.shape(32001, torch.bfloat16, 0).why
+    with pytest.raises(ValueError, match=r"OnePass\(cluster=2, .*\(none\), but it takes a GPU of .* 9.0"):
+        _using(2, cuda.row_stats, *make(1, 1, 50), True)
+
+
+def test_what_it_cannot_do(cuda_host_library, tmp_path, monkeypatch):
+    """A machine without a GPU, one with an old GPU, and a launch that fails: each says why."""
+    path = backends._native.library_path("fastgrpo_cuda")
+    assert ("does not exist" in cuda.unavailable()) == (not path.exists())
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: "):
+        grpo_loss(torch.randn(1, 2, 8), torch.zeros(1, 2).long(), torch.ones(1), backend="cuda")
+    for capability, why in (((7, 5), "below 8.0"), ((8, 6), "torch sees no NVIDIA GPU")):
+        # each a library of its own: what a device can do is asked once
+        copy = Path(shutil.copy(cuda_host_library, tmp_path / f"{capability[0]}.so"))
+        with cuda_host.backend(copy) as machine:
+            machine.fastgrpo_host_capability(*capability)
+            assert why in cuda_unavailable()
+            machine.fastgrpo_host_devices(0)
+            assert "no CUDA-capable device" in cuda_unavailable()
+    with cuda_host.backend(cuda_host_library) as machine:
+        with pytest.raises(ValueError, match="cannot take these logits: .*float64"):
+            grpo_loss(torch.randn(1, 2, 8).double(), torch.zeros(1, 2).long(), torch.ones(1), backend="cuda")
+        logits, ids, mask, inv_t = make(2, 1, 50)
+        monkeypatch.setattr(cuda, "_place", lambda device: machine.fastgrpo_host_forget() or (0, 0))
+        with pytest.raises(RuntimeError, match=r"row_stats of logits of shape \(2, 1, 50\) on cpu: out of bounds"):
+            cuda.row_stats(logits, ids, mask, inv_t, True)
