@@ -47,13 +47,6 @@ struct ObjectiveResult {
   float ratio;  // before the delta clamp
 };
 
-// v * e^x, given e = e^x in fp32. Where that overflows the product need not, and with v = 0 it is 0.
-FASTGRPO_INLINE float times_exp(float v, float x, float e) {
-  if (!(e > FLT_MAX)) return v * e;
-  const float root = expf(0.5f * x);
-  return v == 0.0f ? v : v * root * root;
-}
-
 // x * factor, where an infinite x stands for a number beyond fp32.
 FASTGRPO_INLINE float times(float x, float factor) { return factor == 0.0f && fabsf(x) > FLT_MAX ? 0.0f : x * factor; }
 
@@ -62,7 +55,10 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
   // Without old logps the ratio is 1, except that a NaN logp still gives a NaN loss and gradient.
   const float on_policy = lp != lp ? lp : 0.0f;
   const float x = row.has_old ? lp - row.old_logp : on_policy;
-  const float c1 = expf(x);
+  // The ratio is low * high, so that v * low * high is finite wherever v * e^x is, and 0 with v = 0.
+  const float low = expf(x > 80.0f ? 80.0f : x);
+  const float high = x > 80.0f ? expf(x > 160.0f ? 80.0f : x - 80.0f) : 1.0f;
+  const float c1 = low * high;
 
   float loss, d;  // of the policy term
   if (spec.kind == kCispo) {
@@ -73,11 +69,11 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
     const float tau = A > 0 ? spec.tau_pos : spec.tau_neg;
     const float s = 1.0f / (1.0f + expf(-tau * (c1 - 1.0f)));
     loss = -A * s * (4.0f / tau);
-    d = times_exp(-A * 4.0f * s * (1.0f - s), x, c1);
+    d = -A * 4.0f * s * (1.0f - s) * low * high;
   } else {
     // Comparisons are written so that a NaN ratio passes through every clamp, as it does in torch.
     const float clamped = c1 < spec.clip_low ? spec.clip_low : c1 > spec.clip_high ? spec.clip_high : c1;
-    const float slope = times_exp(A, x, c1);
+    const float slope = A * low * high;
     const float l1 = c1 > spec.delta ? spec.delta * A : slope;
     const float l2 = clamped * A;
     const float m1 = c1 > spec.delta ? 0.0f : slope;
@@ -96,10 +92,10 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
     float dk = -e;
     k = e - q;
     if (spec.bias_correction) {
-      // Its derivative (k - e) * c1, without the cancellation; and beyond 20, where e^q may overflow beside a small
-      // ratio, e^x * (e^q - 1 - q) with the two exponents added.
-      dk = times_exp(-q, x, c1);
-      k = q > 20.0f ? expf(q + x) * (1.0f - (1.0f + q) * expf(-q)) : times_exp(k, x, c1);
+      // Its derivative (k - e) * c1, without the cancellation; and beyond q = 20, where e^q may overflow beside a
+      // small ratio, e^x * (e^q - 1 - q) with the two exponents added.
+      dk = -q * low * high;
+      k = q > 20.0f ? expf(q + x) * (1.0f - (1.0f + q) * expf(-q)) : k * low * high;
     }
     loss += spec.beta * k;
     d += spec.beta * dk;

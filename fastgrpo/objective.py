@@ -231,18 +231,18 @@ def compute_objective(objective: Objective, logps: Tensor, entropies: Tensor | N
     if is_ratio is not None and o.loss_type != "vespo":
         factors.append(is_ratio)
 
-    phi = None
+    phi, numbers = None, advantages == advantages  # a NaN advantage has a NaN gradient
     if o.loss_type == "cispo":
         loss = -log_ratio.exp().clamp(max=o.clip_high).detach() * advantages * logps
     elif o.loss_type == "sapo":
         tau = torch.where(advantages > 0, o.sapo_temperature_pos, o.sapo_temperature_neg).to(logps.dtype)
         saturated = 1e3 / min(o.sapo_temperature_pos, o.sapo_temperature_neg)
-        loss = -advantages * torch.sigmoid(tau * (_exp(log_ratio, True, saturated) - 1)) * 4 / tau
+        loss = -advantages * torch.sigmoid(tau * (_exp(log_ratio, numbers, saturated) - 1)) * 4 / tau
     elif o.loss_type == "vespo":
         phi = _vespo_weight(o, (logps - old).detach(), is_ratio, batch)
         loss = -phi * advantages * logps
     else:
-        bounded = advantages >= 0 if o.delta is None else torch.ones_like(batch.scored)
+        bounded = advantages >= 0 if o.delta is None else numbers
         for factor in factors:
             bounded = bounded | (factor == 0)
         ratio = _exp(log_ratio, bounded, max(o.clip_high, o.delta or 0.0))
@@ -274,7 +274,7 @@ def compute_objective(objective: Objective, logps: Tensor, entropies: Tensor | N
     return Terms(total, ratio, None if kl is None else kl.detach(), phi, bonus)
 
 
-def _exp(log_ratio: Tensor, bounded: Tensor | bool, largest: float) -> Tensor:
+def _exp(log_ratio: Tensor, bounded: Tensor, largest: float) -> Tensor:
     """exp(log_ratio); where `bounded`, one finite number for all that is far beyond `largest`.
 
     There the objective does not depend on the ratio any more, but autograd would multiply its gradient, 0, by exp's

@@ -99,7 +99,8 @@ def _exact_kl(times_ratio: bool, xs: list, ds: list, per_sequence: bool) -> tupl
     if not per_sequence:  # the two parts of the derivative share e^(x + d), which is gone from their sum
         return kl, [_times(-d, _exp(x)) for x, d in zip(xs, ds, strict=True)]
     mean = sum(kl) / len(kl)
-    return kl, [mean - (_times(math.expm1(d), _exp(x)) if d < 1 else _exp(x + d) - _exp(x)) for x, d in zip(xs, ds)]
+    grown = [_times(math.expm1(d), _exp(x)) if d < 1 else _exp(x + d) - _exp(x) for x, d in zip(xs, ds, strict=True)]
+    return kl, [mean - e for e in grown]
 
 
 def make_inputs(

@@ -28,13 +28,6 @@ from ._triton_rows import (
 
 
 @triton.jit
-def _times_exp(v, x, e):
-    """v * e^x, given e = e^x in fp32. Where that overflows the product need not, and with v = 0 it is 0."""
-    root = tl.exp2(x * (0.5 * LOG2E))
-    return tl.where(e == INF, tl.where(v == 0.0, 0.0, v * root * root), v * e)
-
-
-@triton.jit
 def _times(x, factor):
     """x * factor, where an infinite x stands for a number beyond fp32."""
     return tl.where((factor == 0.0) & (tl.abs(x) == INF), 0.0, x * factor)
@@ -46,11 +39,14 @@ def _objective(logp, d, ref, advantage, kind, clip_low, clip_high, delta, beta, 
 
     Ties split the derivative in halves, as torch.min does.
     """
-    ratio = tl.exp2(d * LOG2E)
+    # ratio = low * high, so that v * low * high is finite wherever v * e^d is, and 0 with v = 0; up to d = 80 high is 1
+    low = tl.exp2(tl.where(d > 80.0, 80.0, d) * LOG2E)
+    high = tl.exp2(tl.minimum(tl.maximum(d - 80.0, 0.0), 80.0) * LOG2E)
+    ratio = low * high
     if kind == 0:
         clipped = tl.minimum(tl.maximum(ratio, clip_low, propagate_nan=tl.PropagateNan.ALL), clip_high,
                              propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
-        slope = _times_exp(advantage, d, ratio)
+        slope = advantage * low * high
         loss1 = tl.where(ratio > delta, delta * advantage, slope)
         loss2 = clipped * advantage
         slope1 = tl.where(ratio <= delta, slope, 0.0)
@@ -65,19 +61,19 @@ def _objective(logp, d, ref, advantage, kind, clip_low, clip_high, delta, beta, 
         tau = tl.where(advantage > 0.0, tau_pos, tau_neg)
         gate = 1.0 / (1.0 + tl.exp2(-tau * (ratio - 1.0) * LOG2E))
         loss = -advantage * gate * 4.0 / tau
-        dloss = _times_exp(-advantage * 4.0 * gate * (1.0 - gate), d, ratio)
+        dloss = -advantage * 4.0 * gate * (1.0 - gate) * low * high
     kl = 0.0
     dkl = 0.0
     if beta != 0.0:
         grown, kl = _expm1(ref - logp)
         dkl = -grown
         if bias_correction != 0.0:
-            # Its derivative (kl - grown) * ratio, without the cancellation; and beyond 20, where e^q may overflow beside
-            # a small ratio, e^d * (e^q - 1 - q) with the two exponents added.
+            # Its derivative (kl - grown) * ratio, without the cancellation; and beyond q = 20, where e^q may overflow
+            # beside a small ratio, e^d * (e^q - 1 - q) with the two exponents added.
             q = ref - logp
-            dkl = _times_exp(-q, d, ratio)
+            dkl = -q * low * high
             far = tl.exp2((q + d) * LOG2E) * (1.0 - (1.0 + q) * tl.exp2(-q * LOG2E))
-            kl = tl.where(q > 20.0, far, _times_exp(kl, d, ratio))
+            kl = tl.where(q > 20.0, far, kl * low * high)
     return loss, dloss, kl, dkl, ratio
 
 
