@@ -55,7 +55,7 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
   // Without old logps the ratio is 1, except that a NaN logp still gives a NaN loss and gradient.
   const float on_policy = lp != lp ? lp : 0.0f;
   const float x = row.has_old ? lp - row.old_logp : on_policy;
-  // The ratio is low * high, so that v * low * high is finite wherever v * e^x is, and 0 with v = 0.
+  // The ratio is low * high: v * low * high is finite wherever v * e^x is, and 0 with v = 0.
   const float low = expf(x > 80.0f ? 80.0f : x);
   const float high = x > 80.0f ? expf(x > 160.0f ? 80.0f : x - 80.0f) : 1.0f;
   const float c1 = low * high;

@@ -39,7 +39,7 @@ def _objective(logp, d, ref, advantage, kind, clip_low, clip_high, delta, beta, 
 
     Ties split the derivative in halves, as torch.min does.
     """
-    # ratio = low * high, so that v * low * high is finite wherever v * e^d is, and 0 with v = 0; up to d = 80 high is 1
+    # ratio = low * high, with high = 1 up to d = 80: v * low * high is finite wherever v * e^d is, and 0 with v = 0
     low = tl.exp2(tl.where(d > 80.0, 80.0, d) * LOG2E)
     high = tl.exp2(tl.minimum(tl.maximum(d - 80.0, 0.0), 80.0) * LOG2E)
     ratio = low * high
