@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -46,11 +47,18 @@ struct ObjectiveResult {
   float ratio;  // before the delta clamp
 };
 
+// x * factor, where an infinite x stands for a number beyond fp32.
+FASTGRPO_INLINE float times(float x, float factor) { return factor == 0.0f && fabsf(x) > FLT_MAX ? 0.0f : x * factor; }
+
 FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const ObjectiveRow& row) {
   const float lp = row.logp, A = row.advantage;
   // Without old logps the ratio is 1, except that a NaN logp still gives a NaN loss and gradient.
   const float on_policy = lp != lp ? lp : 0.0f;
-  const float c1 = expf(row.has_old ? lp - row.old_logp : on_policy);
+  const float x = row.has_old ? lp - row.old_logp : on_policy;
+  // The ratio is low * high: v * low * high is finite wherever v * e^x is, and 0 with v = 0.
+  const float low = expf(x > 80.0f ? 80.0f : x);
+  const float high = x > 80.0f ? expf(x > 160.0f ? 80.0f : x - 80.0f) : 1.0f;
+  const float c1 = low * high;
 
   float loss, d;  // of the policy term
   if (spec.kind == kCispo) {
@@ -61,20 +69,21 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
     const float tau = A > 0 ? spec.tau_pos : spec.tau_neg;
     const float s = 1.0f / (1.0f + expf(-tau * (c1 - 1.0f)));
     loss = -A * s * (4.0f / tau);
-    d = -A * 4.0f * s * (1.0f - s) * c1;
+    d = -A * 4.0f * s * (1.0f - s) * low * high;
   } else {
     // Comparisons are written so that a NaN ratio passes through every clamp, as it does in torch.
     const float clamped = c1 < spec.clip_low ? spec.clip_low : c1 > spec.clip_high ? spec.clip_high : c1;
-    const float l1 = (c1 > spec.delta ? spec.delta : c1) * A;
+    const float slope = A * low * high;
+    const float l1 = c1 > spec.delta ? spec.delta * A : slope;
     const float l2 = clamped * A;
-    const float m1 = c1 > spec.delta ? 0.0f : c1 * A;
-    const float m2 = c1 < spec.clip_low || c1 > spec.clip_high ? 0.0f : c1 * A;
+    const float m1 = c1 > spec.delta ? 0.0f : slope;
+    const float m2 = c1 < spec.clip_low || c1 > spec.clip_high ? 0.0f : slope;
     loss = -(l1 < l2 ? l1 : l1 > l2 ? l2 : l1 == l2 ? l1 : l1 + l2);
     // A tie, which is the usual case inside the clip range, shares the gradient as torch.min does.
     d = -(l1 < l2 ? m1 : l1 > l2 ? m2 : 0.5f * (m1 + m2));
   }
-  loss *= row.policy_scale;
-  d *= row.policy_scale;
+  loss = times(loss, row.policy_scale);
+  d = times(d, row.policy_scale);
 
   float k = 0.0f;
   if (spec.beta != 0.0f) {
@@ -83,13 +92,15 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
     float dk = -e;
     k = e - q;
     if (spec.bias_correction) {
-      dk = (dk + k) * c1;
-      k *= c1;
+      // Its derivative (k - e) * c1, without the cancellation; and beyond q = 20, where e^q may overflow beside a
+      // small ratio, e^x * (e^q - 1 - q) with the two exponents added.
+      dk = -q * low * high;
+      k = q > 20.0f ? expf(q + x) * (1.0f - (1.0f + q) * expf(-q)) : k * low * high;
     }
     loss += spec.beta * k;
     d += spec.beta * dk;
   }
-  return {row.weight * loss, row.weight * d, k, c1};
+  return {times(loss, row.weight), times(d, row.weight), k, c1};
 }
 
 // The group-relative advantage of sequence `seq`: rewards stand in contiguous groups of group_size, NaN rewards do not

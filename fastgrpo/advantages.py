@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.checks import FLOATS, INTEGERS, check, check_dtype
+
 SCALE_REWARDS = ("group", "batch", "none")
 _EPS = 1e-4  # as in TRL; it bounds the advantages of a group of nearly equal rewards
 
@@ -46,18 +48,17 @@ def group_advantages(
 
     Equivalent to: the advantages of TRL's GRPOTrainer.
     """
-    if not isinstance(rewards, Tensor) or rewards.dim() != 1:
-        raise ValueError(f"rewards: expected a tensor of shape (B,), got {_describe(rewards)}")
+    check(isinstance(rewards, Tensor) and rewards.dim() == 1, "rewards", "a tensor of shape (B,)", rewards)
+    check_dtype("rewards", rewards, *FLOATS, *INTEGERS, torch.bool)
     if scale_rewards not in SCALE_REWARDS:
         raise ValueError(f"scale_rewards: expected one of {', '.join(SCALE_REWARDS)}, got {scale_rewards!r}")
     dtype = rewards.dtype if rewards.dtype in (torch.float32, torch.float64) else torch.float32
     rewards = rewards.double()  # so that the rounding of a mean does not show in a small spread
     if group_ids is not None:
         same_shape = isinstance(group_ids, Tensor) and group_ids.shape == rewards.shape
-        if not same_shape or group_ids.is_floating_point():
-            shape = tuple(rewards.shape)
-            raise ValueError(f"group_ids: expected integers of shape {shape}, got {_describe(group_ids)}")
-        index, columns = _columns(rewards, group_ids)
+        check(same_shape, "group_ids", f"a tensor of shape {tuple(rewards.shape)}", group_ids)
+        check_dtype("group_ids", group_ids, torch.bool, *INTEGERS)
+        index, columns = _columns(rewards, group_ids.long())
     else:
         check_groups(rewards, num_generations)
         index = torch.arange(rewards.numel(), device=rewards.device) // num_generations
@@ -137,16 +138,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def _check_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> None:
-    if not isinstance(values, Tensor) or values.dim() != 2 or not values.is_floating_point():
-        raise ValueError(f"values: expected a floating point tensor of shape (B, T), got {_describe(values)}")
+    check(isinstance(values, Tensor) and values.dim() == 2, "values", "a tensor of shape (B, T)", values)
+    check_dtype("values", values, *FLOATS)
     for name, x in (("rewards", rewards), ("mask", mask)):
-        if not isinstance(x, Tensor) or x.shape != values.shape:
-            raise ValueError(f"{name}: expected a tensor of values' shape {tuple(values.shape)}, got {_describe(x)}")
-        if x.device != values.device:
-            raise ValueError(f"{name}: expected values' device {values.device}, got {x.device}")
-        if x.is_complex() or (name == "mask" and x.is_floating_point()):
-            kind = "bool or integers" if name == "mask" else "real numbers"
-            raise ValueError(f"{name}: expected {kind}, got {_describe(x)}")
+        fits = isinstance(x, Tensor) and x.shape == values.shape
+        check(fits, name, f"a tensor of values' shape {tuple(values.shape)}", x)
+        check(x.device == values.device, name, f"values' device {values.device}", x)
+        check_dtype(name, x, torch.bool, *INTEGERS, *(FLOATS if name == "rewards" else ()))
     for name, number in (("gamma", gamma), ("lam", lam)):
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {number!r}")
@@ -161,7 +159,3 @@ def check_groups(rewards: Tensor, num_generations: int | None) -> None:
             f"rewards: expected whole groups, a multiple of num_generations={num_generations}, got {rewards.numel()} "
             "rewards (pass advantages where a micro-batch cuts through a group)"
         )
-
-
-def _describe(x: object) -> str:
-    return f"shape {tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x)

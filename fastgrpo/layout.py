@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.advantages import SCALE_REWARDS, check_groups, group_advantages
+from fastgrpo.checks import FLOATS, INTEGERS, check, check_dtype
 from fastgrpo.objective import Objective
 
 
@@ -124,18 +125,10 @@ class Batch:
         return dataclasses.replace(self, layout=layout, shape=taken["ids"].shape, rewards=None, **taken)
 
 
-def describe(x: object) -> str:
-    return f"a tensor of shape {tuple(x.shape)}, {x.dtype}, {x.device}" if isinstance(x, Tensor) else repr(x)
-
-
-def check(ok: bool, name: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {describe(got)}")
-
-
 def check_rows(rows: Tensor, completion_ids: Tensor, name: str, width: str) -> None:
     """`rows` is (B, T, width) beside ids (B, T), or (N, width) beside (N,); same device, floating point."""
-    check(isinstance(rows, Tensor) and rows.is_floating_point(), name, "a floating point tensor", rows)
+    check(isinstance(rows, Tensor), name, "a tensor", rows)
+    check_dtype(name, rows, *FLOATS)
     check(rows.dim() in (2, 3), name, f"shape (B, T, {width}), or (N, {width}) with cu_seqlens", rows)
     check(
         isinstance(completion_ids, Tensor) and completion_ids.shape == rows.shape[:-1],
@@ -143,8 +136,7 @@ def check_rows(rows: Tensor, completion_ids: Tensor, name: str, width: str) -> N
         f"shape {tuple(rows.shape[:-1])} to match {name}",
         completion_ids,
     )
-    integer = not completion_ids.is_floating_point() and completion_ids.dtype != torch.bool
-    check(integer, "completion_ids", "an integer dtype", completion_ids)
+    check_dtype("completion_ids", completion_ids, *INTEGERS)
     check(completion_ids.device == rows.device, "completion_ids", f"device {rows.device}", completion_ids)
     check(rows.size(-1) > 0, name, f"{width} > 0", rows)
 
@@ -170,10 +162,11 @@ def check_ids(ids: Tensor, mask: Tensor, vocab_size: int, mask_name: str = "comp
 
 
 def make_mask(mask: Tensor | None, shape: torch.Size, device: torch.device, name: str = "completion_mask") -> Tensor:
-    """(N,) bool from a mask of any dtype, or all True."""
+    """(N,) bool from a mask of bools or real numbers, or all True."""
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device).view(-1)
     check(isinstance(mask, Tensor) and mask.shape == shape, name, f"shape {tuple(shape)}", mask)
+    check_dtype(name, mask, torch.bool, *INTEGERS, *FLOATS)
     check(mask.device == device, name, f"device {device}", mask)
     return (mask != 0).reshape(-1)
 
@@ -190,6 +183,7 @@ def make_inv_temperature(
         return torch.full((shape.numel(),), 1.0 / temperature, dtype=dtype, device=device)
     temperature = temperature.detach()
     if temperature.dim() == 0:
+        check_dtype("temperature", temperature, *FLOATS, *INTEGERS)
         rows = temperature.to(device, dtype).expand(shape.numel())
     else:
         rows, _ = _to_rows("temperature", temperature, layout, shape, device, dtype)
@@ -210,7 +204,7 @@ def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.devi
         "shape (S+1,) with packed (N,) inputs",
         cu_seqlens,
     )
-    check(not cu_seqlens.is_floating_point(), "cu_seqlens", "an integer dtype", cu_seqlens)
+    check_dtype("cu_seqlens", cu_seqlens, *INTEGERS)
     cu_seqlens = cu_seqlens.to(device, torch.int64)
     if _values_can_be_checked(cu_seqlens):
         ordered = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == shape[0] and bool((cu_seqlens.diff() >= 0).all())
@@ -226,7 +220,7 @@ def _to_rows(
     sequences = layout.num_sequences
     expected = f"shape {tuple(shape)} (per token) or ({sequences},) (per sequence) on {device}"
     check(isinstance(x, Tensor) and x.device == device, name, expected, x)
-    check(x.is_floating_point(), name, "a floating point dtype", x)
+    check_dtype(name, x, *FLOATS)
     if x.shape in ((sequences,), (sequences, 1)):
         return layout.to_rows(x.to(dtype).reshape(-1)).contiguous(), True
     check(x.shape == shape, name, expected, x)
@@ -236,6 +230,7 @@ def _to_rows(
 def _scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor | float:
     if isinstance(value, Tensor):
         check(value.dim() == 0, name, "a number or a 0-dim tensor", value)
+        check_dtype(name, value, *FLOATS, *INTEGERS)
         return value.detach().to(device, dtype)
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     check(number, name, "a number or a 0-dim tensor", value)
@@ -281,7 +276,7 @@ def make_batch(
             return None
         check(isinstance(x, Tensor) and x.shape == shape, name, f"shape {tuple(shape)}", x)
         check(x.device == device, name, f"device {device}", x)
-        check(x.is_floating_point(), name, "a floating point dtype", x)
+        check_dtype(name, x, *FLOATS)
         return x.detach().to(dtype).reshape(-1).contiguous()
 
     check((advantages is None) != (rewards is None), "advantages, rewards", "exactly one of the two", advantages)
@@ -298,6 +293,7 @@ def make_batch(
         per_sequence = isinstance(rewards, Tensor) and rewards.shape == (layout.num_sequences,)
         check(per_sequence, "rewards", f"shape ({layout.num_sequences},)", rewards)
         check(rewards.device == device, "rewards", f"device {device}", rewards)
+        check_dtype("rewards", rewards, *FLOATS, *INTEGERS, torch.bool)
         check_groups(rewards, num_generations)
         rewards = rewards.detach().contiguous()
 

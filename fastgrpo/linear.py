@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo import backends
-from fastgrpo.layout import Batch, Packed, check, check_rows, make_batch
+from fastgrpo.checks import FLOATS, check, check_dtype
+from fastgrpo.layout import Batch, Packed, check_rows, make_batch
 from fastgrpo.linear_ops import LinearLoss, encode_objective, linear_loss, linear_stats, wanted_statistics
 from fastgrpo.loss import GRPOLoss, GRPOOutput, make_output, objective_of_stats
 from fastgrpo.objective import Objective, entropy_weight, row_weight
@@ -184,12 +185,14 @@ def check_head(
 ) -> tuple[torch.dtype, int]:
     """(dtype of the GEMMs, V) of a head, after checking that it fits hidden; a ValueError names the argument."""
     width, device = hidden.shape[-1], hidden.device
-    matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point() and len(weight) > 0
-    check(matrix and weight.shape[1] == width, "weight", f"a floating point tensor of shape (V, {width})", weight)
+    matrix = isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) > 0
+    check(matrix and weight.shape[1] == width, "weight", f"a tensor of shape (V, {width})", weight)
+    check_dtype("weight", weight, *FLOATS)
     check(weight.device == device, "weight", f"device {device}", weight)
     if bias is not None:
-        fits = isinstance(bias, Tensor) and bias.shape == weight.shape[:1] and bias.is_floating_point()
-        check(fits, "bias", f"a floating point tensor of shape ({len(weight)},)", bias)
+        fits = isinstance(bias, Tensor) and bias.shape == weight.shape[:1]
+        check(fits, "bias", f"a tensor of shape ({len(weight)},)", bias)
+        check_dtype("bias", bias, *FLOATS)
         check(bias.device == device, "bias", f"device {device}", bias)
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")

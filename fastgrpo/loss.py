@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -215,7 +216,7 @@ def token_inputs(objective: Objective, batch: Batch) -> tuple[TokenRows, TokenSp
         kind={"cispo": 1, "sapo": 2}.get(o.loss_type, 0),
         clip_low=1 - o.epsilon,
         clip_high=o.clip_high,
-        delta=torch.finfo(torch.float32).max if o.delta is None else o.delta,
+        delta=math.inf if o.delta is None else o.delta,
         beta=o.beta,
         bias_correction=o.use_bias_correction_kl,
         tau_pos=o.sapo_temperature_pos,

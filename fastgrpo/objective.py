@@ -233,45 +233,55 @@ def compute_objective(objective: Objective, logps: Tensor, entropies: Tensor | N
     def seq_mean(x: Tensor) -> Tensor:  # over the loss tokens, back on the rows
         return layout.to_rows(layout.seq_sum(x * mask) / layout.seq_sum(mask).clamp(min=1))
 
-    log_ratio = logps - old
-    if o.importance_sampling_level == "token":
-        ratio = log_ratio.exp()
-    else:
-        ratio = seq_mean(log_ratio).exp()
-        if o.importance_sampling_level == "sequence_token":
-            ratio = ratio.detach() * (logps - logps.detach()).exp()
+    def log_ratio_of(logps: Tensor) -> Tensor:
+        if o.importance_sampling_level == "token":
+            return logps - old
+        mean = seq_mean(logps - old)
+        return mean if o.importance_sampling_level == "sequence" else mean.detach() + (logps - logps.detach())
 
-    kl = phi = None
-    if o.beta != 0:
-        diff = batch.scored_only(batch.ref) - logps
-        kl = torch.expm1(diff) - diff  # exp(d) - 1 - d without its cancellation
-        if o.use_bias_correction_kl:
-            kl = kl * ratio
+    log_ratio = log_ratio_of(logps)
+    factors, entropy_mask = [], None  # of the policy term alone
+    if o.off_policy_mask_threshold is not None:
+        sampling = old if batch.sampling is None else batch.scored_only(batch.sampling)
+        drift = seq_mean(torch.nan_to_num(sampling - logps.detach(), nan=0.0))
+        factors.append((advantages >= 0) | (drift <= o.off_policy_mask_threshold))
+    if o.top_entropy_quantile < 1:
+        entropy_mask = high_entropy_mask(entropies, batch.mask, 1 - o.top_entropy_quantile)
+        factors.append(entropy_mask)
+    if is_ratio is not None and o.loss_type != "vespo":
+        factors.append(is_ratio)
 
+    phi, numbers = None, advantages == advantages  # a NaN advantage has a NaN gradient
     if o.loss_type == "cispo":
-        loss = -ratio.clamp(max=o.clip_high).detach() * advantages * logps
+        loss = -log_ratio.exp().clamp(max=o.clip_high).detach() * advantages * logps
     elif o.loss_type == "sapo":
         tau = torch.where(advantages > 0, o.sapo_temperature_pos, o.sapo_temperature_neg).to(logps.dtype)
-        loss = -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+        saturated = 1e3 / min(o.sapo_temperature_pos, o.sapo_temperature_neg)
+        loss = -advantages * torch.sigmoid(tau * (_exp(log_ratio, numbers, saturated) - 1)) * 4 / tau
     elif o.loss_type == "vespo":
-        phi = _vespo_weight(o, log_ratio.detach(), is_ratio, batch)
+        phi = _vespo_weight(o, (logps - old).detach(), is_ratio, batch)
         loss = -phi * advantages * logps
     else:
+        bounded = advantages >= 0 if o.delta is None else numbers
+        for factor in factors:
+            bounded = bounded | (factor == 0)
+        ratio = _exp(log_ratio, bounded, max(o.clip_high, o.delta or 0.0))
         unclipped = ratio if o.delta is None else ratio.clamp(max=o.delta)
         clipped = ratio.clamp(1 - o.epsilon, o.clip_high)
         loss = -torch.minimum(unclipped * advantages, clipped * advantages)
 
-    if o.off_policy_mask_threshold is not None:
-        sampling = old if batch.sampling is None else batch.scored_only(batch.sampling)
-        drift = seq_mean(torch.nan_to_num(sampling - logps.detach(), nan=0.0))
-        loss = loss * ((advantages >= 0) | (drift <= o.off_policy_mask_threshold))
-    entropy_mask = None
-    if o.top_entropy_quantile < 1:
-        entropy_mask = high_entropy_mask(entropies, batch.mask, 1 - o.top_entropy_quantile)
-        loss = loss * entropy_mask
-    if is_ratio is not None and o.loss_type != "vespo":
-        loss = loss * is_ratio
-    if kl is not None:
+    for factor in factors:
+        loss = loss * factor
+    kl = None
+    if o.beta != 0:
+        ref = batch.scored_only(batch.ref)
+        if o.use_bias_correction_kl:
+            # in float64 up to the logps: its derivatives cancel, and are as large as exp(ref - logps) themselves
+            wide = logps.double()
+            kl = _kl_times_ratio(ref - wide, log_ratio_of(wide)).to(logps.dtype)
+        else:
+            diff = ref - logps
+            kl = torch.expm1(diff) - diff  # exp(d) - 1 - d without its cancellation
         loss = loss + o.beta * kl
 
     total = (loss * weight).sum()
@@ -280,7 +290,25 @@ def compute_objective(objective: Objective, logps: Tensor, entropies: Tensor | N
     if h is not None:
         bonus = (h * batch.scored_only(entropies)).sum()
         total, bonus = total + bonus, bonus.detach()
-    return Terms(total, ratio.detach(), None if kl is None else kl.detach(), phi, bonus)
+    ratio = log_ratio.detach().exp()
+    return Terms(total, ratio, None if kl is None else kl.detach(), phi, bonus)
+
+
+def _exp(log_ratio: Tensor, bounded: Tensor, largest: float) -> Tensor:
+    """exp(log_ratio); where `bounded`, one finite number for all that is far beyond `largest`.
+
+    There the objective does not depend on the ratio any more, but autograd would multiply its gradient, 0, by exp's
+    own, which may be infinite.
+    """
+    top = max(math.log(torch.finfo(log_ratio.dtype).max) / 2, math.log(largest) + 1)
+    return torch.where((log_ratio > top) & bounded, top, log_ratio).exp()
+
+
+def _kl_times_ratio(d: Tensor, log_ratio: Tensor) -> Tensor:
+    """exp(x) (exp(d) - 1 - d), which is exp(x + d) (1 - (1 + d) exp(-d)): a ratio near 0 beside a large exp(d)."""
+    n = torch.where(d > 0, -d, d)
+    share = torch.where(d > 0, n * n.exp() - torch.expm1(n), torch.expm1(n) - n)
+    return share * _exp(log_ratio + torch.where(d > 0, d, 0.0), share == 0, 1.0)
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgrpo.layout import check, make_batch
+from fastgrpo.checks import FLOATS, check, check_dtype
+from fastgrpo.layout import make_batch
 from fastgrpo.loss import GRPOOutput, make_output
 from fastgrpo.objective import Objective, compute_objective
 
@@ -51,8 +52,8 @@ def policy_loss(
 
     Equivalent to: TRL 1.16's `GRPOTrainer._compute_loss` after its logps.
     """
-    floating = isinstance(per_token_logps, Tensor) and per_token_logps.is_floating_point()
-    check(floating, "per_token_logps", "a floating point tensor", per_token_logps)
+    check(isinstance(per_token_logps, Tensor), "per_token_logps", "a tensor", per_token_logps)
+    check_dtype("per_token_logps", per_token_logps, *FLOATS)
     check(per_token_logps.dim() in (1, 2), "per_token_logps", "shape (B, T) or (N,)", per_token_logps)
     dtype = torch.float64 if per_token_logps.dtype == torch.float64 else torch.float32
     shape = per_token_logps.shape
@@ -77,8 +78,9 @@ def policy_loss(
         needs = objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
         check(not needs, "entropies", "a tensor with an entropy bonus or top_entropy_quantile < 1", None)
     else:
-        ok = isinstance(entropies, Tensor) and entropies.shape == shape and entropies.is_floating_point()
-        check(ok, "entropies", f"a floating point tensor of shape {tuple(shape)}", entropies)
+        ok = isinstance(entropies, Tensor) and entropies.shape == shape
+        check(ok, "entropies", f"a tensor of shape {tuple(shape)}", entropies)
+        check_dtype("entropies", entropies, *FLOATS)
         entropies = entropies.to(dtype).reshape(-1)
     logps = per_token_logps.to(dtype).reshape(-1)
     terms = compute_objective(objective, logps, entropies, batch)

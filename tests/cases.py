@@ -1,5 +1,7 @@
 """Inputs and comparisons that the tests share."""
 
+import math
+
 import torch
 
 from fastgrpo import Objective, grpo_loss_reference, linear_grpo_loss_reference
@@ -32,6 +34,73 @@ def objective_for(loss_type: str, level: str, options: dict) -> Objective:
     if loss_type == "cispo":
         defaults["epsilon_high"] = 1.1  # the cap itself: so that some tokens reach it
     return Objective(**{**defaults, **options})
+
+
+LOG_RATIOS = (-1000.0, -100.0, -80.0, -20.0, 20.0, 80.0, 100.0, 1000.0)  # exp beyond fp32, and beyond float64
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf
+
+
+def _times(a: float, b: float) -> float:  # 0 times what has overflowed is 0
+    return 0.0 if a == 0 or b == 0 else a * b
+
+
+def _exact_policy(o: Objective, x: float, log_w: float, advantage: float, logp: float) -> tuple[float, float, float]:
+    """(loss, its derivative in the log ratio x, its derivative in logp at a fixed x) of a token."""
+    ratio, a = _exp(x), advantage
+    if o.loss_type == "cispo":
+        coefficient = -min(ratio, o.clip_high) * a
+        return coefficient * logp, 0.0, coefficient
+    if o.loss_type == "vespo":
+        k, lam = (o.vespo_k_pos, o.vespo_lambda_pos) if a >= 0 else (o.vespo_k_neg, o.vespo_lambda_neg)
+        log_w = min(max(log_w, math.log(1e-8)), 20)
+        coefficient = -math.exp(lam + k * log_w - lam * math.exp(log_w)) * a
+        return coefficient * logp, 0.0, coefficient
+    if o.loss_type == "sapo":
+        tau = o.sapo_temperature_pos if a > 0 else o.sapo_temperature_neg
+        rest = _exp(-tau * (ratio - 1))  # (1 - gate) / gate
+        return -a * 4 / tau / (1 + rest), _times(-a * 4 * rest / (1 + rest) ** 2, ratio), 0.0
+    moving, bound = _times(ratio, a), o.delta is not None and ratio > o.delta
+    unclipped = o.delta * a if bound else moving
+    clipped = min(max(ratio, 1 - o.epsilon), o.clip_high) * a
+    inside = 1 - o.epsilon <= ratio <= o.clip_high
+    chosen_moves = not bound if unclipped < clipped else inside
+    return -min(unclipped, clipped), -moving if chosen_moves else 0.0, 0.0
+
+
+def exact_loss(o: Objective, xs: list, ds: list, advantage: float, logp: float) -> tuple[list, list]:
+    """(loss, dL/dlogp) of each token of a sequence in float64, by formulas that hold where exp overflows.
+
+    From xs = logp - old, ds = ref - logp, and the logp and advantage that all its tokens share; not averaged.
+    """
+    n = len(xs)
+    level_xs = xs if o.importance_sampling_level == "token" else [sum(xs) / n] * n
+    log_w = sum(min(max(x, -20), 20) for x in xs)
+    losses, slopes, direct = zip(*(_exact_policy(o, x, log_w, advantage, logp) for x in level_xs), strict=True)
+    per_sequence = o.importance_sampling_level == "sequence"
+    gradient = [s + d for s, d in zip([sum(slopes) / n] * n if per_sequence else slopes, direct, strict=True)]
+    if o.beta:
+        kl, dkl = _exact_kl(o.use_bias_correction_kl, level_xs, ds, per_sequence)
+        losses = [loss + o.beta * k for loss, k in zip(losses, kl, strict=True)]
+        gradient = [g + o.beta * k for g, k in zip(gradient, dkl, strict=True)]
+    return list(losses), gradient
+
+
+def _exact_kl(times_ratio: bool, xs: list, ds: list, per_sequence: bool) -> tuple[list, list]:
+    """(k3 or k3 times the ratio, its derivative in logp) of each token."""
+    if not times_ratio:
+        return [math.expm1(d) - d if d < 709 else math.inf for d in ds], [1 - _exp(d) for d in ds]
+    kl = [
+        _times(math.expm1(d) - d, _exp(x)) if d < 1 else _exp(x + d) - _times(1 + d, _exp(x))
+        for x, d in zip(xs, ds, strict=True)
+    ]
+    if not per_sequence:  # the two parts of the derivative share e^(x + d), which is gone from their sum
+        return kl, [_times(-d, _exp(x)) for x, d in zip(xs, ds, strict=True)]
+    mean = sum(kl) / len(kl)
+    grown = [_times(math.expm1(d), _exp(x)) if d < 1 else _exp(x + d) - _exp(x) for x, d in zip(xs, ds, strict=True)]
+    return kl, [mean - e for e in grown]
 
 
 def make_inputs(

@@ -6,6 +6,7 @@ import torch
 from fastgrpo import (
     GRPOLoss,
     Objective,
+    gae,
     group_advantages,
     grpo_loss,
     linear_grpo_loss,
@@ -204,6 +205,79 @@ def test_other_functions(name):
     function, message = OTHER_CALLS[name]
     with pytest.raises(ValueError, match=message):
         function()
+
+
+def _quantised(x):
+    return torch._empty_affine_quantized(x.shape, scale=1.0, zero_point=0, dtype=torch.quint8)
+
+
+def _loss_of(name, x):
+    """grpo_loss with that one argument; a per-sequence or a 0-dim one in its own shape."""
+    beside = dict(advantages=None, num_generations=2) if name == "rewards" else {}
+    return call(**beside, **{name: x})
+
+
+def _packed(name, x):
+    return grpo_loss(**packed, advantages=torch.randn(B), **{name: x})
+
+
+def _head(name, x):
+    arguments = dict(hidden=torch.randn(B, T, H), weight=torch.randn(V, H), completion_ids=ids) | {name: x}
+    with pytest.raises(ValueError, match=f"{name}: "):
+        linear_logps(**arguments)
+    return linear_grpo_loss(**arguments, advantages=torch.randn(B))
+
+
+def _policy(name, x):
+    return policy_loss(**dict(per_token_logps=torch.zeros(B, T), advantages=torch.zeros(B)) | {name: x})
+
+
+def _gae(name, x):
+    return gae(**dict(rewards=torch.ones(B, T), values=torch.ones(B, T), mask=torch.ones(B, T).bool()) | {name: x},
+               gamma=0.9, lam=0.9)  # fmt: skip
+
+
+COMPLEX, QUANTISED, FLOAT8 = torch.complex64, torch.quint8, torch.float8_e4m3fn
+ODD = (COMPLEX, QUANTISED, FLOAT8)
+NOT_FLOAT, NOT_INTEGER = (*ODD, torch.int64, torch.bool), (*ODD, torch.float32, torch.bool)
+DTYPES = {  # (function, argument): (its shape, the dtypes that it is not of)
+    (_loss_of, "logits"): ((B, T, V), NOT_FLOAT),
+    (_loss_of, "completion_ids"): ((B, T), NOT_INTEGER),
+    (_loss_of, "completion_mask"): ((B, T), ODD),
+    (_loss_of, "advantages"): ((B,), NOT_FLOAT),
+    (_loss_of, "rewards"): ((B,), ODD),
+    (_loss_of, "old_per_token_logps"): ((B, T), NOT_FLOAT),
+    (_loss_of, "ref_per_token_logps"): ((B, T), NOT_FLOAT),
+    (_loss_of, "sampling_per_token_logps"): ((B, T), NOT_FLOAT),
+    (_loss_of, "importance_sampling_ratio"): ((B,), NOT_FLOAT),
+    (_loss_of, "temperature"): ((B,), NOT_FLOAT),
+    (_loss_of, "num_items_in_batch"): ((), (*ODD, torch.bool)),
+    (_loss_of, "loss_scale"): ((), (*ODD, torch.bool)),
+    (_packed, "cu_seqlens"): ((B + 1,), NOT_INTEGER),
+    (_head, "hidden"): ((B, T, H), NOT_FLOAT),
+    (_head, "weight"): ((V, H), NOT_FLOAT),
+    (_head, "bias"): ((V,), NOT_FLOAT),
+    (_head, "completion_ids"): ((B, T), NOT_INTEGER),
+    (_head, "temperature"): ((), (*ODD, torch.bool)),
+    (_policy, "per_token_logps"): ((B, T), NOT_FLOAT),
+    (_policy, "entropies"): ((B, T), NOT_FLOAT),
+    (_gae, "rewards"): ((B, T), ODD),
+    (_gae, "values"): ((B, T), NOT_FLOAT),
+    (_gae, "mask"): ((B, T), (*ODD, torch.float32)),
+    (lambda _, x: selective_logps(torch.zeros(B, T, V), ids, mask=x), "mask"): ((B, T), ODD),
+    (lambda _, x: group_advantages(x, 2), "rewards"): ((B,), ODD),
+    (lambda _, x: group_advantages(torch.ones(B), group_ids=x), "group_ids"): ((B,), (*ODD, torch.float32)),
+}
+
+
+@pytest.mark.parametrize("function, name", DTYPES, ids=lambda value: value if isinstance(value, str) else "")
+def test_wrong_dtype(function, name):
+    """Complex, quantised and 8-bit numbers, and whatever else does not fit, are named and never cast in silence."""
+    shape, dtypes = DTYPES[function, name]
+    for dtype in dtypes:
+        x = _quantised(torch.ones(shape)) if dtype == QUANTISED else torch.ones(shape).to(dtype)
+        with pytest.raises(ValueError, match=f"^{name}: expected .*dtype.*{dtype}"):
+            function(name, x)
 
 
 def test_masked_ids_may_be_anything():

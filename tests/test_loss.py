@@ -4,9 +4,33 @@ import itertools
 
 import pytest
 import torch
-from cases import LEVELS, OPTIONS, assert_close, loss_and_grad, make_inputs, objective_for, pack, rel_norm, truth
+from cases import (
+    LEVELS,
+    LOG_RATIOS,
+    OPTIONS,
+    assert_close,
+    exact_loss,
+    loss_and_grad,
+    make_inputs,
+    objective_for,
+    pack,
+    rel_norm,
+    truth,
+)
 
-from fastgrpo import GRPOLoss, Objective, backends, group_advantages, grpo_loss, grpo_loss_reference, selective_logps
+from fastgrpo import (
+    GRPOLoss,
+    Objective,
+    backends,
+    group_advantages,
+    grpo_loss,
+    grpo_loss_reference,
+    linear_grpo_loss,
+    ops,
+    selective_logps,
+)
+from fastgrpo.layout import make_batch
+from fastgrpo.loss import token_inputs
 from fastgrpo.objective import LOSS_TYPES
 
 REL = {torch.float32: 1e-5}  # bf16 and fp16 are held against plain torch instead
@@ -320,3 +344,95 @@ def test_no_host_sync_on_a_gpu():
             loss_and_grad(grpo_loss, logits, ids, upstream, **call, **kwargs)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+BEYOND = {  # what the fused objective reads: (objective, the reference's logps)
+    "clip": (dict(loss_type="bnpo"), "here"),
+    "clip, delta": (dict(loss_type="bnpo", delta=4.0), "here"),
+    "clip, corrected k3": (dict(loss_type="bnpo", beta=0.1), "old"),
+    "clip, corrected k3 of 0": (dict(loss_type="bnpo", beta=0.1), "here"),
+    "clip, k3": (dict(loss_type="bnpo", beta=0.1, use_bias_correction_kl=False), "old"),
+    "cispo": (dict(loss_type="cispo", epsilon_high=5.0), "here"),
+    "sapo": (dict(loss_type="sapo"), "here"),
+    "sapo, corrected k3": (dict(loss_type="sapo", beta=0.1), "near"),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_ratios_beyond_fp32_in_the_fused_objective(name, backend, device):
+    """Every row's loss, coefficient and gradient are float64's wherever those fit; beyond, the loss is infinite."""
+    if backend == "torch":
+        pytest.skip("the torch backend has no fused objective")
+    options, ref = BEYOND[name]
+    objective = Objective(**options)
+    ratios = [x for x in LOG_RATIOS if x not in (-1000, -80) or backend != "triton"]  # the interpreter takes its time
+    table = [*itertools.product(ratios, (1.5, 0.0, -1.5), (1.0,)), *((x, -1.5, 0.0) for x in ratios if x > 20)]
+    n, vocab = len(table), 8
+    logits = torch.randn(1, 1, vocab, generator=torch.Generator().manual_seed(0)).expand(n, 1, -1).contiguous()
+    logits, ids = logits.to(device), torch.zeros(n, 1, dtype=torch.int64, device=device)
+    x, advantages, scale = (torch.tensor(column, device=device) for column in zip(*table, strict=True))
+    logps = selective_logps(logits, ids, backend=backend)
+    old = logps - x[:, None]
+    batch = make_batch(
+        ids,
+        advantages,
+        objective=objective,
+        dtype=torch.float32,
+        old_per_token_logps=old,
+        ref_per_token_logps={"here": logps, "near": logps + 0.25, "old": old}[ref],
+        importance_sampling_ratio=scale[:, None],
+    )
+    rows, spec = token_inputs(objective, batch)
+    call = (batch.ids, batch.scored, batch.inv_temperature, False, *rows, list(spec), backend)
+    loss, _, _, _, _, _, g = (value.double().cpu() for value in ops.token_loss_(logits, *call))
+    p = torch.randn(vocab, generator=torch.Generator().manual_seed(0)).double().softmax(-1)
+    logp = logps[0].item()
+    for i, (_, advantage, factor) in enumerate(table):
+        x, d = logp - old[i].item(), batch.ref[i].item() - logp
+        (want,), (want_g,) = exact_loss(objective, [x], [d], advantage * factor, logp)
+        want, want_g = want / n, want_g / n
+        case = f"log ratio {x}, advantage {advantage}, factor {factor}, d {d}"
+        if want < 3e38:
+            assert loss[i].item() == pytest.approx(want, rel=1e-5, abs=1e-12), case
+        else:
+            assert loss[i] == torch.inf, case
+        if abs(want_g) < 3e38:
+            assert g[i].item() == pytest.approx(want_g, rel=1e-5, abs=1e-12), case
+            gradient = -want_g * p
+            gradient[0] += want_g
+            assert_close(logits[i, 0], gradient, 1.5e-5, case)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_ratios_beyond_fp32(loss_type, level, backend, device):
+    """From logits and from hidden states: a ratio that overflows on the clipped side costs no gradient its value."""
+    objective = objective_for(loss_type, level, dict(beta=0.1, use_bias_correction_kl=False))
+    table = [(-1000.0, 1.5), (-100.0, -1.5), (100.0, 0.0), (100.0, 1.5), (1000.0, 1.5)]
+    shape = (len(table), 2)
+    row = torch.randn(8, generator=torch.Generator().manual_seed(0)).to(device)
+    logits, ids = row.expand(*shape, -1).contiguous(), torch.zeros(shape, dtype=torch.int64, device=device)
+    ratios, advantages = (torch.tensor(column, device=device) for column in zip(*table, strict=True))
+    logps = selective_logps(logits, ids, backend=backend)
+    old = logps - ratios[:, None]
+    kwargs = dict(advantages=advantages, old_per_token_logps=old, ref_per_token_logps=logps + 0.25)
+    weight = {"luspo": 1 / shape[0], "dr_grpo": 1 / (shape[0] * objective.max_completion_length)}.get(
+        loss_type, 1 / ids.numel()
+    )
+    want, want_grad, logp = 0.0, [], logps[0, 0].item()
+    p = row.double().cpu().softmax(-1)
+    for i, (_, advantage) in enumerate(table):
+        xs = [logp - x for x in old[i].tolist()]
+        ds = [x - logp for x in kwargs["ref_per_token_logps"][i].tolist()]
+        losses, gradients = exact_loss(objective, xs, ds, advantage, logp)
+        want += weight * sum(losses)
+        want_grad += [weight * g * (torch.eye(8)[0].double() - p) for g in gradients]
+    want, want_grad = torch.tensor(want, dtype=torch.float64), torch.stack(want_grad).view(*shape, -1)
+
+    def from_hidden(hidden, ids, **options):
+        return linear_grpo_loss(hidden, torch.eye(8, device=device), ids, chunk_size=4, **options)
+
+    for function in (grpo_loss, from_hidden):
+        got, grad = loss_and_grad(function, logits, ids, objective=objective, backend=backend, **kwargs)
+        assert_close(got.loss, want, 1e-5, "loss")
+        assert_close(grad, want_grad, 1e-5, "gradient")

@@ -1,13 +1,14 @@
 """Objective and its mathematics in torch, against TRL's own code and against textbook formulas."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from cases import LEVELS, OPTIONS, assert_close, make_inputs, objective_for, rel_norm
+from cases import LEVELS, LOG_RATIOS, OPTIONS, assert_close, exact_loss, make_inputs, objective_for, rel_norm
 
 from fastgrpo import Objective, policy_loss
-from fastgrpo.objective import LOSS_TYPES, high_entropy_mask
+from fastgrpo.objective import CLIPPED_LOSS_TYPES, LOSS_TYPES, high_entropy_mask
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -179,3 +180,77 @@ def test_quantity_of_signal():
     metrics = policy_loss(logps, objective=Objective(), **kwargs).metrics
     assert 0 < metrics["clip_ratio/region_mean"] < 1
     assert rel_norm(torch.ones(1), torch.full((1,), 2.0)) == 0.5
+
+
+def _loss_and_gradient(objective, logps, xs, ds, advantage, dtype=torch.float32, **inputs):
+    """policy_loss of one sequence, given the log ratios to the old policy and of the reference to this one."""
+    leaf = torch.tensor([logps], dtype=dtype, requires_grad=True)
+    old, ref = (torch.tensor([[lp + sign * v for lp, v in zip(logps, values, strict=True)]], dtype=dtype)
+                for sign, values in ((-1, xs), (1, ds)))  # fmt: skip
+    loss = policy_loss(
+        leaf, torch.tensor([advantage], dtype=dtype), old_per_token_logps=old, ref_per_token_logps=ref,
+        objective=objective, return_stats=False, **inputs,
+    ).loss  # fmt: skip
+    return loss.item(), torch.autograd.grad(loss, leaf)[0][0].double()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_ratios_beyond_fp32(loss_type, level):
+    """Loss and gradient are float64's wherever those fit; beyond fp32's largest number the loss is infinite."""
+    weight = {"luspo": 1.0, "dr_grpo": 1 / 9}.get(loss_type, 1 / 3)
+    options = [dict(beta=0.0), dict(beta=0.1), dict(beta=0.1, use_bias_correction_kl=False)]
+    if loss_type in CLIPPED_LOSS_TYPES:
+        options += [dict(beta=0.0, delta=4.0)]
+    for option, advantage, tokens in itertools.product(options, (1.5, 0.0, -1.5), ((1, 1, 1), (0, 1, 0))):
+        objective = objective_for(loss_type, level, option)
+        for ratio, ref in itertools.product(LOG_RATIOS, ("here", "near", "old") if objective.beta else ("here",)):
+            xs = [ratio * token for token in tokens]
+            ds = [{"here": 0.0, "near": 0.25, "old": -x}[ref] for x in xs]
+            losses, gradient = exact_loss(objective, xs, ds, advantage, logp=-1.5)
+            want, want_gradient = weight * sum(losses), weight * torch.tensor(gradient, dtype=torch.float64)
+            for dtype in (torch.float32, torch.float64) if abs(ratio) == 1000 else (torch.float32,):
+                got, got_gradient = _loss_and_gradient(objective, [-1.5] * 3, xs, ds, advantage, dtype)
+                largest = torch.finfo(dtype).max
+                case = f"{option}, advantage {advantage}, log ratios {xs}, reference {ref}, {dtype}"
+                if want <= largest:
+                    assert got == pytest.approx(want, rel=1e-5, abs=1e-12), case
+                else:
+                    assert got == math.inf, case
+                if (want_gradient.abs() <= largest).all():
+                    # what float64 itself rounds on the way to the loss is no error
+                    bound = 1e-5 * want_gradient.abs().max() + 1e-15 * (1 + min(abs(want), largest))
+                    worst = (got_gradient - want_gradient).abs().max()
+                    assert worst <= bound, f"{case}: {got_gradient.tolist()} for {want_gradient.tolist()}"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_policy_term_that_is_left_out_may_overflow(loss_type, level):
+    """Its factor is 0: the importance ratio, or what a mask makes of it."""
+    cases = {
+        "off-policy mask": (dict(off_policy_mask_threshold=0.1), dict(sampling_per_token_logps=torch.zeros(1, 3)), 0),
+    }
+    if loss_type != "vespo":  # it takes the importance ratio into its own weight
+        cases["importance ratio"] = ({}, dict(importance_sampling_ratio=torch.zeros(1, 3)), 0)
+    if level == "token":
+        entropies = torch.tensor([[3.0, 2.0, 1.0]])  # the first token alone is kept, and has ratio 1
+        cases["entropy mask"] = (dict(top_entropy_quantile=0.0), dict(entropies=entropies), 1)
+    for name, (options, inputs, kept) in cases.items():
+        xs = [0.0] * kept + [100.0] * (3 - kept)
+        objective = objective_for(loss_type, level, options)
+        loss, gradient = _loss_and_gradient(objective, [-1.5] * 3, xs, [0.0] * 3, -1.0, **inputs)
+        assert math.isfinite(loss) and (kept or loss == 0), name
+        assert (gradient[kept:] == 0).all() and gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_not_a_number_stays_one(loss_type, level):
+    for option in ({}, dict(beta=0.1), dict(beta=0.1, use_bias_correction_kl=False)):
+        objective = objective_for(loss_type, level, option)
+        loss, gradient = _loss_and_gradient(objective, [-1.5, math.nan], [100.0, math.nan], [0.0, 0.0], 1.0)
+        assert math.isnan(loss), option
+        assert gradient[1].isnan() or loss_type == "vespo", option  # whose weight, as TRL's, is 0 where it is NaN
+        loss, gradient = _loss_and_gradient(objective, [-1.5] * 2, [100.0] * 2, [0.0] * 2, math.nan)
+        assert math.isnan(loss) and gradient.isnan().all(), option

@@ -28,19 +28,27 @@ from ._triton_rows import (
 
 
 @triton.jit
+def _times(x, factor):
+    """x * factor, where an infinite x stands for a number beyond fp32."""
+    return tl.where((factor == 0.0) & (tl.abs(x) == INF), 0.0, x * factor)
+
+
+@triton.jit
 def _objective(logp, d, ref, advantage, kind, clip_low, clip_high, delta, beta, bias_correction, tau_pos, tau_neg):
     """(policy loss, its d/dlogp, kl, its d/dlogp, ratio) of one token; `TokenSpec` names the numbers, d = logp - old.
 
     Ties split the derivative in halves, as torch.min does.
     """
-    ratio = tl.exp2(d * LOG2E)
+    # ratio = low * high, with high = 1 up to d = 80: v * low * high is finite wherever v * e^d is, and 0 with v = 0
+    low = tl.exp2(tl.where(d > 80.0, 80.0, d) * LOG2E)
+    high = tl.exp2(tl.minimum(tl.maximum(d - 80.0, 0.0), 80.0) * LOG2E)
+    ratio = low * high
     if kind == 0:
-        capped = tl.minimum(ratio, delta, propagate_nan=tl.PropagateNan.ALL)
         clipped = tl.minimum(tl.maximum(ratio, clip_low, propagate_nan=tl.PropagateNan.ALL), clip_high,
                              propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
-        loss1 = capped * advantage
+        slope = advantage * low * high
+        loss1 = tl.where(ratio > delta, delta * advantage, slope)
         loss2 = clipped * advantage
-        slope = ratio * advantage
         slope1 = tl.where(ratio <= delta, slope, 0.0)
         slope2 = tl.where((clip_low <= ratio) & (ratio <= clip_high), slope, 0.0)
         loss = -tl.minimum(loss1, loss2, propagate_nan=tl.PropagateNan.ALL)
@@ -53,15 +61,19 @@ def _objective(logp, d, ref, advantage, kind, clip_low, clip_high, delta, beta, 
         tau = tl.where(advantage > 0.0, tau_pos, tau_neg)
         gate = 1.0 / (1.0 + tl.exp2(-tau * (ratio - 1.0) * LOG2E))
         loss = -advantage * gate * 4.0 / tau
-        dloss = -advantage * 4.0 * gate * (1.0 - gate) * ratio
+        dloss = -advantage * 4.0 * gate * (1.0 - gate) * low * high
     kl = 0.0
     dkl = 0.0
     if beta != 0.0:
         grown, kl = _expm1(ref - logp)
         dkl = -grown
         if bias_correction != 0.0:
-            dkl = (dkl + kl) * ratio
-            kl = kl * ratio
+            # Its derivative (kl - grown) * ratio, without the cancellation; and beyond q = 20, where e^q may overflow
+            # beside a small ratio, e^d * (e^q - 1 - q) with the two exponents added.
+            q = ref - logp
+            dkl = -q * low * high
+            far = tl.exp2((q + d) * LOG2E) * (1.0 - (1.0 + q) * tl.exp2(-q * LOG2E))
+            kl = tl.where(q > 20.0, far, kl * low * high)
     return loss, dloss, kl, dkl, ratio
 
 
@@ -102,14 +114,14 @@ def _token(row, logp, entropy, advantage, weight, old, ref, policy_scale, h, los
                                              bias_correction, tau_pos, tau_neg)  # fmt: skip
     if policy_scale is not None:
         scale = tl.load(policy_scale + row)
-        loss *= scale
-        dloss *= scale
+        loss = _times(loss, scale)
+        dloss = _times(dloss, scale)
     factor = tl.load(weight + row)
     if beta != 0.0:
         loss += beta * kl
         dloss += beta * dkl
-    loss *= factor
-    g = dloss * factor
+    loss = _times(loss, factor)
+    g = _times(dloss, factor)
     dentropy = 0.0
     if h is not None:
         dentropy = tl.load(h + row)
