@@ -12,11 +12,20 @@ scores tokens through it (GRPO, RLOO, DPO, KTO, SFT, AsyncGRPO) computes the sam
 
 from __future__ import annotations
 
+import sys
+
+from fastgrpo._extras import require
+
+if __name__ == "__main__":  # python -m fastgrpo.integrations.trl
+    from fastgrpo.integrations._trl_script import main
+
+    sys.exit(main(sys.argv[1:]))
+require("fastgrpo.integrations.trl", "trl", "trl")
+
 import contextlib
 import functools
 import importlib
 import inspect
-import sys
 import threading
 import warnings
 from importlib.metadata import version
@@ -172,7 +181,8 @@ def _put(scorer) -> list[tuple[object, str, object]]:
     if _chunked():
         places = [(_seam(), _CHUNKED, scorer)]
     else:
-        places = [(owner, _SCORE, _score_at_head(owner, scorer)) for owner in (trl.GRPOTrainer, trl.RLOOTrainer)]
+        owners = (GRPOTrainer.__base__, trl.RLOOTrainer)  # trl.GRPOTrainer may be the subclass by now
+        places = [(owner, _SCORE, _score_at_head(owner, scorer)) for owner in owners]
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in places]
     for place in places:
         setattr(*place)
