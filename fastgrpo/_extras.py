@@ -22,10 +22,8 @@ def require(by: str, extra: str, *packages: str) -> None:
     """
     missing = [package for package in packages if not _is_installed(package)]
     if missing:
-        are = "is" if len(missing) == 1 else "are"
         raise MissingPackage(
-            f"{by} needs {' and '.join(missing)}, which {are} not installed: pip install 'fastgrpo[{extra}]'",
-            name=missing[0],
+            f"{by} needs {', '.join(missing)}, not installed here: pip install 'fastgrpo[{extra}]'", name=missing[0]
         )
 
 

@@ -52,8 +52,9 @@ class UsageError(ValueError):
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is asked for; rows go to `--json` as they are made."""
-    if options.report or options.plot:
-        require("fastgrpo bench --report" if options.report else "fastgrpo bench --plot", "bench", "matplotlib")
+    for name, value in (("--report", options.report), ("--plot", options.plot)):
+        if value:
+            require(f"fastgrpo bench {name}", "bench", "matplotlib")
     if options.report:
         from fastgrpo.bench.report import write_report
 

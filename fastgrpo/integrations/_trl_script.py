@@ -113,8 +113,10 @@ def _run(script: str, arguments: list[str]) -> None:
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):  # else it has no entry for the script
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     namespace = vars(sys.modules["__main__"])
+    annotations = {"__annotations__": {}} if "__annotations__" in namespace else {}  # up to Python 3.13
     namespace.clear()
     namespace.update(
+        **annotations,
         __name__="__main__",
         __doc__=None,
         __package__=None,
