@@ -7,6 +7,7 @@ scores tokens through it (GRPO, RLOO, DPO, KTO, SFT, AsyncGRPO) computes the sam
 
     fastgrpo.integrations.trl.patch()      # until unpatch(), or as a context manager
 
+`python -m fastgrpo.integrations.trl SCRIPT ARGS...` does so for a script, or for TRL's own command, as it is.
 `GRPOTrainer` is TRL's with its loss made where the hidden states are, gradients in the forward pass: less work still.
 """
 
