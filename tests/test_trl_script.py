@@ -17,7 +17,8 @@ folder = test_trl.folder
 
 OURS = ["-m", "fastgrpo.integrations.trl"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+ACCELERATE_OPTIONS = ["--cpu", "--num_processes", "1", "--num_machines", "1"]
+ACCELERATE = ["-m", "accelerate.commands.launch", *ACCELERATE_OPTIONS]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 TRAINING = """
@@ -158,26 +159,39 @@ per_device_train_batch_size: 4
 num_generations: 4
 max_completion_length: 4
 """
-COMMANDS = {
-    "launched by TRL": ([*OURS, "--subclass", "grpo"], ["--cpu", "--num_processes", "1", "--num_machines", "1"]),
-    "launched before": ([*ACCELERATE, *OURS, "grpo"], []),
-}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_command_of_trl(name, folder, tmp_path):
-    before, after = COMMANDS[name]
+def test_command_of_trl(folder, tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
     (tmp_path / "config.yaml").write_text(CONFIG)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "a+b=?"}\n{"prompt": "1+2="}\n' * 2)
     options = ["--config", "config.yaml", "--model_name_or_path", folder, "--output_dir", "out"]
-    status, _, err = run(*before, *options, *after, cwd=tmp_path)
+    status, _, err = run(*OURS, "--subclass", "grpo", *options, *ACCELERATE_OPTIONS, cwd=tmp_path)
     assert status == 0, err[-3000:]
     assert len(announcements(err)) == 1
-    module = "fastgrpo.integrations.trl" if "--subclass" in before else "trl.trainer.grpo_trainer"
-    assert json.loads((tmp_path / "seen.json").read_text()) == [module, "grpo.py"]
+    assert json.loads((tmp_path / "seen.json").read_text()) == ["fastgrpo.integrations.trl", "grpo.py"]
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("launcher", ["RANK", "OMPI_COMM_WORLD_RANK", "ACCELERATE_MIXED_PRECISION", None])
+def test_command_of_trl_is_launched_once(launcher, monkeypatch, capsys):
+    for name in _trl_script._LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    if launcher:
+        monkeypatch.setenv(launcher, "no" if launcher.startswith("ACCELERATE") else "0")
+    done = []
+    monkeypatch.setattr(_trl_script, "_launch", lambda *arguments: done.append(arguments) or 7)
+    monkeypatch.setattr(_trl_script, "_run", lambda script, arguments: done.append((script, arguments)))
+    try:
+        status = _trl_script.main(["grpo", "--config", "x"])
+    finally:
+        fast.unpatch()
+    if launcher:
+        script = os.path.join(os.path.dirname(test_trl.trl.__file__), "scripts", "grpo.py")
+        assert (status, done) == (0, [(script, ["--config", "x"])])
+    else:
+        assert (status, done) == (7, [("grpo", ["--config", "x"], [])])
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
