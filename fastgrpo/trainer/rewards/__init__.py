@@ -12,6 +12,7 @@ import importlib
 from fastgrpo.trainer.rewards.accuracy import accuracy_reward
 from fastgrpo.trainer.rewards.code import code_reward, code_reward_within
 from fastgrpo.trainer.rewards.model import model_reward
+from fastgrpo.trainer.rewards.quantities import last_number
 from fastgrpo.trainer.rewards.rules import (
     contains,
     exact,
@@ -32,7 +33,7 @@ from fastgrpo.trainer.rewards.scoring import (
     combine_rewards,
     nanstd,
 )
-from fastgrpo.trainer.rewards.text import completion_text, last_number
+from fastgrpo.trainer.rewards.text import completion_text
 
 BUILT_IN: dict[str, RewardFunc] = {
     "exact": exact,

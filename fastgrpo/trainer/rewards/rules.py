@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from fastgrpo.trainer.rewards.quantities import find_last_number
 from fastgrpo.trainer.rewards.scoring import RewardFunc
-from fastgrpo.trainer.rewards.text import TAGS, completion_text, last_number, reasoning
+from fastgrpo.trainer.rewards.text import TAGS, completion_text, reasoning
 
 
 def exact(completions: list, answer: list, **_: Any) -> list[float | None]:
@@ -22,12 +23,16 @@ def contains(completions: list, answer: list, **_: Any) -> list[float | None]:
 
 
 def numeric(completions: list, answer: list, **_: Any) -> list[float | None]:
-    """1 when the last number of the completion equals the last number of the answer (so GSM8K's `#### 42` works)."""
-    return _judge(
-        completions,
-        answer,
-        lambda text, truth: (value := last_number(truth)) is not None and last_number(text) == value,
-    )
+    """1 when the last number of the completion equals the last number of the answer (so GSM8K's `#### 42` works).
+
+    Numbers are compared exactly, as `accuracy_reward` does: "3/4" is 0.75, "1e3" is 1000, "75%" is both 75 and 0.75.
+    """
+
+    def is_right(text: str, truth: str) -> bool:
+        wanted, given = find_last_number(truth), find_last_number(text)
+        return wanted is not None and given is not None and given.equals(wanted)
+
+    return _judge(completions, answer, is_right)
 
 
 def _judge(completions: list, answer: list, is_right: Callable[[str, str], bool]) -> list[float | None]:
