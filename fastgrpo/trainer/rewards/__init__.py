@@ -19,6 +19,7 @@ from fastgrpo.trainer.rewards.rules import (
     format_reward,
     language_consistency_reward,
     numeric,
+    prefilled,
     repetition_penalty_reward,
     soft_overlong_reward,
     tag_count_reward,
@@ -32,6 +33,8 @@ from fastgrpo.trainer.rewards.scoring import (
     combine,
     combine_rewards,
     nanstd,
+    reward_arguments,
+    reward_name,
 )
 from fastgrpo.trainer.rewards.text import completion_text
 
@@ -88,8 +91,11 @@ __all__ = [
     "model_reward",
     "nanstd",
     "numeric",
+    "prefilled",
     "repetition_penalty_reward",
     "resolve",
+    "reward_arguments",
+    "reward_name",
     "soft_overlong_reward",
     "tag_count_reward",
 ]

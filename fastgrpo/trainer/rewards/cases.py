@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 _SHAPES = (
     'statements such as "assert f(2) == 4"; {"input": text or None, "output": text}; a list of these; '
@@ -31,7 +31,7 @@ class Run:
     output: str
 
 
-Case = Union[Run, str]  # or statements that pass when they raise nothing
+Case = Run | str  # or statements that pass when they raise nothing
 
 
 class _Unknown(Exception):
@@ -77,24 +77,23 @@ def _from_text(text: str, depth: int, is_element: bool) -> list[Case]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return _from_statements(text)
+        return _from_statements(text, is_element)
     if isinstance(value, (bool, int, float)):
         raise _Unknown("JSON text of a number")
     return _read(value, depth + 1, is_element)
 
 
-def _from_statements(text: str) -> list[Case]:
-    """A case for each assertion, after the statements in front of it that are none; and one for what follows all."""
+def _from_statements(text: str, is_element: bool) -> list[Case]:
+    """One case, or for a text on its own one for each assertion, after the statements in front of it that are none."""
     try:
         body = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise _Unknown("text that is neither JSON nor Python") from None
     if not body:
         return []  # comments
-    last = body[-1]
-    if isinstance(last, ast.Expr) and not isinstance(last.value, (ast.Call, ast.Await)):
-        raise _Unknown("an expression without assert, which most programs pass")
-    if len(body) == 1:
+    if not _can_fail(body[-1]):
+        raise _Unknown("statements that end without an assertion or a call, and check nothing")
+    if is_element or len(body) == 1:
         return [text]
     cases: list[Case] = []
     setup: list[str] = []
@@ -103,7 +102,15 @@ def _from_statements(text: str) -> list[Case]:
             cases.append("\n".join([*setup, ast.unparse(statement)]))
         else:
             setup.append(ast.unparse(statement))
-    return cases if isinstance(last, ast.Assert) else [*cases, "\n".join(setup)]
+    return cases if isinstance(body[-1], ast.Assert) else [*cases, "\n".join(setup)]
+
+
+def _can_fail(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Call)  # "f(2) == 4" passes whatever f(2) is
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return False  # such as a check that nobody calls
+    return any(isinstance(node, (ast.Assert, ast.Call, ast.Raise)) for node in ast.walk(statement))
 
 
 def _from_mapping(part: dict, is_element: bool) -> list[Case]:

@@ -159,7 +159,7 @@ def _unit(text: str) -> str | None:
     A word of three letters or more, a short one from a list, or any letters in \\text{…}. Without a space, "12ab" is a
     product.
     """
-    set_as_text = _TEXT_COMMAND.sub(r" \1 ", text)
+    set_as_text = _TEXT_COMMAND.sub(r" \1", text)
     match = _UNIT.fullmatch(" ".join(set_as_text.replace("~", " ").replace("\\ ", " ").replace("\\,", " ").split()))
     if match is None:
         return None

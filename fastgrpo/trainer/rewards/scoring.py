@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import warnings
 from collections import Counter
@@ -34,14 +35,13 @@ def as_reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> tuple[lis
         if inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(inner):
             raise TypeError("reward_funcs: expected plain functions, got an async one; run its event loop inside")
     names = [reward_name(func) for func in funcs]
-    repeated = {name for name, count in Counter(names).items() if count > 1}
-    taken = set(names) - repeated
+    counts = Counter(names)
+    taken = {name for name in names if counts[name] == 1}
     for i, name in enumerate(names):
-        number = 0
-        while name in repeated and names[i] in taken | repeated:
-            number += 1
-            names[i] = f"{name}_{number}"
-        taken.add(names[i])
+        if counts[name] > 1:
+            numbered = (f"{name}_{number}" for number in itertools.count(1))
+            names[i] = next(candidate for candidate in numbered if candidate not in taken)
+            taken.add(names[i])
     return funcs, names
 
 
@@ -91,11 +91,12 @@ def call_reward_func(func: RewardFunc, name: str, completions: list, /, **argume
     kind, count = type(scores).__name__, len(completions)
     expected = f"reward function {name!r}: expected {count} rewards, one per completion"
     try:
-        if isinstance(scores, (str, bytes, Mapping, Set)):
-            raise TypeError
-        scores = list(scores.detach().cpu() if isinstance(scores, Tensor) else scores)
+        iterator = iter(scores.detach().cpu() if isinstance(scores, Tensor) else scores)
     except TypeError:
-        raise ValueError(f"{expected}, got {kind}") from None
+        iterator = None
+    if iterator is None or isinstance(scores, (str, bytes, Mapping, Set)):
+        raise ValueError(f"{expected}, got {kind}")
+    scores = list(iterator)
     if len(scores) != count:
         raise ValueError(f"{expected}, got {len(scores)} in {kind}")
     return [

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from transformers import PreTrainedTokenizerBase
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?:\[[^\[\]]{0,40}\]\s*){0,2}")
@@ -17,6 +19,7 @@ _UNBRACED = re.compile(r"(?P<formula>[^$\n]*?)(?:\$|\\\)|\\\])")
 _MAX_UNBRACED = 100  # characters in which the content of a box without braces has to end
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")
 _MAX_NESTED = 4
+_TOKENS_OF_END = 16
 
 
 def completion_text(completion: str | list[dict] | None) -> str:
@@ -31,6 +34,40 @@ def _content(message: dict) -> str:
     if isinstance(content, list):  # parts, of which images have no text
         return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     return str(content)
+
+
+class RenderedPrompt(list):
+    """A conversation as a reward function gets it: its messages, and the end of what a chat template made of them."""
+
+    end = ""
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, prompts: list, prompt_tokens: list[list[int]]) -> list:
+    """Prompts for reward functions, where conversations know the end of the text that their tokens are."""
+    if not isinstance(prompts[0], list):
+        return prompts
+    conversations = [RenderedPrompt(prompt) for prompt in prompts]
+    ends = tokenizer.batch_decode([tokens[-_TOKENS_OF_END:] for tokens in prompt_tokens])
+    for conversation, end in zip(conversations, ends, strict=True):
+        conversation.end = end
+    return conversations
+
+
+def with_prefilled_think(prompt: str | list[dict] | None, completion: str | list[dict] | None) -> str:
+    """The text of a completion, behind the <think> that its prompt ends with, if it does.
+
+    That is the end of a plain prompt, of a message of the assistant's that the completion goes on with, or, in our own
+    trainer, of what the chat template made of the prompt.
+    """
+    end = ""
+    if isinstance(prompt, str):
+        end = prompt
+    elif isinstance(prompt, RenderedPrompt) and prompt.end:
+        end = prompt.end
+    elif prompt and prompt[-1].get("role") == "assistant":
+        end = _content(prompt[-1])
+    prefilled = TAGS[0] if end.rstrip().endswith(TAGS[0]) else ""
+    return prefilled + completion_text(completion)
 
 
 def reasoning(text: str) -> str:
