@@ -98,7 +98,7 @@ def test_format_behind_a_think_of_the_chat_template():
     """The evaluation and the trainer read the end of the text that the template made."""
     tokenizer = word_problems.make_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     )
     messages = [{"role": "user", "content": "Greet Ann."}]
     prompts = text.rendered(tokenizer, [messages], tokenize_prompts(tokenizer, [messages]))
@@ -352,8 +352,8 @@ NUMBERS = [
 def test_last_number(written, value):
     assert rewards.last_number(written) == value
     if value is not None and math.isfinite(value):
-        assert one(rewards.numeric, f"41 {written}", answer=f"#### {value!r}") == 1
-        assert one(rewards.numeric, f"41 {written}", answer=f"#### {-value!r}") == 0
+        assert one(rewards.numeric, f"41; {written}", answer=f"#### {value!r}") == 1
+        assert one(rewards.numeric, f"41; {written}", answer=f"#### {-value!r}") == 0
         assert one(rewards.numeric, f"{value!r}", answer=written) == 1
 
 
