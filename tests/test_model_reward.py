@@ -1,10 +1,12 @@
 """model_reward with small classifiers: the same scores as the model gives to each text alone."""
 
+import warnings
+
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fastgrpo.trainer import word_problems
+from fastgrpo.trainer import run, word_problems
 from fastgrpo.trainer.rewards import call_reward_func, model_reward
 
 PROMPTS = ["Thank Tom.", "感谢明。", "Greet Ann.", "Greet Ann."]
@@ -16,17 +18,37 @@ def tokenizer():
     return word_problems.make_tokenizer()
 
 
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+CLASSIFIERS = {
+    "qwen2": SIZES | dict(num_key_value_heads=4),
+    "gpt2": dict(n_embd=32, n_inner=64, n_layer=2, n_head=4),
+    "opt": SIZES | dict(ffn_dim=64, word_embed_proj_dim=32),
+    "bert": SIZES,
+    "roberta": SIZES,
+    "deberta-v2": SIZES | dict(relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "modernbert": SIZES,
+    "distilbert": dict(dim=32, hidden_dim=64, n_layers=2, n_heads=4),
+    "mpnet": SIZES,
+}
+READ_PADDING = {  # their attention, or what stands for it, sees padding
+    "fnet": SIZES,
+    "convbert": SIZES | dict(embedding_size=32),
+}
+
+
+def classifier(kind, tokenizer, labels=1):
+    torch.manual_seed(0)
+    tokens = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=1, eos_token_id=tokenizer.eos_token_id)
+    sizes = dict(vocab_size=len(tokenizer), num_labels=labels) | {**CLASSIFIERS, **READ_PADDING}[kind]
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **sizes, **tokens))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)  # so that an error shows
+    return model
+
+
 def decoder(tokenizer, labels=1):
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=4, num_labels=labels, **sizes)
-    return Qwen2ForSequenceClassification(config)
-
-
-def encoder(tokenizer, labels=1):
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    return BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), num_labels=labels, **sizes))
+    return classifier("qwen2", tokenizer, labels)
 
 
 def alone(model, tokenizer, text):
@@ -34,19 +56,48 @@ def alone(model, tokenizer, text):
         return model.eval()(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
 
 
-@pytest.mark.parametrize("make", [decoder, encoder])
+@pytest.mark.parametrize("kind", CLASSIFIERS)
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_scores_are_those_of_each_text_alone(tokenizer, make, side, batch_size):
-    model = make(tokenizer)
-    model.config.pad_token_id = None
-    tokenizer.padding_side = side if make is decoder else "right"  # BERT counts positions from the left edge
-    reward = model_reward(model.train(), tokenizer, batch_size=batch_size)
-    scores = call_reward_func(reward, "reward", COMPLETIONS, prompts=PROMPTS, answer=[None] * 4)
-    assert model.training and all(p.grad is None for p in model.parameters())
+def test_scores_are_those_of_each_text_alone(tokenizer, kind, side):
+    model = classifier(kind, tokenizer)
+    model.config.pad_token_id = None if kind == "qwen2" else model.config.pad_token_id
+    tokenizer.padding_side = side
     expected = [alone(model, tokenizer, p + c).item() for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    assert scores == pytest.approx(expected, abs=1e-5)
-    assert len(set(expected)) == 4
+    for batch_size in (1, 3, 16):
+        reward = model_reward(model.train(), tokenizer, batch_size=batch_size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scores = call_reward_func(reward, "reward", COMPLETIONS, prompts=PROMPTS, answer=[None] * 4)
+        assert model.training and all(p.grad is None for p in model.parameters())
+        assert scores == pytest.approx(expected, abs=1e-5)
+    assert tokenizer.padding_side == side and len({round(score, 4) for score in expected}) == 4
+
+
+@pytest.mark.parametrize("kind", READ_PADDING)
+def test_texts_of_one_length_share_a_batch_where_padding_counts(tokenizer, kind):
+    model = classifier(kind, tokenizer)
+    texts = [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    expected = [alone(model, tokenizer, text).item() for text in texts]
+    reward = model_reward(model, tokenizer)
+    with pytest.warns(RuntimeWarning, match="scores a text differently when it is padded"):
+        first = reward(prompts=PROMPTS, completions=COMPLETIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        second = reward(prompts=PROMPTS[::-1], completions=COMPLETIONS[::-1])
+    assert first == second[::-1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_reward_model_of_the_command(tokenizer, tmp_path):
+    """It keeps the side that its tokenizer was saved with; a policy's is left, for generation."""
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(tmp_path)
+    model = classifier("gpt2", tokenizer)
+    model.save_pretrained(tmp_path)
+    loaded, its_tokenizer = run.load_model(str(tmp_path), "--reward-model", AutoModelForSequenceClassification)
+    assert its_tokenizer.padding_side == "right"
+    scores = model_reward(loaded, its_tokenizer)(prompts=PROMPTS, completions=COMPLETIONS)
+    texts = [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert scores == pytest.approx([alone(model, tokenizer, text).item() for text in texts], abs=1e-5)
 
 
 def test_several_labels(tokenizer):

@@ -9,8 +9,15 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fastgrpo.trainer.rewards import RewardFunc, call_reward_func, completion_text
-from fastgrpo.trainer.rollout import decode_completions, generate_completions, is_conversation, pad, tokenize_prompts
+from fastgrpo.trainer.rewards import RewardFunc, call_reward_func, completion_text, reward_arguments, reward_name
+from fastgrpo.trainer.rewards.text import rendered
+from fastgrpo.trainer.rollout import (
+    decode_completions,
+    generate_completions,
+    is_conversation,
+    pad,
+    tokenize_prompts,
+)
 from fastgrpo.trainer.setup import end_tokens
 
 
@@ -66,23 +73,22 @@ def sample(
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             prompts = [row["prompt"] for row in part]
-            ids, mask = pad(tokenize_prompts(tokenizer, prompts), tokenizer.pad_token_id, "left", model.device)
+            prompt_tokens = tokenize_prompts(tokenizer, prompts)
+            ids, mask = pad(prompt_tokens, tokenizer.pad_token_id, "left", model.device)
             tokens = generate_completions(model, ids, mask, config)
             completions = decode_completions(tokenizer, tokens, is_conversation(prompts[0]))
             texts += map(completion_text, completions)
             lengths += map(len, tokens)
+            arguments = reward_arguments(
+                part,
+                rendered(tokenizer, prompts, prompt_tokens),
+                tokens,
+                trainer_state=None,
+                log_metric=_ignore,
+                log_extra=_ignore,
+            )
             for name, func in reward_funcs.items():
-                scores[name] += call_reward_func(
-                    func,
-                    name,
-                    completions,
-                    prompts=prompts,
-                    completion_ids=tokens,
-                    trainer_state=None,
-                    log_metric=_ignore,
-                    log_extra=_ignore,
-                    **{column: [row[column] for row in part] for column in part[0] if column != "prompt"},
-                )
+                scores[name] += call_reward_func(func, name, completions, **arguments)
     return Samples(rows, texts, lengths, scores)
 
 
@@ -99,7 +105,7 @@ def sampled_accuracy(
     With the built-in rewards, 1 for right and 0 for wrong, that is an accuracy. Completions that the function does not
     judge are left out.
     """
-    name = getattr(reward_func, "__name__", "reward")
+    name = reward_name(reward_func)
     return sample(model, tokenizer, dataset, {name: reward_func}, max_completion_length, **options).mean(name)
 
 

@@ -37,7 +37,15 @@ from fastgrpo.trainer import sharding
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.head import Head, add_completion_head, check_completion_head, run_completion_head, unwrap_peft
 from fastgrpo.trainer.metrics import reduce_metrics
-from fastgrpo.trainer.rewards import RewardFunc, as_reward_list, call_reward_func, combine_rewards, nanstd
+from fastgrpo.trainer.rewards import (
+    RewardFunc,
+    as_reward_list,
+    call_reward_func,
+    combine_rewards,
+    nanstd,
+    reward_arguments,
+)
+from fastgrpo.trainer.rewards.text import rendered
 from fastgrpo.trainer.rollout import (
     RepeatSampler,
     decode_completions,
@@ -259,6 +267,7 @@ class GRPOTrainer(Trainer):
         prompt_tokens = tokenize_prompts(self.processing_class, prompts, **(args.chat_template_kwargs or {}))
         pad_id = self.processing_class.pad_token_id
         prompt_ids, prompt_mask = pad(prompt_tokens, pad_id, "left", device)
+        prompts = rendered(self.processing_class, prompts, prompt_tokens)
         completion_tokens = self._generate(prompt_ids, prompt_mask)
         completions = decode_completions(self.processing_class, completion_tokens, is_conversation(prompts[0]))
         completion_ids, completion_mask = pad(completion_tokens, pad_id, "right", device)
@@ -326,20 +335,17 @@ class GRPOTrainer(Trainer):
         self, rows: list[dict], prompts: list, completions: list, completion_tokens: list, group: int, mode: str
     ) -> Tensor:
         """Advantages (B,) of this process's completions; groups may be spread over processes."""
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in _RESERVED_COLUMNS}
         extra: dict[str, list] = {}
+        arguments = reward_arguments(
+            rows,
+            prompts,
+            completion_tokens,
+            trainer_state=self.state,
+            log_metric=lambda key, value: self._pending_metrics[key].append(value),
+            log_extra=lambda column, values: extra.setdefault(column, []).extend(values),
+        )
         scores = [
-            call_reward_func(
-                func,
-                name,
-                completions,
-                prompts=prompts,
-                completion_ids=completion_tokens,
-                trainer_state=self.state,
-                log_metric=lambda key, value: self._pending_metrics[key].append(value),
-                log_extra=lambda column, values: extra.setdefault(column, []).extend(values),
-                **columns,
-            )
+            call_reward_func(func, name, completions, **arguments)
             for func, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         per_func = torch.tensor(scores, dtype=torch.float32, device=self.accelerator.device).T.contiguous()
@@ -486,9 +492,6 @@ class GRPOTrainer(Trainer):
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
             self._metrics["train"] = defaultdict(list, state["metrics"])
-
-
-_RESERVED_COLUMNS = ("prompt", "completion", "completion_ids")
 
 
 def _over_completion(

@@ -219,14 +219,19 @@ def split(data: Dataset, held_out: int | None, seed: int) -> tuple[Dataset, Data
 def load_model(
     name: str, argument: str = "--model", kind: Any = AutoModelForCausalLM
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """The model and its tokenizer, of a hub id or a folder; `kind` is one of transformers' AutoModel classes."""
+    """The model and its tokenizer, of a hub id or a folder; `kind` is one of transformers' AutoModel classes.
+
+    The tokenizer of a causal language model pads on the left, for generation, another on the side that it was saved
+    with.
+    """
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not os.path.isdir(os.path.expanduser(name)):
         raise UsageError(f"{argument}: no such folder: {name}")
     try:
         # fp32 weights: at GRPO's learning rates most updates would round away in bf16
         model = kind.from_pretrained(name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        side = {"padding_side": "left"} if kind is AutoModelForCausalLM else {}
+        tokenizer = AutoTokenizer.from_pretrained(name, **side)
     except (OSError, ValueError) as error:
         raise UsageError(f"{argument}: {name} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:

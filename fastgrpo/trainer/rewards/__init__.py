@@ -12,12 +12,14 @@ import importlib
 from fastgrpo.trainer.rewards.accuracy import accuracy_reward
 from fastgrpo.trainer.rewards.code import code_reward, code_reward_within
 from fastgrpo.trainer.rewards.model import model_reward
+from fastgrpo.trainer.rewards.quantities import last_number
 from fastgrpo.trainer.rewards.rules import (
     contains,
     exact,
     format_reward,
     language_consistency_reward,
     numeric,
+    prefilled,
     repetition_penalty_reward,
     soft_overlong_reward,
     tag_count_reward,
@@ -31,8 +33,10 @@ from fastgrpo.trainer.rewards.scoring import (
     combine,
     combine_rewards,
     nanstd,
+    reward_arguments,
+    reward_name,
 )
-from fastgrpo.trainer.rewards.text import completion_text, last_number
+from fastgrpo.trainer.rewards.text import completion_text
 
 BUILT_IN: dict[str, RewardFunc] = {
     "exact": exact,
@@ -87,8 +91,11 @@ __all__ = [
     "model_reward",
     "nanstd",
     "numeric",
+    "prefilled",
     "repetition_penalty_reward",
     "resolve",
+    "reward_arguments",
+    "reward_name",
     "soft_overlong_reward",
     "tag_count_reward",
 ]

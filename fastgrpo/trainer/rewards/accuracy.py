@@ -10,9 +10,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from fastgrpo.trainer.rewards.quantities import parse_number
 from fastgrpo.trainer.rewards.sandbox import Limits, run_python
 from fastgrpo.trainer.rewards.supervisor import STOPPED
-from fastgrpo.trainer.rewards.text import completion_text, final_answer, last_boxed, parse_number
+from fastgrpo.trainer.rewards.text import completion_text, final_answer, last_boxed
 
 _MAX_FORMULA = 1000  # characters; what is longer is compared as text only
 _WRAPPERS = (
@@ -20,8 +21,16 @@ _WRAPPERS = (
     re.compile(r"\$([^$]*)\$"),
     re.compile(r"\\\((.*)\\\)", re.DOTALL),
     re.compile(r"\\\[(.*)\\\]", re.DOTALL),
-    re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"),
+    re.compile(r"\*\*([^*]*)\*\*"),
+    re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|boldsymbol)\s*\{([^{}]*)\}"),
 )
+# The choice of a question with several: "E", "(E)", "E: text", "Option E", "\textbf{(E)}\ 5"; A:B is a ratio.
+_CHOICE = re.compile(
+    r"(?:(?:option|choice|answer)\s+)?(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?"
+    r"(?:\((?P<in_brackets>[A-Z])\)|(?P<label>[A-Z])(?:\)|[.:](?=[\s}]|$)|(?=\}|$)))(?P<more>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_WORDS = re.compile(r"[^\W\d_]{2,}(?:[ '’-][^\W\d_]+)*[.!]?")
 # A second for each formula, and nine for a call in all: the rest is not judged then.
 _FORMULA_SECONDS = 1.0
 _FORMULA_LIMITS = Limits(seconds=9.0, memory=2 << 30)
@@ -32,10 +41,17 @@ def accuracy_reward(completions: list, answer: list, **_: Any) -> list[float | N
 
     The answer is what stands in the last complete <answer>…</answer> after the reasoning, or in the last \boxed{…} in
     there; without any answer tag, in the last \boxed{…} after the reasoning. No answer: 0. Of the column `answer`, a
-    \boxed{…} counts if there is one, or else what follows GSM8K's "####".
+    \boxed{…} counts if there is one, or else what follows GSM8K's "####". A box may also be \fbox or \framebox, and
+    without braces: "$\boxed 42$".
 
-    The two are equal as text, but for white space and enclosing $…$ or \text{…}; or as exact numbers, where "1,234.0"
-    is "1234", and "3/4", "¾", "75%", "0.75" and "\frac{3}{4}" are one. Formulas are compared by Hugging Face's
+    The two are equal
+
+    - as text, but for white space and enclosing $…$, **…** or \text{…}; text that is words, also but for case;
+    - as exact numbers, where "1,234.0" is "1234", and "3/4", "¾", "0.75" and "\frac{3}{4}" are one; "75%" is both 75
+      and 0.75, and a unit counts where both have one: "12 apples" is 12, but not "12 pears";
+    - as choices, where one of them is a letter alone: "E: the text", "(E)" and "Option E" are "E".
+
+    Formulas are compared by Hugging Face's
     math-verify where that package is installed, on Linux: in a process of their own, so that it needs no signals here
     and any thread may call, a second for each, and None for those that nine seconds do not reach. Without the package,
     formulas are equal as text or not at all.
@@ -67,13 +83,28 @@ def _tidy(text: str) -> str:
 
 
 def _is_equal(given: str, truth: str) -> bool | None:
-    """Equal as text or as numbers; None when only the formulas can tell, and something can compare them."""
+    """Equal as text, numbers or choices; None when only the formulas can tell, and something can compare them."""
     if not given or not truth or given == truth:
         return bool(given) and given == truth
-    numbers = parse_number(given), parse_number(truth)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
+    if len(given) <= _MAX_FORMULA and _WORDS.fullmatch(given) and _WORDS.fullmatch(truth):
+        return given.rstrip(".!").casefold() == truth.rstrip(".!").casefold()
+    number, other = parse_number(given), parse_number(truth)
+    if number is not None and other is not None:
+        return number.equals(other)
+    if _is_same_choice(given, truth):
+        return True
     return None if _are_formulas(given, truth) and _can_compare_formulas() else False
+
+
+def _is_same_choice(given: str, truth: str) -> bool:
+    if max(len(given), len(truth)) > _MAX_FORMULA:
+        return False
+    choices = [_CHOICE.fullmatch(text) for text in (given, truth)]
+    if not all(choices):
+        return False
+    letters = [match["in_brackets"] or match["label"] for match in choices]
+    is_alone = [not match["more"].strip(" .}") for match in choices]
+    return letters[0] == letters[1] and letters[0].isupper() and any(is_alone)
 
 
 def _are_formulas(given: str, truth: str) -> bool:

@@ -7,24 +7,31 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from fastgrpo.trainer.rewards.cases import Case, Run, read_cases
+from fastgrpo.trainer.rewards.fences import last_python_block
 from fastgrpo.trainer.rewards.sandbox import Limits, run_python
 from fastgrpo.trainer.rewards.scoring import RewardFunc
 from fastgrpo.trainer.rewards.supervisor import PASSED, STOPPED
-from fastgrpo.trainer.rewards.text import completion_text, last_python_block
-
-Case = Mapping[str, str | None] | str
+from fastgrpo.trainer.rewards.text import completion_text
 
 
 def code_reward(completions: list, test_cases: list, **_: Any) -> list[float | None]:
     """The share of its test cases that the completion's code passes: the last ```python block that is closed.
 
-    Each entry of the column `test_cases` is a list of {"input": …, "output": …} and of statements such as
-    "assert f(2) == 4", in any mixture. The code is run once for each. It passes an input when it ends with exit status
+    An entry of the column `test_cases` is one of these, a list of these in any mixture, or JSON text of either:
+
+    - {"input": …, "output": …}, texts, the input or None;
+    - {"inputs": […], "outputs": […]}, as in APPS and TACO, texts or lists of lines; with "fn_name": "f" lists of
+      arguments and the values of the calls of f, or of a method of the class Solution; without the s, what PyArrow
+      makes of a list of cases;
+    - statements such as "assert f(2) == 4": of several in one text, each assertion is a case, run after the statements
+      in front of it that are none.
+
+    The code is run once for each case. It passes an input when it ends with exit status
     0 and its output is the expected one, but for white space at the ends of lines and of the text; it passes a
     statement when that, appended to the code, raises nothing and is reached. After a run that is stopped at the time
     limit, the remaining cases count as not passed.
@@ -34,7 +41,7 @@ def code_reward(completions: list, test_cases: list, **_: Any) -> list[float | N
     do not protect from.
 
     Raises:
-        ValueError: a test case of another form.
+        ValueError: test cases of another form, with the row and the form.
     """
     return _score(completions, test_cases, Limits())
 
@@ -49,22 +56,18 @@ def code_reward_within(limits: Limits) -> RewardFunc:
 
 
 def _score(completions: list, test_cases: list, limits: Limits) -> list[float | None]:
-    for case in (case for cases in test_cases for case in cases or ()):
-        is_pair = isinstance(case, Mapping) and isinstance(case.get("output"), str)
-        if not (isinstance(case, str) or is_pair and isinstance(case.get("input") or "", str)):
-            raise ValueError(
-                'test_cases: expected lists of statements and of {"input": text or None, "output": text}, '
-                f"got {case!r}"
-            )
+    cases_of_rows = [read_cases(cases, row) for row, cases in enumerate(test_cases)]
     deadline = time.monotonic() + limits.total_seconds
     workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     with ThreadPoolExecutor(workers) as pool:
         codes = [last_python_block(completion_text(completion)) for completion in completions]
         runs = [
-            pool.submit(_share_passed, code, list(cases), limits, deadline) if cases and code is not None else None
-            for code, cases in zip(codes, test_cases, strict=True)
+            pool.submit(_share_passed, code, cases, limits, deadline) if cases and code is not None else None
+            for code, cases in zip(codes, cases_of_rows, strict=True)
         ]
-        shares = [run.result() if run else 0.0 if cases else None for run, cases in zip(runs, test_cases, strict=True)]
+        shares = [
+            run.result() if run else 0.0 if cases else None for run, cases in zip(runs, cases_of_rows, strict=True)
+        ]
     missed = sum(run is not None and share is None for run, share in zip(runs, shares, strict=True))
     if missed:
         warnings.warn(
@@ -92,9 +95,9 @@ def _share_passed(code: str, cases: list[Case], limits: Limits, deadline: float)
 
 
 def _run(code: str, case: Case, limits: Limits) -> tuple[int, bool]:
-    if not isinstance(case, str):
-        status, output = run_python(code, case.get("input") or "", limits)
-        return status, status == PASSED and _lines(output) == _lines(case["output"])
+    if isinstance(case, Run):
+        status, output = run_python(code, case.stdin, limits)
+        return status, status == PASSED and _lines(output) == _lines(case.output)
     # Exit status 0 does not say that the statement was reached; a word that the code cannot know does.
     word = secrets.token_hex(16)
     status, output = run_python(f"{code}\n\n{case}\n\n__import__('os').write(1, b'{word}')\n", "", limits)

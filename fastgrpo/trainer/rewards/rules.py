@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from fastgrpo.trainer.rewards.scoring import RewardFunc
-from fastgrpo.trainer.rewards.text import TAGS, completion_text, last_number, reasoning
+from fastgrpo.trainer.rewards.quantities import find_last_number
+from fastgrpo.trainer.rewards.scoring import RewardFunc, reward_name
+from fastgrpo.trainer.rewards.text import TAGS, RenderedPrompt, completion_text, reasoning, with_prefilled_think
 
 
 def exact(completions: list, answer: list, **_: Any) -> list[float | None]:
@@ -22,12 +23,16 @@ def contains(completions: list, answer: list, **_: Any) -> list[float | None]:
 
 
 def numeric(completions: list, answer: list, **_: Any) -> list[float | None]:
-    """1 when the last number of the completion equals the last number of the answer (so GSM8K's `#### 42` works)."""
-    return _judge(
-        completions,
-        answer,
-        lambda text, truth: (value := last_number(truth)) is not None and last_number(text) == value,
-    )
+    """1 when the last number of the completion equals the last number of the answer (so GSM8K's `#### 42` works).
+
+    Numbers are compared exactly, as `accuracy_reward` does: "3/4" is 0.75, "1e3" is 1000, "75%" is both 75 and 0.75.
+    """
+
+    def is_right(text: str, truth: str) -> bool:
+        wanted, given = find_last_number(truth), find_last_number(text)
+        return wanted is not None and given is not None and given.equals(wanted)
+
+    return _judge(completions, answer, is_right)
 
 
 def _judge(completions: list, answer: list, is_right: Callable[[str, str], bool]) -> list[float | None]:
@@ -37,11 +42,21 @@ def _judge(completions: list, answer: list, is_right: Callable[[str, str], bool]
     ]
 
 
-def format_reward(completions: list, **_: Any) -> list[float]:
+def format_reward(completions: list, prompts: list | None = None, **_: Any) -> list[float]:
     """1 when the completion is `<think>…</think><answer>…</answer>`, each tag once, with only white space around and
     between the two; else 0.
+
+    A prompt that ends with <think> has written the first tag already: the completion is judged behind it, and one more
+    <think> is one too many. This sees the end of a plain prompt and of an assistant's message that the completion goes
+    on with. What a chat template adds, this package's trainer and evaluation tell; TRL's do not: there
+    `prefilled("<think>", format_reward)` does it.
     """
-    return [float(_has_format(completion_text(completion))) for completion in completions]
+    return [float(_has_format(text)) for text in _whole_texts(completions, prompts)]
+
+
+def _whole_texts(completions: list, prompts: list | None) -> list[str]:
+    prompts = [None] * len(completions) if prompts is None else prompts
+    return [with_prefilled_think(*pair) for pair in zip(prompts, completions, strict=True)]
 
 
 def _has_format(text: str) -> bool:
@@ -53,10 +68,32 @@ def _has_format(text: str) -> bool:
     return end <= start and not text[end:start].strip()
 
 
-def tag_count_reward(completions: list, **_: Any) -> list[float]:
-    """A quarter for each of <think>, </think>, <answer> and </answer> that occurs exactly once."""
-    texts = map(completion_text, completions)
-    return [0.25 * sum(text.count(tag) == 1 for tag in TAGS) for text in texts]
+def tag_count_reward(completions: list, prompts: list | None = None, **_: Any) -> list[float]:
+    """A quarter for each of <think>, </think>, <answer> and </answer> that occurs exactly once; a <think> that the
+    prompt ends with counts, as in `format_reward`.
+    """
+    return [0.25 * sum(text.count(tag) == 1 for tag in TAGS) for text in _whole_texts(completions, prompts)]
+
+
+def prefilled(text: str, function: RewardFunc) -> RewardFunc:
+    """The reward function, of completions that begin with `text`: with what a chat template puts in front of them.
+
+    Such as `prefilled("<think>", format_reward)` for TRL's trainers, whose reward functions do not see the template.
+    """
+
+    def with_text(completions: list, **columns: Any) -> Any:
+        whole = [
+            text + completion
+            if isinstance(completion, str)
+            else [{"role": "assistant", "content": text}, *(completion or [])]
+            for completion in completions
+        ]
+        if "prompts" in columns:  # which know the template in our own trainer
+            columns["prompts"] = [list(p) if isinstance(p, RenderedPrompt) else p for p in columns["prompts"]]
+        return function(completions=whole, **columns)
+
+    with_text.__name__ = reward_name(function)
+    return with_text
 
 
 # Letters by script, as the inside of a character class. Combining accents belong to the word that they stand in.

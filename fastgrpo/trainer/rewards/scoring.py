@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -16,12 +20,13 @@ RewardFunc = Callable[..., list[float | None]]
 
 
 def as_reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> tuple[list[RewardFunc], list[str]]:
-    """The reward functions and the names that they are logged under."""
+    """The reward functions and the names that they are logged under; several of one name are numbered from 1."""
     funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if not funcs:
         raise ValueError("reward_funcs: expected at least one function, got an empty list")
     for func in funcs:
-        inner = getattr(func, "__call__", func)  # noqa: B004 (an instance with an async __call__ counts)
+        inner = _innermost(func)
+        inner = getattr(inner, "__call__", inner)  # noqa: B004 (an instance with an async __call__ counts)
         if not callable(func) or isinstance(func, nn.Module):
             raise TypeError(
                 f"reward_funcs: expected functions, got {type(func).__name__}; wrap a reward model in a function that "
@@ -29,18 +34,85 @@ def as_reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> tuple[lis
             )
         if inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(inner):
             raise TypeError("reward_funcs: expected plain functions, got an async one; run its event loop inside")
-    return funcs, [getattr(func, "__name__", None) or type(func).__name__ for func in funcs]
+    names = [reward_name(func) for func in funcs]
+    counts = Counter(names)
+    taken = {name for name in names if counts[name] == 1}
+    for i, name in enumerate(names):
+        if counts[name] > 1:
+            numbered = (f"{name}_{number}" for number in itertools.count(1))
+            names[i] = next(candidate for candidate in numbered if candidate not in taken)
+            taken.add(names[i])
+    return funcs, names
 
 
-def call_reward_func(func: RewardFunc, name: str, completions: list, **arguments: Any) -> list[float]:
-    """One float per completion, NaN where the function returned None."""
-    scores = func(completions=completions, **arguments)
-    if not isinstance(scores, (list, tuple, Tensor)) or len(scores) != len(completions):
-        got = f"{len(scores)} rewards" if hasattr(scores, "__len__") else repr(scores)
-        raise ValueError(
-            f"reward function {name!r}: expected {len(completions)} rewards, one per completion, got {got}"
+def reward_name(func: RewardFunc) -> str:
+    """The name of a function, of the one that a `functools.partial` fills in, or of a callable object's class."""
+    inner = _innermost(func)
+    return getattr(inner, "__name__", None) or type(inner).__name__
+
+
+def _innermost(func: RewardFunc) -> RewardFunc:
+    while isinstance(func, functools.partial):
+        func = func.func
+    return func
+
+
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+
+
+def reward_arguments(
+    rows: Sequence[Mapping[str, Any]], prompts: list, completion_ids: list, **of_trainer: Any
+) -> dict:
+    """What a reward function is called with beside its completions: the columns of the rows, and our own arguments.
+
+    The columns prompt and completion are not among them. Nor is one that has the name of an argument: there is a
+    warning, unless that is completion_ids, which TRL leaves out too.
+    """
+    arguments = {"prompts": prompts, "completion_ids": completion_ids, **of_trainer}
+    left_out = [name for name in rows[0] if name in ARGUMENTS]
+    if hidden := [name for name in left_out if name != "completion_ids"]:
+        warnings.warn(
+            f"reward functions do not get the dataset's {', '.join(hidden)}, since these are names of their arguments",
+            stacklevel=3,
         )
-    return [float("nan") if score is None else float(score) for score in scores]
+    columns = [name for name in rows[0] if name not in ("prompt", "completion", *left_out)]
+    return {**{name: [row[name] for row in rows] for name in columns}, **arguments}
+
+
+def call_reward_func(func: RewardFunc, name: str, completions: list, /, **arguments: Any) -> list[float]:
+    """One float per completion, NaN where the function returned None.
+
+    The function may return any sequence of numbers: a list, a tensor, an array, a Series, a deque.
+
+    Raises:
+        ValueError: another number of rewards, no sequence, or an element that is no number; with the function's name.
+    """
+    scores = func(completions=completions, **arguments)
+    kind, count = type(scores).__name__, len(completions)
+    expected = f"reward function {name!r}: expected {count} rewards, one per completion"
+    try:
+        iterator = iter(scores.detach().cpu() if isinstance(scores, Tensor) else scores)
+    except TypeError:
+        iterator = None
+    if iterator is None or isinstance(scores, (str, bytes, Mapping, Set)):
+        raise ValueError(f"{expected}, got {kind}")
+    scores = list(iterator)
+    if len(scores) != count:
+        raise ValueError(f"{expected}, got {len(scores)} in {kind}")
+    return [
+        _as_float(score, f"{expected}, each a number or None, got {kind} with", i) for i, score in enumerate(scores)
+    ]
+
+
+def _as_float(score: Any, message: str, index: int) -> float:
+    if score is None:
+        return math.nan
+    try:
+        if isinstance(score, (str, bytes)):
+            raise TypeError
+        return float(score.item() if hasattr(score, "item") else score)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ValueError(f"{message} {type(score).__name__} {score!r:.100} as element {index}") from None
 
 
 def combine(*functions: RewardFunc, weights: Sequence[float] | None = None) -> RewardFunc:
@@ -98,15 +170,12 @@ def by_column(column: str, functions: Mapping[Any, RewardFunc]) -> RewardFunc:
             if rows:
                 # what is no list of one entry a completion, such as trainer_state, goes to all
                 own = {k: [v[i] for i in rows] if isinstance(v, list) else v for k, v in columns.items()}
-                name = getattr(func, "__name__", type(func).__name__)
-                for i, score in zip(
-                    rows, call_reward_func(func, name, [completions[i] for i in rows], **own), strict=True
-                ):
+                ours = call_reward_func(func, reward_name(func), [completions[i] for i in rows], **own)
+                for i, score in zip(rows, ours, strict=True):
                     scores[i] = None if math.isnan(score) else score
         return scores
 
-    names = {getattr(func, "__name__", type(func).__name__) for func in functions.values()}
-    chosen.__name__ = "|".join(sorted(names))
+    chosen.__name__ = "|".join(sorted({reward_name(func) for func in functions.values()}))
     return chosen
 
 

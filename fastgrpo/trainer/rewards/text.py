@@ -1,4 +1,4 @@
-"""What the rewards read in a completion: its text, the parts of R1's template, boxes, numbers, code blocks.
+"""What the rewards read in a completion: its text, the parts of R1's template, boxes.
 
 Completions are whatever a model wrote, a megabyte of one character included: everything here scans its text a fixed
 number of times.
@@ -7,23 +7,19 @@ number of times.
 from __future__ import annotations
 
 import re
-import unicodedata
-from fractions import Fraction
+
+from transformers import PreTrainedTokenizerBase
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?:\[[^\[\]]{0,40}\]\s*){0,2}")
 # an escaped character is one step, so that \{ and \\ are not taken for what follows the backslash
-_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_FENCE = "```"
-_PYTHON_FENCES = ("```python", "```python3", "```py")
-
-_INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
-_NUMBER = re.compile(
-    rf"(?P<sign>[+-]?)\s*(?:(?:(?P<whole>{_INTEGER})\s+)?(?P<over>{_INTEGER})\s*/\s*(?P<under>{_INTEGER})"
-    rf"|(?P<decimal>{_INTEGER}(?:\.\d*)?|\.\d+)(?:[eE](?P<exponent>[+-]?\d{{1,3}}))?)\s*(?P<percent>%?)"
-)
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
-_MAX_NUMBER = 100  # characters; what is longer is compared as text
+_BOX_OR_BRACE = re.compile(rf"(?P<box>{_BOX.pattern})(?P<braced>\{{)?|\\.|[{{}}]", re.DOTALL)
+_UNBRACED = re.compile(r"(?P<formula>[^$\n]*?)(?:\$|\\\)|\\\])")
+_MAX_UNBRACED = 100  # characters in which the content of a box without braces has to end
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")
+_MAX_NESTED = 4
+_TOKENS_OF_END = 16
 
 
 def completion_text(completion: str | list[dict] | None) -> str:
@@ -38,6 +34,40 @@ def _content(message: dict) -> str:
     if isinstance(content, list):  # parts, of which images have no text
         return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     return str(content)
+
+
+class RenderedPrompt(list):
+    """A conversation as a reward function gets it: its messages, and the end of what a chat template made of them."""
+
+    end = ""
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, prompts: list, prompt_tokens: list[list[int]]) -> list:
+    """Prompts for reward functions, where conversations know the end of the text that their tokens are."""
+    if not isinstance(prompts[0], list):
+        return prompts
+    conversations = [RenderedPrompt(prompt) for prompt in prompts]
+    ends = tokenizer.batch_decode([tokens[-_TOKENS_OF_END:] for tokens in prompt_tokens])
+    for conversation, end in zip(conversations, ends, strict=True):
+        conversation.end = end
+    return conversations
+
+
+def with_prefilled_think(prompt: str | list[dict] | None, completion: str | list[dict] | None) -> str:
+    """The text of a completion, behind the <think> that its prompt ends with, if it does.
+
+    That is the end of a plain prompt, of a message of the assistant's that the completion goes on with, or, in our own
+    trainer, of what the chat template made of the prompt.
+    """
+    end = ""
+    if isinstance(prompt, str):
+        end = prompt
+    elif isinstance(prompt, RenderedPrompt) and prompt.end:
+        end = prompt.end
+    elif prompt and prompt[-1].get("role") == "assistant":
+        end = _content(prompt[-1])
+    prefilled = TAGS[0] if end.rstrip().endswith(TAGS[0]) else ""
+    return prefilled + completion_text(completion)
 
 
 def reasoning(text: str) -> str:
@@ -66,66 +96,45 @@ def final_answer(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the \boxed{…} that closes last, braces within it in balance; None without one."""
-    first = text.find("\\boxed")
-    if first < 0:
+    r"""The content of the \boxed{…}, \fbox{…} or \framebox{…} that closes last, braces within it in balance; None
+    without one. Of a box that holds nothing but a box, the content of the inner one.
+
+    Without braces, as in "$\boxed 42$", the content reaches to the end of the formula. Where that has words in it or
+    does not end on its line, the content is one word with a digit, or one capital letter; or this is no box.
+    """
+    content = _last_box(text)
+    for _ in range(_MAX_NESTED):
+        if content is None or not _BOX.match(content.lstrip()):
+            break
+        content = _last_box(content)
+    return content
+
+
+def _last_box(text: str) -> str | None:
+    first = _BOX.search(text)
+    if first is None:
         return None
     open_braces: list[int | None] = []  # where the content of a box starts; None for any other brace
     boxed = None
-    for match in _BOX_OR_BRACE.finditer(text, first):
+    for match in _BOX_OR_BRACE.finditer(text, first.start()):
         token = match.group()
         if token == "}":
             start = open_braces.pop() if open_braces else None
             boxed = boxed if start is None else slice(start, match.start())
+        elif match["braced"]:
+            open_braces.append(match.end())
         elif token == "{":
             open_braces.append(None)
-        elif token.startswith("\\boxed"):
-            open_braces.append(match.end())
+        elif match["box"]:
+            boxed = _unbraced(text, match.end()) or boxed
     return None if boxed is None else text[boxed]
 
 
-def last_number(text: str) -> float | None:
-    """The last number in a text, with thousands' commas, a sign or decimals."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def parse_number(text: str) -> Fraction | None:
-    r"""The exact value of a text that is one number, None for another text.
-
-    "1,234.0", "-.5", "6e3", "3/4", "2 1/2", "2½", "75%" (0.75), "$5", "\frac{3}{4}", "1{,}234".
-    """
-    if len(text) > _MAX_NUMBER:
-        return None
-    for latex, plain in (("{,}", ","), ("\\,", ""), ("\\!", ""), ("\\$", ""), ("$", ""), ("\\%", "%")):
-        text = text.replace(latex, plain)
-    text = _LATEX_FRACTION.sub(r" \1/\2", text)
-    # ½ is "1⁄2" after the compatibility decomposition; the space keeps 2½ from becoming 21⁄2
-    text = "".join(
-        " " + unicodedata.normalize("NFKC", c) if unicodedata.decomposition(c).startswith("<fraction>") else c
-        for c in text
-    )
-    match = _NUMBER.fullmatch(text.replace("\N{FRACTION SLASH}", "/").replace("\N{MINUS SIGN}", "-").strip())
-    if match is None:
-        return None
-    part = {name: value.replace(",", "") for name, value in match.groupdict(default="").items()}
-    if part["decimal"]:
-        value = Fraction(part["decimal"].rstrip(".")) * Fraction(10) ** int(part["exponent"] or 0)
-    elif int(part["under"]) == 0:
-        return None
-    else:
-        value = int(part["whole"] or 0) + Fraction(int(part["over"]), int(part["under"]))
-    return value * (-1 if part["sign"] == "-" else 1) / (100 if part["percent"] else 1)
-
-
-def last_python_block(text: str) -> str | None:
-    """The code of the last ```python block that is closed."""
-    code, start = None, None
-    lines = text.split("\n")
-    for i, line in enumerate(lines):
-        line = line.strip()
-        if start is None:
-            start = i + 1 if line.lower() in _PYTHON_FENCES else None
-        elif line == _FENCE:
-            code, start = lines[start:i], None
-    return None if code is None else "\n".join(code)
+def _unbraced(text: str, start: int) -> slice | None:
+    rest = text[start : start + _MAX_UNBRACED]
+    match = _UNBRACED.match(rest)
+    if match and (match["formula"] or "").strip() and not _PROSE.search(match["formula"]):
+        return slice(start, start + match.end("formula"))
+    word = rest.split(None, 1)[0].split("$")[0].rstrip(".,;:!") if rest.strip() else ""
+    is_answer = any(c.isdigit() for c in word) or len(word) == 1 and word.isupper()
+    return slice(start, start + len(word)) if is_answer else None
