@@ -84,7 +84,7 @@ def test_head_makes_no_logits(tokenizer, tmp_path):
     trainer.model.get_output_embeddings().register_forward_hook(lambda _, args, out: shapes.append(out.shape))
     batch = collate(tokenizer, ROWS)
     trainer.compute_loss(trainer.model, batch)
-    assert shapes == [batch["completion_ids"].shape]
+    assert shapes == [(*batch["input_ids"].shape, 1)]
 
 
 def test_prompts_are_not_learnt(tokenizer):

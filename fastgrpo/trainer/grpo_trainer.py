@@ -25,17 +25,16 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fastgrpo.linear import linear_grpo_loss
 from fastgrpo.logps import linear_logps
 from fastgrpo.loss import GRPOOutput
 from fastgrpo.trainer import sharding
+from fastgrpo.trainer.base import HeadTrainer
 from fastgrpo.trainer.config import GRPOConfig
-from fastgrpo.trainer.head import Head, add_completion_head, check_completion_head, run_completion_head, unwrap_peft
+from fastgrpo.trainer.head import Head, is_peft, run_completion_head, unwrap
 from fastgrpo.trainer.metrics import reduce_metrics
 from fastgrpo.trainer.rewards import RewardFunc, as_reward_list, call_reward_func, combine_rewards, nanstd
 from fastgrpo.trainer.rollout import (
@@ -51,10 +50,8 @@ from fastgrpo.trainer.rollout import (
 )
 from fastgrpo.trainer.setup import check_dataset, end_tokens, prepare_tokenizer, warn_of_router_loss
 
-_STATE_FILE = "grpo_state_{rank}.pt"
 
-
-class GRPOTrainer(Trainer):
+class GRPOTrainer(HeadTrainer):
     """Group Relative Policy Optimisation (arXiv:2402.03300) of a causal language model.
 
     Args:
@@ -70,7 +67,7 @@ class GRPOTrainer(Trainer):
         peft_config: wrap the model in an adapter first.
 
     With beta > 0 the reference policy is a frozen copy of the model as it was passed; for a PEFT model it is the base
-    model, with the adapter switched off. The model's `forward` learns one keyword (see `head.py`).
+    model, with the adapter switched off. The model stays as it is (see `head.py`).
 
     Equivalent to: TRL's GRPOTrainer, with the same metrics, for what `GRPOConfig` offers. One difference: with several
     processes, top_entropy_quantile takes its quantile over a process's own micro-batch, not over all of them.
@@ -114,24 +111,23 @@ class GRPOTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            if is_peft(model):
+                raise ValueError("peft_config: expected None with a model that has an adapter already, got both")
             model = get_peft_model(model, peft_config)
         processing_class = prepare_tokenizer(model, processing_class, args.trust_remote_code)
         self.eos_token_ids = end_tokens(model, processing_class)
         self.ref_model = None
-        if args.beta != 0 and unwrap_peft(model) is model:
-            self.ref_model = sharding.copy_model(model, args.trust_remote_code).requires_grad_(False).eval()
-        for m in filter(None, (model, self.ref_model)):
-            add_completion_head(unwrap_peft(m))
-        # under ZeRO-3 no layer can run before the engine is there to gather its parameters
-        self._head_is_checked = not is_deepspeed_zero3_enabled()
-        if self._head_is_checked:
-            check_completion_head(model)
+        if args.beta != 0 and not is_peft(model):
+            self.ref_model = sharding.copy_model(unwrap(model), args.trust_remote_code).requires_grad_(False).eval()
+        if self.ref_model is not None:
+            self._check_head_early(self.ref_model)
+        self._check_head_early(model)
         warn_of_router_loss(model)
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
-        if args.checkpoints_activations and unwrap_peft(model) is not model:
+        if args.checkpoints_activations and is_peft(model):
             model.enable_input_require_grads()  # the first checkpointed layer's input comes from frozen weights
 
         self.objective = args.objective()
@@ -235,6 +231,7 @@ class GRPOTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The micro-batch of this step: out of the buffer in training, freshly sampled at a round's start."""
+        self._check_head()
         if not self.model.training:
             return self._sample_and_score(inputs, "eval")
         steps = self.args.steps_per_generation
@@ -247,9 +244,6 @@ class GRPOTrainer(Trainer):
         """Rows of the dataset, each prompt once per completion, to the tensors that the loss needs."""
         args, device, accelerator = self.args, self.accelerator.device, self.accelerator
         group = args.num_generations if mode == "train" else self.num_generations_eval
-        if not self._head_is_checked:
-            check_completion_head(self.model)
-            self._head_is_checked = True
         if len(rows) * accelerator.num_processes % group:
             raise ValueError(
                 f"per_device_eval_batch_size: expected batches of whole groups of {group} completions, got "
@@ -404,8 +398,11 @@ class GRPOTrainer(Trainer):
         parts = self.accelerator.num_processes * (self.args.steps_per_generation if train else 1)
         num_items = inputs["num_items_in_batch"].clamp(min=1) / parts
 
-        def loss(hidden: Tensor, head: Head, batch: dict[str, Tensor]) -> GRPOOutput:
-            return linear_grpo_loss(
+        output: GRPOOutput | None = None
+
+        def loss_at_head(hidden: Tensor, head: Head, batch: dict[str, Tensor]) -> Tensor:
+            nonlocal output
+            output = linear_grpo_loss(
                 hidden,
                 head.weight,
                 batch["completion_ids"],
@@ -421,10 +418,11 @@ class GRPOTrainer(Trainer):
                 backend=self.args.backend,
                 **head.options,
             )
+            return output.loss
 
-        output = _over_completion(model, inputs, loss)
+        loss = _over_completion(model, inputs, loss_at_head)
         self._log_loss(output, inputs["completion_mask"], "train" if train else "eval", accumulation)
-        return output.loss
+        return loss
 
     def _log_loss(self, output: GRPOOutput, mask: Tensor, mode: str, accumulation: int) -> None:
         metrics = self._metrics[mode]
@@ -466,23 +464,24 @@ class GRPOTrainer(Trainer):
         Dataset.from_dict({"step": step, **self._completion_log}).to_parquet(path)
         self._completion_log = {}
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+    @staticmethod
+    def files_of_process(index: int) -> tuple[str, ...]:
+        return (f"grpo_state_{index}.pt",)
+
+    def _save_own(self, folder: str) -> None:
         mid_round = self._step % (self.args.steps_per_generation * self.args.num_iterations) != 0
         state = {
             "step": self._step,
             "buffered_inputs": self._buffered_inputs if mid_round else None,
             "metrics": {name: [float(v) for v in values] for name, values in self._metrics["train"].items()},
         }
-        os.makedirs(folder, exist_ok=True)
-        torch.save(state, os.path.join(folder, _STATE_FILE.format(rank=self.args.process_index)))
+        torch.save(state, os.path.join(folder, *self.files_of_process(self.args.process_index)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Also the round that the checkpoint was taken in, so that the run goes on as if it had not stopped."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = checkpoint and os.path.join(checkpoint, _STATE_FILE.format(rank=self.args.process_index))
-        if path and os.path.exists(path):
+        if checkpoint is not None:
+            path = os.path.join(checkpoint, *self.files_of_process(self.args.process_index))
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
             self._metrics["train"] = defaultdict(list, state["metrics"])
@@ -492,8 +491,8 @@ _RESERVED_COLUMNS = ("prompt", "completion", "completion_ids")
 
 
 def _over_completion(
-    model: nn.Module, batch: dict[str, Tensor], fn: Callable[[Tensor, Head, dict[str, Tensor]], Any]
-) -> Any:
+    model: nn.Module, batch: dict[str, Tensor], fn: Callable[[Tensor, Head, dict[str, Tensor]], Tensor]
+) -> Tensor:
     """fn(hidden (B, T, H), head, batch) at the completion's positions of a batch."""
     return run_completion_head(
         model,

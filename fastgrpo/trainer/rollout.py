@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fastgrpo.trainer.head import unwrap_peft
+from fastgrpo.trainer.head import unwrap
 
 
 class RepeatSampler(Sampler[int]):
@@ -102,7 +102,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     # `generate` fills what it takes for unset from the model's own config, and takes the library's default values for
     # unset: temperature 1 would become the checkpoint's 0.7. So the model's own config has to step aside.
-    owners = list({id(m): m for m in (model, unwrap_peft(model))}.values())
+    owners = list({id(m): m for m in (model, unwrap(model))}.values())
     saved = [owner.generation_config for owner in owners]
     for owner in owners:
         owner.generation_config = config

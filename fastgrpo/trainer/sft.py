@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from fastgrpo.logps import linear_logps
-from fastgrpo.trainer.head import add_completion_head, check_completion_head, run_completion_head, unwrap_peft
+from fastgrpo.trainer.base import HeadTrainer
+from fastgrpo.trainer.head import run_completion_head
 from fastgrpo.trainer.rollout import is_conversation, pad
 from fastgrpo.trainer.setup import check_dataset, prepare_tokenizer
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(HeadTrainer):
     """Cross-entropy of completions given their prompts, without logits:
 
         loss = -(1/D) Σ_t log p(token_t | prompt, tokens before t)
@@ -51,8 +52,7 @@ class SFTTrainer(Trainer):
         if args.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, since the collator reads texts, got True")
         tokenizer = prepare_tokenizer(model, processing_class, trust_remote_code=False)
-        add_completion_head(unwrap_peft(model))
-        check_completion_head(model)
+        self._check_head_early(model)
         self.backend = backend
         super().__init__(
             model=model,
