@@ -10,7 +10,13 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastgrpo.trainer.checkpoints import last_whole_checkpoint, remove_old, whole_folder, why_incomplete
+from fastgrpo.trainer.checkpoints import (
+    ResumeError,
+    last_whole_checkpoint,
+    remove_old,
+    whole_folder,
+    why_incomplete,
+)
 from fastgrpo.trainer.head import check_completion_head
 
 
@@ -52,7 +58,8 @@ class HeadTrainer(Trainer):
         """As the Trainer's; True is the newest checkpoint that is whole.
 
         Raises:
-            ValueError: no parameter requires a gradient, or no checkpoint, or not the one named, is whole.
+            ValueError: no parameter requires a gradient.
+            ResumeError: no checkpoint, or not the one named, is whole, or it is of a run with other options.
         """
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
@@ -62,11 +69,11 @@ class HeadTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self.last_checkpoint()
             if resume_from_checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}")
+                raise ResumeError(f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}")
         elif resume_from_checkpoint:
             why = why_incomplete(resume_from_checkpoint, self.files_of_process(self.args.process_index))
             if why is not None:
-                raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete: {why}")
+                raise ResumeError(f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete: {why}")
         self._head_is_checked = False
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

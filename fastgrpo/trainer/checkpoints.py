@@ -26,6 +26,10 @@ class DiskFull(OSError):
     """Something could not be written; the message names it and says what is free."""
 
 
+class ResumeError(ValueError):
+    """A checkpoint that a run cannot go on from."""
+
+
 def why_incomplete(checkpoint: str | Path, needed: Sequence[str] = ()) -> str | None:
     """What is wrong with the files of a checkpoint, None where nothing is.
 
@@ -131,6 +135,29 @@ def whole_folder(
             os.replace(part, path)
             shutil.rmtree(parent)
     wait()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    part.replace(path)
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append to a file; if there is no space for it, the file ends where it did."""
+    with path.open("ab", buffering=0) as file:
+        end, rest = file.seek(0, os.SEEK_END), text.encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def raise_if_full(error: Exception, path: str | Path) -> None:
