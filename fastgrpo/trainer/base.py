@@ -74,10 +74,15 @@ class HeadTrainer(Trainer):
             why = why_incomplete(resume_from_checkpoint, self.files_of_process(self.args.process_index))
             if why is not None:
                 raise ResumeError(f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete: {why}")
+        if resume_from_checkpoint:
+            self._check_resume(resume_from_checkpoint)
         self._head_is_checked = False
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # Checkpoints
+
+    def _check_resume(self, checkpoint: str) -> None:
+        """Raise ResumeError if a whole checkpoint is one that this run cannot go on from."""
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._unfinished or super()._get_output_dir(trial)

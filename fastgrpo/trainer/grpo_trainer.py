@@ -32,12 +32,15 @@ from fastgrpo.linear import linear_grpo_loss
 from fastgrpo.logps import linear_logps
 from fastgrpo.loss import GRPOOutput
 from fastgrpo.trainer import sharding
+from fastgrpo.trainer.adapters import add_reference, reference
 from fastgrpo.trainer.base import HeadTrainer
+from fastgrpo.trainer.checkpoints import ResumeError
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.head import Head, is_peft, run_completion_head, unwrap
 from fastgrpo.trainer.metrics import reduce_metrics
 from fastgrpo.trainer.rewards import RewardFunc, as_reward_list, call_reward_func, combine_rewards, nanstd
 from fastgrpo.trainer.rollout import (
+    RepeatedRows,
     RepeatSampler,
     decode_completions,
     frozen,
@@ -48,7 +51,15 @@ from fastgrpo.trainer.rollout import (
     split_rows,
     tokenize_prompts,
 )
-from fastgrpo.trainer.setup import check_dataset, end_tokens, prepare_tokenizer, warn_of_router_loss
+from fastgrpo.trainer.setup import (
+    as_list,
+    check_dataset,
+    end_tokens,
+    only_iterates,
+    prepare_to_iterate,
+    prepare_tokenizer,
+    warn_of_router_loss,
+)
 
 
 class GRPOTrainer(HeadTrainer):
@@ -61,13 +72,15 @@ class GRPOTrainer(HeadTrainer):
             completion that no function can score gets advantage 0.
         args: the options (None: the defaults).
         train_dataset: rows with a column "prompt", a text or a list of messages; the reward functions get the others.
+            One that can only be iterated needs max_steps, and is shuffled by its own `shuffle` where it has one.
         eval_dataset: the same, or a dict of several.
         processing_class: the tokenizer (None: the one at the model's path).
         callbacks, optimizers: as in transformers' Trainer.
         peft_config: wrap the model in an adapter first.
 
-    With beta > 0 the reference policy is a frozen copy of the model as it was passed; for a PEFT model it is the base
-    model, with the adapter switched off. The model stays as it is (see `head.py`).
+    With beta > 0 the reference policy is a frozen copy of the model as it was passed. Where it was passed as a PEFT
+    model, that is a copy of its adapter, named "ref"; with peft_config it is the model without the adapter. Nothing
+    else is changed on the model (see `head.py`).
 
     Equivalent to: TRL's GRPOTrainer, with the same metrics, for what `GRPOConfig` offers. One difference: with several
     processes, top_entropy_quantile takes its quantile over a process's own micro-batch, not over all of them.
@@ -92,8 +105,10 @@ class GRPOTrainer(HeadTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = GRPOConfig(f"{os.path.basename(name.rstrip('/')) or 'model'}-GRPO")
         check_dataset("train_dataset", train_dataset)
-        for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+        eval_datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        for dataset in eval_datasets:
             check_dataset("eval_dataset", dataset)
+        prepare_to_iterate(args, [train_dataset, *eval_datasets])
         self.reward_funcs, self.reward_func_names = as_reward_list(reward_funcs)
         weights = args.reward_weights or [1.0] * len(self.reward_funcs)
         if len(weights) != len(self.reward_funcs):
@@ -108,6 +123,9 @@ class GRPOTrainer(HeadTrainer):
             model = AutoModelForCausalLM.from_pretrained(model, **{**options, **(args.model_init_kwargs or {})})
         elif args.model_init_kwargs:
             warnings.warn("model_init_kwargs has no effect on a model that is passed as an object", stacklevel=2)
+        self._reference_adapters: list[str] = []
+        if args.beta != 0 and is_peft(model) and peft_config is None:
+            self._reference_adapters = add_reference(model)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -154,6 +172,7 @@ class GRPOTrainer(HeadTrainer):
         if self.args.n_gpu > 1:
             raise ValueError("GRPOTrainer runs one process per GPU: start it with `accelerate launch` or `torchrun`")
         self.generation_config = self._make_generation_config()
+        self.eos_token_ids = as_list(self.generation_config.eos_token_id)  # generation_kwargs may bring others
         sharding.keep_output_dtype(self.accelerator)
         if self.ref_model is not None:
             self.ref_model = sharding.prepare_reference(self.ref_model, self.accelerator)
@@ -182,14 +201,25 @@ class GRPOTrainer(HeadTrainer):
 
     # Data
 
+    @property
+    def _requests_of_a_round(self) -> int:
+        """How often the Trainer's loop asks for a micro-batch of the same completions."""
+        return self.args.num_iterations * self.args.steps_per_generation
+
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # what remove_unused_columns=True keeps
             self._signature_columns = ["prompt"]
 
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's, with the completions of a whole round as a batch."""
+        args, dataset = self.args, self.train_dataset
+        if only_iterates(dataset):
+            prompts, repeats = args.generation_batch_size // args.num_generations, self._requests_of_a_round
+            shuffled = args.shuffle_dataset and hasattr(dataset, "shuffle")
+            dataset = dataset.shuffle(seed=args.seed) if shuffled else dataset
+            dataset = RepeatedRows(dataset, args.num_generations, prompts, repeats)
         return self._get_dataloader(
-            dataset=self.train_dataset,
+            dataset=dataset,
             description="Training",
             batch_size=self._train_batch_size * self.args.steps_per_generation,
             sampler_fn=self._get_train_sampler,
@@ -209,10 +239,17 @@ class GRPOTrainer(HeadTrainer):
             data,
             group_size=args.num_generations,
             batch_size=prompts,
-            repeat_count=args.num_iterations * args.steps_per_generation,
+            repeat_count=self._requests_of_a_round,
             shuffle=args.shuffle_dataset,
             seed=args.seed,
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        if eval_dataset is not None and only_iterates(eval_dataset):
+            eval_dataset = RepeatedRows(eval_dataset, self.num_generations_eval)
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> RepeatSampler:
         return RepeatSampler(eval_dataset, group_size=self.num_generations_eval, seed=self.args.seed)
@@ -235,7 +272,7 @@ class GRPOTrainer(HeadTrainer):
         if not self.model.training:
             return self._sample_and_score(inputs, "eval")
         steps = self.args.steps_per_generation
-        if self._step % (steps * self.args.num_iterations) == 0 or self._buffered_inputs is None:
+        if self._step % self._requests_of_a_round == 0 or self._buffered_inputs is None:
             # shuffled, so that a micro-batch is not one prompt's completions
             self._buffered_inputs = split_rows(shuffle_rows(self._sample_and_score(inputs, "train")), steps)
         return self._buffered_inputs[self._step % steps]
@@ -289,7 +326,7 @@ class GRPOTrainer(HeadTrainer):
             if self.ref_model is not None:
                 logps["ref_per_token_logps"] = self._score_logps(self.ref_model, batch, mode)
             else:
-                with self.accelerator.unwrap_model(self.model).disable_adapter():
+                with reference(self.accelerator.unwrap_model(self.model), self._reference_adapters):
                     logps["ref_per_token_logps"] = self._score_logps(self.model, batch, mode)
         return logps
 
@@ -469,9 +506,10 @@ class GRPOTrainer(HeadTrainer):
         return (f"grpo_state_{index}.pt",)
 
     def _save_own(self, folder: str) -> None:
-        mid_round = self._step % (self.args.steps_per_generation * self.args.num_iterations) != 0
+        mid_round = self._step % self._requests_of_a_round != 0
         state = {
-            "step": self._step,
+            "options": {name: getattr(self.args, name) for name in _ROUND_OPTIONS},
+            "step": self._step if mid_round else 0,
             "buffered_inputs": self._buffered_inputs if mid_round else None,
             "metrics": {name: [float(v) for v in values] for name, values in self._metrics["train"].items()},
         }
@@ -481,12 +519,39 @@ class GRPOTrainer(HeadTrainer):
         """Also the round that the checkpoint was taken in, so that the run goes on as if it had not stopped."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            path = os.path.join(checkpoint, *self.files_of_process(self.args.process_index))
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            state = self._load_own(checkpoint)
             self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
             self._metrics["train"] = defaultdict(list, state["metrics"])
 
+    def _load_own(self, checkpoint: str) -> dict[str, Any]:
+        path = os.path.join(checkpoint, *self.files_of_process(self.args.process_index))
+        return torch.load(path, map_location=self.accelerator.device, weights_only=True)
 
+    def _check_resume(self, checkpoint: str) -> None:
+        """Between two rounds every option may change; within one, those that made its micro-batches may not."""
+        state = self._load_own(checkpoint)
+        buffered = state["buffered_inputs"]
+        if buffered is None:
+            return
+        before = {"steps_per_generation": len(buffered), **state.get("options", {})}
+        before["beta"] = before.get("beta", 0.0) if "ref_per_token_logps" in buffered[0] else 0.0
+        for name, value in before.items():
+            now = getattr(self.args, name)
+            if now != value and not (name == "beta" and (now == 0 or value != 0)):
+                raise ResumeError(
+                    f"resume_from_checkpoint: {checkpoint} is within a round of sampling that was made with "
+                    f"{name}={value}, and cannot go on with {name}={now}"
+                )
+
+
+_ROUND_OPTIONS = (
+    "steps_per_generation",
+    "num_iterations",
+    "gradient_accumulation_steps",
+    "per_device_train_batch_size",
+    "world_size",
+    "beta",
+)
 _RESERVED_COLUMNS = ("prompt", "completion", "completion_ids")
 
 
