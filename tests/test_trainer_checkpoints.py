@@ -87,8 +87,9 @@ def test_resume_passes_over_what_is_incomplete(kind, name, finished, tmp_path):
     damage(tmp_path / "checkpoint-3" / file)
     damage(tmp_path / "checkpoint-2" / file)
     trainer = kind(tmp_path)
-    with pytest.raises(ValueError, match="resume_from_checkpoint: .*checkpoint-3 is incomplete: "):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    if name != "no file of the process":  # a checkpoint of another trainer's, if it is named
+        with pytest.raises(ValueError, match="resume_from_checkpoint: .*checkpoint-3 is incomplete: "):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     with pytest.warns(UserWarning) as warned:
         trainer.train(resume_from_checkpoint=True)
     over = [str(w.message) for w in warned if "is passed over, since it is incomplete: " in str(w.message)]
@@ -105,6 +106,15 @@ def test_no_whole_checkpoint(finished, tmp_path):
         assert last_whole_checkpoint(tmp_path) is None
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="no whole checkpoint in"):
         grpo(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_trainer_may_be_named(finished, tmp_path):
+    shutil.copytree(finished[grpo][0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    os.remove(tmp_path / "checkpoint-2" / "grpo_state_0.pt")
+    trainer = grpo(tmp_path)
+    with pytest.warns(UserWarning, match="checkpoint-2 has no state of this process"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 3
 
 
 class Killed(BaseException):

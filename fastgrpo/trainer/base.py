@@ -71,7 +71,7 @@ class HeadTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise ResumeError(f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}")
         elif resume_from_checkpoint:
-            why = why_incomplete(resume_from_checkpoint, self.files_of_process(self.args.process_index))
+            why = why_incomplete(resume_from_checkpoint)  # another trainer's has no files of ours
             if why is not None:
                 raise ResumeError(f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete: {why}")
         if resume_from_checkpoint:

@@ -518,20 +518,22 @@ class GRPOTrainer(HeadTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Also the round that the checkpoint was taken in, so that the run goes on as if it had not stopped."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            state = self._load_own(checkpoint)
+        if checkpoint is not None and (state := self._load_own(checkpoint)) is not None:
             self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
             self._metrics["train"] = defaultdict(list, state["metrics"])
 
-    def _load_own(self, checkpoint: str) -> dict[str, Any]:
+    def _load_own(self, checkpoint: str) -> dict[str, Any] | None:
         path = os.path.join(checkpoint, *self.files_of_process(self.args.process_index))
+        if not os.path.isfile(path):
+            return None
         return torch.load(path, map_location=self.accelerator.device, weights_only=True)
 
     def _check_resume(self, checkpoint: str) -> None:
         """Between two rounds every option may change; within one, those that made its micro-batches may not."""
         state = self._load_own(checkpoint)
-        buffered = state["buffered_inputs"]
-        if buffered is None:
+        if state is None:
+            warnings.warn(f"{checkpoint} has no state of this process: a round of sampling begins", stacklevel=3)
+        if state is None or (buffered := state["buffered_inputs"]) is None:
             return
         before = {"steps_per_generation": len(buffered), **state.get("options", {})}
         before["beta"] = before.get("beta", 0.0) if "ref_per_token_logps" in buffered[0] else 0.0
