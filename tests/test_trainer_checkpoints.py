@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import warnings
 
@@ -282,3 +283,39 @@ def test_command_resumes_from_the_last_whole_one(local_files, tmp_path, capsys):
     with pytest.warns(UserWarning, match="checkpoint-3 is passed over"):
         assert small_run(local_files, output, *data, "--steps", 4, "--resume") == 2
     assert "--resume: no checkpoint in" in capsys.readouterr().err
+
+
+# Two processes
+
+
+def _one_of_two(rank, port, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    whole = grpo(folder, max_steps=3)
+    whole.train()
+    weight = whole.model.lm_head.weight.detach().clone()
+    assert names(folder) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    torch.distributed.barrier()
+    if rank == 1:  # what one process lacks is passed over by both
+        os.remove(folder / "checkpoint-3" / "grpo_state_1.pt")
+        halved(folder / "checkpoint-2" / "rng_state_1.pth")
+    torch.distributed.barrier()
+    resumed = grpo(folder, max_steps=3)
+    with pytest.warns(UserWarning, match="grpo_state_1.pt is missing"):
+        resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(resumed.model.lm_head.weight, weight)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_every_process_has_its_files(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_one_of_two, (port, tmp_path), nprocs=2, daemon=True)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    for name in names(tmp_path):
+        files = {path.name for path in (tmp_path / name).iterdir()}
+        assert {"grpo_state_0.pt", "grpo_state_1.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
+        assert why_incomplete(tmp_path / name) is None
