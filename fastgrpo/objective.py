@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LOSS_TYPES = (*CLIPPED_LOSS_TYPES, "cispo", "sapo", "vespo")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
+_QUANTILE_LIMIT = 16_000_000  # elements; before 2.14 torch takes 2^24 at most
 
 _PRESETS = {
     "grpo-paper": dict(loss_type="grpo", beta=0.04, use_bias_correction_kl=False),  # arXiv:2402.03300
@@ -206,15 +207,21 @@ def entropy_weight(objective: Objective, batch: Batch, entropy_mask: Tensor | No
 def high_entropy_mask(entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
     """(N,) bool: the masked tokens whose entropy is at least the `threshold` quantile of the masked entropies.
 
-    The quantile interpolates linearly, as torch.quantile does, but for any number of tokens and without a host sync.
+    The quantile is torch's, whose rounding depends on its version; but for any number of tokens, and without a host
+    sync.
     """
     if entropies.numel() == 0:
         return mask
-    ordered = torch.where(mask, entropies.detach(), torch.inf).sort().values
-    rank = (mask.sum() - 1).clamp(min=0).to(ordered.dtype) * threshold
-    below = rank.floor()
-    low, high = (ordered.gather(0, index.long().view(1)) for index in (below, rank.ceil()))
-    quantile = torch.where(low == high, low, torch.lerp(low, high, rank - below))
+    values = entropies.detach()
+    if values.numel() <= _QUANTILE_LIMIT:
+        quantile = torch.nanquantile(torch.where(mask, values, torch.nan), threshold)
+    else:  # as torch from 2.14 on
+        ordered = torch.where(mask, values, torch.inf).sort().values
+        share = torch.full((), threshold, dtype=torch.float32, device=mask.device)
+        rank = share.double() * (mask.sum() - 1).clamp(min=0)
+        below = rank.floor()
+        low, high = (ordered.gather(0, index.long().view(1)) for index in (below, rank.ceil()))
+        quantile = torch.where(low == high, low, torch.lerp(low, high, (rank - below).to(ordered.dtype)))
     return (entropies >= quantile) & mask
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import TrainingArguments
 
 from fastgrpo.trainer import word_problems
@@ -20,6 +21,13 @@ ROWS = [
 @pytest.fixture
 def tokenizer():
     return word_problems.make_tokenizer()
+
+
+def with_added_end(tokenizer):
+    """A tokenizer that puts the end token behind every text."""
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    return tokenizer
 
 
 def make_trainer(tokenizer, folder, rows=ROWS, **options):
@@ -84,7 +92,7 @@ def test_head_makes_no_logits(tokenizer, tmp_path):
     trainer.model.get_output_embeddings().register_forward_hook(lambda _, args, out: shapes.append(out.shape))
     batch = collate(tokenizer, ROWS)
     trainer.compute_loss(trainer.model, batch)
-    assert shapes == [batch["completion_ids"].shape]
+    assert shapes == [(*batch["input_ids"].shape, 1)]
 
 
 def test_prompts_are_not_learnt(tokenizer):
@@ -115,6 +123,71 @@ def test_template_that_drops_the_prompt(tokenizer):
     tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(ValueError, match="chat_template: expected the conversation to begin with its prompt"):
         collate(tokenizer, [{"prompt": [{"role": "user", "content": "3+5"}], "completion": "8"}])
+
+
+# Ends, starts and rows that are no texts
+
+THANKS = "Thanks Ann!"
+
+
+@pytest.mark.parametrize("completion", [THANKS, THANKS + "<eos>", THANKS + "<eos><eos>", "", "<eos>"])
+@pytest.mark.parametrize("adds_end", [False, True])
+def test_one_end_token(tokenizer, completion, adds_end):
+    """As TRL: behind a completion that does not end in it already; never between prompt and completion."""
+    plain = tokenizer("Thank Ann.")["input_ids"]
+    if adds_end:
+        tokenizer = with_added_end(tokenizer)
+        assert tokenizer("Thank Ann.")["input_ids"] == [*plain, tokenizer.eos_token_id]
+    batch = collate(tokenizer, [{"prompt": "Thank Ann.", "completion": completion}])
+    expected = completion if completion.endswith("<eos>") else completion + "<eos>"
+    assert tokenizer.decode(batch["completion_ids"][0]) == expected
+    assert batch["input_ids"][0].tolist() == plain + batch["completion_ids"][0].tolist()
+
+
+def test_end_tokens_equal_trl(tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    rows = [{"prompt": "Thank Ann.", "completion": text} for text in (THANKS, THANKS + "<eos>", "", "<eos>")]
+    args = trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", completion_only_loss=True)
+    model = word_problems.make_model(tokenizer, seed=0)
+    trainer = trl.SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    for row, theirs in zip(rows, trainer.train_dataset, strict=True):
+        assert collate(tokenizer, [row])["input_ids"][0].tolist() == list(theirs["input_ids"])
+
+
+def test_empty_prompts(tokenizer, tmp_path):
+    """Nothing comes before the first token, so it is not learnt; beside other rows as alone."""
+    rows = [{"prompt": "", "completion": "Thanks Ann!"}, {"prompt": "", "completion": "8"}]
+    trainer = make_trainer(tokenizer, tmp_path)
+    truth = word_problems.make_model(tokenizer, seed=0).double()
+    moved = [{"prompt": row["completion"][0], "completion": row["completion"][1:]} for row in rows]
+    for batch, same in ((rows, moved), ([*rows, ROWS[0]], [*moved, ROWS[0]])):
+        tensors = collate(tokenizer, batch)
+        assert all(x.dtype == torch.long for x in tensors.values())
+        loss = trainer.compute_loss(trainer.model, tensors)
+        assert loss.item() == pytest.approx(float64_loss(truth, tokenizer, same).item(), rel=1e-6)
+    nothing = collate(tokenizer, [{"prompt": "", "completion": ""}] * 2)
+    assert trainer.compute_loss(trainer.model, nothing).item() == 0
+
+
+MESSAGES = [{"role": "user", "content": "3+5"}]
+
+
+@pytest.mark.parametrize(
+    "prompt, completion, message",
+    [
+        ("3+5", None, r"completion: expected a text, got None in the row with the prompt '3\+5'"),
+        ("3+5", 8, "completion: expected a text, got 8"),
+        ("3+5", [{"role": "assistant", "content": "8"}], r"completion: expected a text, got \[\{'role"),
+        (MESSAGES, None, "completion: expected a text or a list of messages, got None"),
+        (MESSAGES, [], r"completion: expected a text or a list of messages, got \[\]"),
+        (None, "8", "prompt: expected a text or a list of messages, got None"),
+        ([], "8", r"prompt: expected a text or a list of messages, got \[\]"),
+    ],
+)
+def test_rows_that_are_no_texts(tokenizer, prompt, completion, message):
+    tokenizer.chat_template = R1_ZERO_CHAT_TEMPLATE
+    with pytest.raises(ValueError, match=message):
+        collate(tokenizer, [{"prompt": prompt, "completion": completion}])
 
 
 def test_mistakes(tokenizer, tmp_path):

@@ -12,7 +12,7 @@ from fastgrpo.objective import LOSS_TYPES
 from fastgrpo.reference import project
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer, embedded, grpo_trainer, rewards
 from fastgrpo.trainer.config import CHECKPOINTING
-from fastgrpo.trainer.head import add_completion_head, check_completion_head, run_completion_head
+from fastgrpo.trainer.head import check_completion_head, run_completion_head
 from fastgrpo.trainer.rollout import RepeatSampler
 
 QUIET = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
@@ -484,7 +484,6 @@ def tiny_model(family, **options):
 @pytest.mark.parametrize("family", HEADS)
 def test_logits_equal_the_models(family):
     model = tiny_model(family, **HEADS[family])
-    add_completion_head(model)
     check_completion_head(model)
     ids = torch.randint(2, 50, (3, 9))
     mask = torch.ones_like(ids)

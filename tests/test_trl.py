@@ -165,12 +165,16 @@ GRPO = {
     "off-policy": dict(off_policy_mask_threshold=0.01, num_iterations=2),
     "steps-per-generation": dict(steps_per_generation=4, gradient_accumulation_steps=2),
     "evaluation": dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4),
+    "compiled": dict(torch_compile=True, torch_compile_backend="eager", beta=0.1),
+    "liger": dict(use_liger_kernel=True, liger_kernel_config=dict(rope=False, rms_norm=False, swiglu=False)),
 }
 
 
 @pytest.mark.parametrize("name", GRPO)
 def test_grpo_logs_the_same_three_ways(name, folder, tmp_path, recwarn):
     """TRL alone, TRL patched, and the subclass: every logged number and the final weights."""
+    if name == "liger":
+        pytest.importorskip("liger_kernel")
     want = logged(grpo_run, folder, tmp_path, **GRPO[name])
     near = 1e-5 if name in ("vespo", "cispo") else 2e-6  # terms are advantage times logp, about 5
     with fast.patch():

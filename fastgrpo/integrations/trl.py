@@ -41,7 +41,7 @@ from fastgrpo.linear_ops import no_autocast
 from fastgrpo.loss import GRPOOutput
 from fastgrpo.objective import Objective
 from fastgrpo.projection import Projection, cut, wide
-from fastgrpo.trainer.head import Head, head_layer, in_place_of_head, logit_options, unwrap_peft
+from fastgrpo.trainer.head import Head, head_layer, in_place_of_head, logit_options, unwrap
 from fastgrpo.trainer.metrics import reduce_metrics
 
 _MODULE, _CHUNKED = "trl.trainer.utils", "_ChunkedLogProbFunction"
@@ -229,7 +229,7 @@ def _score_at_head(trainer: type, scorer):
 
     @functools.wraps(original)
     def scored(self, model, *args, **kwargs):
-        inner = unwrap_peft(self.accelerator.unwrap_model(model))
+        inner = unwrap(self.accelerator.unwrap_model(model))
         if (why := _keeps_its_logits(self, inner)) is not None:
             _say_once(self, why)
             return original(self, model, *args, **kwargs)
@@ -420,7 +420,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         if (why := vars(self).get("_fastgrpo_left")) is not None:
             raise _NotFused(why)
         if not _chunked():
-            model = unwrap_peft(self.accelerator.unwrap_model(self.model))
+            model = unwrap(self.accelerator.unwrap_model(self.model))
             if (why := _keeps_its_logits(self, model)) is not None:
                 raise _NotFused(why)
         for name in ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights"):

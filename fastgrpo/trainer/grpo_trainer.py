@@ -25,17 +25,18 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fastgrpo.linear import linear_grpo_loss
 from fastgrpo.logps import linear_logps
 from fastgrpo.loss import GRPOOutput
 from fastgrpo.trainer import sharding
+from fastgrpo.trainer.adapters import add_reference, reference
+from fastgrpo.trainer.base import HeadTrainer
+from fastgrpo.trainer.checkpoints import ResumeError
 from fastgrpo.trainer.config import GRPOConfig
-from fastgrpo.trainer.head import Head, add_completion_head, check_completion_head, run_completion_head, unwrap_peft
+from fastgrpo.trainer.head import Head, is_peft, run_completion_head, unwrap
 from fastgrpo.trainer.metrics import reduce_metrics
 from fastgrpo.trainer.rewards import (
     RewardFunc,
@@ -47,6 +48,7 @@ from fastgrpo.trainer.rewards import (
 )
 from fastgrpo.trainer.rewards.text import rendered
 from fastgrpo.trainer.rollout import (
+    RepeatedRows,
     RepeatSampler,
     decode_completions,
     frozen,
@@ -57,12 +59,18 @@ from fastgrpo.trainer.rollout import (
     split_rows,
     tokenize_prompts,
 )
-from fastgrpo.trainer.setup import check_dataset, end_tokens, prepare_tokenizer, warn_of_router_loss
+from fastgrpo.trainer.setup import (
+    as_list,
+    check_dataset,
+    end_tokens,
+    only_iterates,
+    prepare_to_iterate,
+    prepare_tokenizer,
+    warn_of_router_loss,
+)
 
-_STATE_FILE = "grpo_state_{rank}.pt"
 
-
-class GRPOTrainer(Trainer):
+class GRPOTrainer(HeadTrainer):
     """Group Relative Policy Optimisation (arXiv:2402.03300) of a causal language model.
 
     Args:
@@ -72,13 +80,15 @@ class GRPOTrainer(Trainer):
             completion that no function can score gets advantage 0.
         args: the options (None: the defaults).
         train_dataset: rows with a column "prompt", a text or a list of messages; the reward functions get the others.
+            One that can only be iterated needs max_steps, and is shuffled by its own `shuffle` where it has one.
         eval_dataset: the same, or a dict of several.
         processing_class: the tokenizer (None: the one at the model's path).
         callbacks, optimizers: as in transformers' Trainer.
         peft_config: wrap the model in an adapter first.
 
-    With beta > 0 the reference policy is a frozen copy of the model as it was passed; for a PEFT model it is the base
-    model, with the adapter switched off. The model's `forward` learns one keyword (see `head.py`).
+    With beta > 0 the reference policy is a frozen copy of the model as it was passed. Where it was passed as a PEFT
+    model, that is a copy of its adapter, named "ref"; with peft_config it is the model without the adapter. Nothing
+    else is changed on the model (see `head.py`).
 
     Equivalent to: TRL's GRPOTrainer, with the same metrics, for what `GRPOConfig` offers. One difference: with several
     processes, top_entropy_quantile takes its quantile over a process's own micro-batch, not over all of them.
@@ -103,8 +113,10 @@ class GRPOTrainer(Trainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = GRPOConfig(f"{os.path.basename(name.rstrip('/')) or 'model'}-GRPO")
         check_dataset("train_dataset", train_dataset)
-        for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+        eval_datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        for dataset in eval_datasets:
             check_dataset("eval_dataset", dataset)
+        prepare_to_iterate(args, [train_dataset, *eval_datasets])
         self.reward_funcs, self.reward_func_names = as_reward_list(reward_funcs)
         weights = args.reward_weights or [1.0] * len(self.reward_funcs)
         if len(weights) != len(self.reward_funcs):
@@ -119,27 +131,29 @@ class GRPOTrainer(Trainer):
             model = AutoModelForCausalLM.from_pretrained(model, **{**options, **(args.model_init_kwargs or {})})
         elif args.model_init_kwargs:
             warnings.warn("model_init_kwargs has no effect on a model that is passed as an object", stacklevel=2)
+        self._reference_adapters: list[str] = []
+        if args.beta != 0 and is_peft(model) and peft_config is None:
+            self._reference_adapters = add_reference(model)
         if peft_config is not None:
             from peft import get_peft_model
 
+            if is_peft(model):
+                raise ValueError("peft_config: expected None with a model that has an adapter already, got both")
             model = get_peft_model(model, peft_config)
         processing_class = prepare_tokenizer(model, processing_class, args.trust_remote_code)
         self.eos_token_ids = end_tokens(model, processing_class)
         self.ref_model = None
-        if args.beta != 0 and unwrap_peft(model) is model:
-            self.ref_model = sharding.copy_model(model, args.trust_remote_code).requires_grad_(False).eval()
-        for m in filter(None, (model, self.ref_model)):
-            add_completion_head(unwrap_peft(m))
-        # under ZeRO-3 no layer can run before the engine is there to gather its parameters
-        self._head_is_checked = not is_deepspeed_zero3_enabled()
-        if self._head_is_checked:
-            check_completion_head(model)
+        if args.beta != 0 and not is_peft(model):
+            self.ref_model = sharding.copy_model(unwrap(model), args.trust_remote_code).requires_grad_(False).eval()
+        if self.ref_model is not None:
+            self._check_head_early(self.ref_model)
+        self._check_head_early(model)
         warn_of_router_loss(model)
         if args.disable_dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
-        if args.checkpoints_activations and unwrap_peft(model) is not model:
+        if args.checkpoints_activations and is_peft(model):
             model.enable_input_require_grads()  # the first checkpointed layer's input comes from frozen weights
 
         self.objective = args.objective()
@@ -166,6 +180,7 @@ class GRPOTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("GRPOTrainer runs one process per GPU: start it with `accelerate launch` or `torchrun`")
         self.generation_config = self._make_generation_config()
+        self.eos_token_ids = as_list(self.generation_config.eos_token_id)  # generation_kwargs may bring others
         sharding.keep_output_dtype(self.accelerator)
         if self.ref_model is not None:
             self.ref_model = sharding.prepare_reference(self.ref_model, self.accelerator)
@@ -194,14 +209,25 @@ class GRPOTrainer(Trainer):
 
     # Data
 
+    @property
+    def _requests_of_a_round(self) -> int:
+        """How often the Trainer's loop asks for a micro-batch of the same completions."""
+        return self.args.num_iterations * self.args.steps_per_generation
+
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # what remove_unused_columns=True keeps
             self._signature_columns = ["prompt"]
 
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's, with the completions of a whole round as a batch."""
+        args, dataset = self.args, self.train_dataset
+        if only_iterates(dataset):
+            prompts, repeats = args.generation_batch_size // args.num_generations, self._requests_of_a_round
+            shuffled = args.shuffle_dataset and hasattr(dataset, "shuffle")
+            dataset = dataset.shuffle(seed=args.seed) if shuffled else dataset
+            dataset = RepeatedRows(dataset, args.num_generations, prompts, repeats)
         return self._get_dataloader(
-            dataset=self.train_dataset,
+            dataset=dataset,
             description="Training",
             batch_size=self._train_batch_size * self.args.steps_per_generation,
             sampler_fn=self._get_train_sampler,
@@ -221,10 +247,17 @@ class GRPOTrainer(Trainer):
             data,
             group_size=args.num_generations,
             batch_size=prompts,
-            repeat_count=args.num_iterations * args.steps_per_generation,
+            repeat_count=self._requests_of_a_round,
             shuffle=args.shuffle_dataset,
             seed=args.seed,
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        if eval_dataset is not None and only_iterates(eval_dataset):
+            eval_dataset = RepeatedRows(eval_dataset, self.num_generations_eval)
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> RepeatSampler:
         return RepeatSampler(eval_dataset, group_size=self.num_generations_eval, seed=self.args.seed)
@@ -243,10 +276,11 @@ class GRPOTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """The micro-batch of this step: out of the buffer in training, freshly sampled at a round's start."""
+        self._check_head()
         if not self.model.training:
             return self._sample_and_score(inputs, "eval")
         steps = self.args.steps_per_generation
-        if self._step % (steps * self.args.num_iterations) == 0 or self._buffered_inputs is None:
+        if self._step % self._requests_of_a_round == 0 or self._buffered_inputs is None:
             # shuffled, so that a micro-batch is not one prompt's completions
             self._buffered_inputs = split_rows(shuffle_rows(self._sample_and_score(inputs, "train")), steps)
         return self._buffered_inputs[self._step % steps]
@@ -255,9 +289,6 @@ class GRPOTrainer(Trainer):
         """Rows of the dataset, each prompt once per completion, to the tensors that the loss needs."""
         args, device, accelerator = self.args, self.accelerator.device, self.accelerator
         group = args.num_generations if mode == "train" else self.num_generations_eval
-        if not self._head_is_checked:
-            check_completion_head(self.model)
-            self._head_is_checked = True
         if len(rows) * accelerator.num_processes % group:
             raise ValueError(
                 f"per_device_eval_batch_size: expected batches of whole groups of {group} completions, got "
@@ -304,7 +335,7 @@ class GRPOTrainer(Trainer):
             if self.ref_model is not None:
                 logps["ref_per_token_logps"] = self._score_logps(self.ref_model, batch, mode)
             else:
-                with self.accelerator.unwrap_model(self.model).disable_adapter():
+                with reference(self.accelerator.unwrap_model(self.model), self._reference_adapters):
                     logps["ref_per_token_logps"] = self._score_logps(self.model, batch, mode)
         return logps
 
@@ -410,8 +441,11 @@ class GRPOTrainer(Trainer):
         parts = self.accelerator.num_processes * (self.args.steps_per_generation if train else 1)
         num_items = inputs["num_items_in_batch"].clamp(min=1) / parts
 
-        def loss(hidden: Tensor, head: Head, batch: dict[str, Tensor]) -> GRPOOutput:
-            return linear_grpo_loss(
+        output: GRPOOutput | None = None
+
+        def loss_at_head(hidden: Tensor, head: Head, batch: dict[str, Tensor]) -> Tensor:
+            nonlocal output
+            output = linear_grpo_loss(
                 hidden,
                 head.weight,
                 batch["completion_ids"],
@@ -427,10 +461,11 @@ class GRPOTrainer(Trainer):
                 backend=self.args.backend,
                 **head.options,
             )
+            return output.loss
 
-        output = _over_completion(model, inputs, loss)
+        loss = _over_completion(model, inputs, loss_at_head)
         self._log_loss(output, inputs["completion_mask"], "train" if train else "eval", accumulation)
-        return output.loss
+        return loss
 
     def _log_loss(self, output: GRPOOutput, mask: Tensor, mode: str, accumulation: int) -> None:
         metrics = self._metrics[mode]
@@ -472,31 +507,64 @@ class GRPOTrainer(Trainer):
         Dataset.from_dict({"step": step, **self._completion_log}).to_parquet(path)
         self._completion_log = {}
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        mid_round = self._step % (self.args.steps_per_generation * self.args.num_iterations) != 0
+    @staticmethod
+    def files_of_process(index: int) -> tuple[str, ...]:
+        return (f"grpo_state_{index}.pt",)
+
+    def _save_own(self, folder: str) -> None:
+        mid_round = self._step % self._requests_of_a_round != 0
         state = {
-            "step": self._step,
+            "options": {name: getattr(self.args, name) for name in _ROUND_OPTIONS},
+            "step": self._step if mid_round else 0,
             "buffered_inputs": self._buffered_inputs if mid_round else None,
             "metrics": {name: [float(v) for v in values] for name, values in self._metrics["train"].items()},
         }
-        os.makedirs(folder, exist_ok=True)
-        torch.save(state, os.path.join(folder, _STATE_FILE.format(rank=self.args.process_index)))
+        torch.save(state, os.path.join(folder, *self.files_of_process(self.args.process_index)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Also the round that the checkpoint was taken in, so that the run goes on as if it had not stopped."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = checkpoint and os.path.join(checkpoint, _STATE_FILE.format(rank=self.args.process_index))
-        if path and os.path.exists(path):
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        if checkpoint is not None and (state := self._load_own(checkpoint)) is not None:
             self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
             self._metrics["train"] = defaultdict(list, state["metrics"])
 
+    def _load_own(self, checkpoint: str) -> dict[str, Any] | None:
+        path = os.path.join(checkpoint, *self.files_of_process(self.args.process_index))
+        if not os.path.isfile(path):
+            return None
+        return torch.load(path, map_location=self.accelerator.device, weights_only=True)
+
+    def _check_resume(self, checkpoint: str) -> None:
+        """Between two rounds every option may change; within one, those that made its micro-batches may not."""
+        state = self._load_own(checkpoint)
+        if state is None:
+            warnings.warn(f"{checkpoint} has no state of this process: a round of sampling begins", stacklevel=3)
+        if state is None or (buffered := state["buffered_inputs"]) is None:
+            return
+        before = {"steps_per_generation": len(buffered), **state.get("options", {})}
+        before["beta"] = before.get("beta", 0.0) if "ref_per_token_logps" in buffered[0] else 0.0
+        for name, value in before.items():
+            now = getattr(self.args, name)
+            if now != value and not (name == "beta" and (now == 0 or value != 0)):
+                raise ResumeError(
+                    f"resume_from_checkpoint: {checkpoint} is within a round of sampling that was made with "
+                    f"{name}={value}, and cannot go on with {name}={now}"
+                )
+
+
+_ROUND_OPTIONS = (
+    "steps_per_generation",
+    "num_iterations",
+    "gradient_accumulation_steps",
+    "per_device_train_batch_size",
+    "world_size",
+    "beta",
+)
+
 
 def _over_completion(
-    model: nn.Module, batch: dict[str, Tensor], fn: Callable[[Tensor, Head, dict[str, Tensor]], Any]
-) -> Any:
+    model: nn.Module, batch: dict[str, Tensor], fn: Callable[[Tensor, Head, dict[str, Tensor]], Tensor]
+) -> Tensor:
     """fn(hidden (B, T, H), head, batch) at the completion's positions of a batch."""
     return run_completion_head(
         model,

@@ -11,7 +11,6 @@ there, or starts if there is none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 from torch import nn
@@ -19,12 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
+from fastgrpo.trainer.base import HeadTrainer
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.evaluate import sample
 from fastgrpo.trainer.grpo_trainer import GRPOTrainer
@@ -189,11 +187,9 @@ def _named(rules: dict[str, RewardFunc]) -> list[RewardFunc]:
     return [rename(name, rule) for name, rule in rules.items()]
 
 
-def _train(trainer: Trainer, log: TrainerCallback | None, resume: bool) -> None:
+def _train(trainer: HeadTrainer, log: TrainerCallback | None, resume: bool) -> None:
     if log is not None:
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(log)
-    folder = Path(trainer.args.output_dir)
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=trainer.last_checkpoint() if resume else None)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from fastgrpo.trainer import recipe, word_problems
+from fastgrpo.trainer.checkpoints import append_whole, whole_folder, write_whole
 from fastgrpo.trainer.config import CHECKPOINTING, GRPOConfig
 from fastgrpo.trainer.evaluate import sample
 from fastgrpo.trainer.rewards import RewardFunc, model_reward
@@ -34,6 +35,7 @@ from fastgrpo.trainer.run import (
     load_rows,
     load_table,
     make_config,
+    mistakes_are_shown,
     require_column,
     split,
 )
@@ -237,7 +239,7 @@ class Recipe:
         entries = self._finished(path, head) if self.options.resume else [head]
         table = {entry["stage"]: entry["held_out"] for entry in entries if "held_out" in entry}
         self.output.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        write_whole(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         if not table:
             texts.write_text("")
         elif (last := self.output / list(table)[-1] / "model").is_dir():  # a base model of the user's is not copied
@@ -249,13 +251,14 @@ class Recipe:
                 _discard_progress(folder)
             stage.train(folder, RunLog(path, stage.name), resume)
             if stage.name != "base" or self.task.documents is not None:
-                self.model.save_pretrained(folder / "model")
-                self.tokenizer.save_pretrained(folder / "model")
+                with whole_folder(folder / "model") as part:
+                    self.model.save_pretrained(part)
+                    self.tokenizer.save_pretrained(part)
             table[stage.name], shown = self.measure()
             with texts.open("a") as file:
                 file.write(f"After {stage.name}:\n\n{shown}\n")
-            with path.open("a") as file:  # the stage is finished when this line is there
-                file.write(json.dumps({"stage": stage.name, "held_out": table[stage.name]}) + "\n")
+            # the stage is finished when this line is there
+            append_whole(path, json.dumps({"stage": stage.name, "held_out": table[stage.name]}) + "\n")
             print(
                 f"after {stage.name}: " + ", ".join(f"{k} {v:.2f}" for k, v in table[stage.name].items()), flush=True
             )
@@ -297,7 +300,8 @@ def run_recipe(options: argparse.Namespace) -> None:
     """Run `fastgrpo train --recipe`."""
     if options.reward is not None:
         raise UsageError("--reward: a recipe has its own rewards")
-    Recipe(options).run()
+    with mistakes_are_shown(options.output_dir):
+        Recipe(options).run()
 
 
 def _embedded_task(options: argparse.Namespace) -> Task:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sized
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fastgrpo.trainer.head import unwrap_peft
+from fastgrpo.trainer.head import unwrap
+from fastgrpo.trainer.setup import as_list
 
 
 class RepeatSampler(Sampler[int]):
@@ -53,8 +56,36 @@ class RepeatSampler(Sampler[int]):
         return self.num_prompts // self.batch_size * self.batch_size * self.group_size * self.repeat_count
 
 
+class RepeatedRows(IterableDataset):
+    """The rows of a dataset that can only be iterated, in the order in which RepeatSampler has their indices."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]], group_size: int, batch_size: int = 1, repeat_count: int = 1):
+        self.rows = rows
+        self.group_size, self.batch_size, self.repeat_count = group_size, batch_size, repeat_count
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = iter(self.rows)
+        while len(batch := list(itertools.islice(rows, self.batch_size))) == self.batch_size:
+            for row in itertools.chain.from_iterable([batch] * self.repeat_count):
+                yield from (copy.deepcopy(row) for _ in range(self.group_size))
+
+
 def is_conversation(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict) and "role" in prompt[0]
+
+
+def without_added_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
+    """Token ids of a text that goes on, without the end token that the tokenizer puts behind every text."""
+    end = tokenizer.eos_token_id
+    if not ids or ids[-1] != end:
+        return ids
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    own, all_ = (len(list(itertools.takewhile(end.__eq__, reversed(x)))) for x in (plain, ids))
+    return ids[: len(ids) - max(all_ - own, 0)]
 
 
 def tokenize_prompts(
@@ -67,6 +98,7 @@ def tokenize_prompts(
         )
     else:
         encoded = tokenizer(text=prompts)
+        return [without_added_end(tokenizer, *pair) for pair in zip(prompts, encoded["input_ids"], strict=True)]
     return encoded["input_ids"]
 
 
@@ -83,7 +115,8 @@ def pad(rows: list[list[int]], value: int, side: str, device: torch.device | Non
     pairs = list(zip(rows, gaps, strict=True))
     ids = [[value] * gap + row if left else row + [value] * gap for row, gap in pairs]
     mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in pairs]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    # empty lists alone would make floats
+    return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(mask, dtype=torch.long, device=device)
 
 
 @contextlib.contextmanager
@@ -102,7 +135,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     # `generate` fills what it takes for unset from the model's own config, and takes the library's default values for
     # unset: temperature 1 would become the checkpoint's 0.7. So the model's own config has to step aside.
-    owners = list({id(m): m for m in (model, unwrap_peft(model))}.values())
+    owners = list({id(m): m for m in (model, unwrap(model))}.values())
     saved = [owner.generation_config for owner in owners]
     for owner in owners:
         owner.generation_config = config
@@ -119,7 +152,7 @@ def generate_completions(
     """One sampled completion per row of prompt_ids (B, P), left-padded; each ends with its end token or is cut off."""
     with frozen(model), _generation_config(model, config):
         output = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config)
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = as_list(config.eos_token_id)
     completions = []
     for row in output[:, prompt_ids.shape[1] :].tolist():
         end = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import inspect
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,16 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from fastgrpo.trainer import embedded, rewards
+from fastgrpo.trainer.checkpoints import (
+    ResumeError,
+    append_whole,
+    last_whole_checkpoint,
+    raise_if_full,
+    whole_folder,
+    write_whole,
+)
 from fastgrpo.trainer.config import CHECKPOINTING, GRPOConfig
 from fastgrpo.trainer.evaluate import sampled_accuracy
 from fastgrpo.trainer.grpo_trainer import GRPOTrainer
@@ -51,11 +61,32 @@ class UsageError(ValueError):
     """A mistake in the command's arguments or files: shown without a traceback."""
 
 
+@contextlib.contextmanager
+def mistakes_are_shown(folder: str | Path) -> Iterator[None]:
+    """Turn a checkpoint of another run and a full disk into a UsageError, the latter with what is free."""
+    try:
+        yield
+    except ResumeError as error:
+        raise UsageError(f"--resume: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        try:
+            raise_if_full(error, folder)
+        except OSError as full:
+            raise UsageError(f"--output-dir: {full.strerror}") from error
+
+
 def run(options: argparse.Namespace) -> None:
     """Run `fastgrpo train`; the last line on stdout is `accuracy 0.xx -> 0.yy`.
 
     With a reward function of the user's own it is `reward x -> y`, its mean over the held-out prompts.
     """
+    with mistakes_are_shown(options.output_dir):
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
     for name in ("cold_start", "general", "reward_model"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} needs --recipe r1")
@@ -66,9 +97,11 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("--dataset needs --model: the model of the embedded task knows digits only")
     output = Path(options.output_dir)
     args = checked(make_config, options, output, _EMBEDDED if is_embedded else DEFAULTS, is_embedded)
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if options.resume and checkpoint is None:
-        raise UsageError(f"--resume: no checkpoint in {output}")
+    checkpoint = None
+    if options.resume:
+        checkpoint = last_whole_checkpoint(output, GRPOTrainer.files_of_process(args.process_index))
+        if checkpoint is None:
+            raise UsageError(f"--resume: no checkpoint in {output} that is whole")
 
     needed = _columns_of(reward_func) if reward_name in rewards.BUILT_IN else []
     if options.dataset is None and not {"answer"}.issuperset(needed):
@@ -114,12 +147,15 @@ def run(options: argparse.Namespace) -> None:
     trainer.remove_callback(PrinterCallback)
     log = RunLog(output / "metrics.jsonl")
     trainer.add_callback(log)
-    trainer.train(resume_from_checkpoint=checkpoint if options.resume else None)
+    trainer.train(checkpoint)
     after = measure()
 
-    trainer.save_model(str(output / "model"))
+    processes = (trainer.accelerator.wait_for_everyone, args.should_save, trainer.is_local_process_zero())
+    with whole_folder(output / "model", *processes) as folder:
+        trainer.save_model(folder)
+        if trainer.is_world_process_zero():
+            tokenizer.save_pretrained(folder)
     if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(str(output / "model"))
         plot_rewards(trainer.state.log_history, output / "reward.png", what, before, after)
         print(f"model, metrics.jsonl and reward.png are in {output}")
         print(f"{what} {before:.2f} -> {after:.2f}", flush=True)
@@ -256,16 +292,15 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # a resumed run continues the file up to its checkpoint; a new one starts it afresh
-            with self.path.open("w" if self.stage is None else "a") as file:
-                file.writelines(map(self._line, state.log_history))
+            write = write_whole if self.stage is None else append_whole
+            write(self.path, "".join(map(self._line, state.log_history)))
             name = self.stage or "GRPO"
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=name, unit="step")
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if self.bar is None:
             return
-        with self.path.open("a") as file:
-            file.write(self._line({**logs, "step": state.global_step}))
+        append_whole(self.path, self._line({**logs, "step": state.global_step}))
         name = "reward" if "reward" in logs else "loss"
         if logs.get(name) is not None:
             self.bar.set_postfix({name: f"{logs[name]:.2f}"}, refresh=False)

@@ -7,19 +7,46 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+
+
+def only_iterates(dataset: Any) -> bool:
+    """Whether a dataset has no length or no rows by index, such as one that is streamed."""
+    return not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
 
 
 def check_dataset(name: str, dataset: Any, needed: Sequence[str] = ("prompt",)) -> None:
-    """Raise unless `dataset` is None, or has a length, rows by index and the needed columns."""
+    """Raise unless `dataset` is None, or has rows, by index or to iterate over, with the needed columns."""
     if dataset is None:
         return
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TypeError(f"{name}: expected a dataset with a length and rows by index, got {type(dataset).__name__}")
-    columns = getattr(dataset, "column_names", None) or (list(dataset[0]) if len(dataset) else [])
+    if only_iterates(dataset) and (not hasattr(dataset, "__iter__") or hasattr(dataset, "__next__")):
+        raise TypeError(
+            f"{name}: expected a dataset with rows by index, or one to iterate over again and again, got "
+            f"{type(dataset).__name__}"
+        )
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and only_iterates(dataset):
+        columns = next(iter(dataset), [])
+    elif not columns:
+        columns = list(dataset[0]) if len(dataset) else []
     for column in needed:
         if column not in columns:
             raise ValueError(f"{name}: expected a column {column!r}, got the columns {', '.join(columns) or 'none'}")
+
+
+def prepare_to_iterate(args: TrainingArguments, datasets: Sequence[Any]) -> None:
+    """Set what the loader needs for datasets that can only be iterated: each process reads them itself."""
+    if not any(dataset is not None and only_iterates(dataset) for dataset in datasets):
+        return
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError("dispatch_batches: expected False with a dataset that can only be iterated, got True")
+    args.accelerator_config.dispatch_batches = False
+    if args.dataloader_num_workers != 0:
+        warnings.warn(
+            f"a dataset that can only be iterated is read by one worker, not by {args.dataloader_num_workers}",
+            stacklevel=3,
+        )
+        args.dataloader_num_workers = 0
 
 
 def prepare_tokenizer(
@@ -44,11 +71,15 @@ def prepare_tokenizer(
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion: a model may end its turn with another one than the tokenizer's."""
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = as_list(model.generation_config.eos_token_id)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
         ends.insert(0, tokenizer.eos_token_id)
     return ends
+
+
+def as_list(ids: int | Sequence[int] | None) -> list[int]:
+    """Token ids as a generation config has them: none, one or several."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def warn_of_router_loss(model: nn.Module) -> None:

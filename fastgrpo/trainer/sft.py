@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from fastgrpo.logps import linear_logps
-from fastgrpo.trainer.head import add_completion_head, check_completion_head, run_completion_head, unwrap_peft
-from fastgrpo.trainer.rollout import is_conversation, pad
-from fastgrpo.trainer.setup import check_dataset, prepare_tokenizer
+from fastgrpo.trainer.base import HeadTrainer
+from fastgrpo.trainer.head import run_completion_head
+from fastgrpo.trainer.rollout import RepeatedRows, is_conversation, pad, without_added_end
+from fastgrpo.trainer.setup import check_dataset, only_iterates, prepare_to_iterate, prepare_tokenizer
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(HeadTrainer):
     """Cross-entropy of completions given their prompts, without logits:
 
         loss = -(1/D) Σ_t log p(token_t | prompt, tokens before t)
@@ -26,14 +27,16 @@ class SFTTrainer(Trainer):
         model: a transformers model with a language-model head, or a PEFT model of one.
         args: any `TrainingArguments`; remove_unused_columns has to be False.
         train_dataset: rows with the columns `prompt` and `completion`, both texts, or a list of messages and what the
-            assistant answers as text or messages; then both go through the tokenizer's chat template.
+            assistant answers as text or messages; then both go through the tokenizer's chat template. Of a row with
+            an empty prompt the first token is not learnt. A dataset that can only be iterated needs max_steps, and
+            is not shuffled.
         processing_class: the tokenizer (None: the one at the model's path).
         callbacks: as in transformers' Trainer.
         backend: of the row sweeps, see `linear_logps`.
 
     Raises:
-        ValueError: a missing column, an empty dataset, a template under which the conversation does not begin with
-            its prompt, a head that is not supported.
+        ValueError: a missing column, an empty dataset, a row that is not text or messages, a template under which the
+            conversation does not begin with its prompt, a head that is not supported.
 
     Equivalent to: TRL's SFTTrainer with completion_only_loss=True.
     """
@@ -50,9 +53,11 @@ class SFTTrainer(Trainer):
         check_dataset("train_dataset", train_dataset, ("prompt", "completion"))
         if args.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, since the collator reads texts, got True")
+        prepare_to_iterate(args, [train_dataset])
+        if train_dataset is not None and only_iterates(train_dataset):
+            train_dataset = RepeatedRows(train_dataset, group_size=1)
         tokenizer = prepare_tokenizer(model, processing_class, trust_remote_code=False)
-        add_completion_head(unwrap_peft(model))
-        check_completion_head(model)
+        self._check_head_early(model)
         self.backend = backend
         super().__init__(
             model=model,
@@ -81,10 +86,10 @@ class SFTTrainer(Trainer):
             ),
         )
         if num_items_in_batch is None:
-            return -logps.sum() / mask.sum()
+            return -logps.sum() / mask.sum().clamp(min=1)
         # gradients are averaged over processes, while the count is over all of them
         parts = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return -logps.sum() / num_items_in_batch * parts
+        return -logps.sum() / max(num_items_in_batch, 1) * parts
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -114,10 +119,18 @@ def collate(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> d
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
-    """(prompt's ids, completion's ids with the end token)."""
+    """(prompt's ids, completion's ids with the end token once); what nothing comes before counts as prompt."""
+    for name, value in (("prompt", prompt), ("completion", completion)):
+        messages = is_conversation(value) and is_conversation(prompt)
+        if not isinstance(value, str) and not messages:
+            wanted = "a text or a list of messages" if name == "prompt" or is_conversation(prompt) else "a text"
+            raise ValueError(f"{name}: expected {wanted}, got {value!r} in the row with the prompt {prompt!r}")
     if not is_conversation(prompt):
-        text = completion + (tokenizer.eos_token or "")
-        return tokenizer(prompt)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+        start = without_added_end(tokenizer, prompt, tokenizer(prompt)["input_ids"])
+        rest = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        if tokenizer.eos_token_id is not None and rest[-1:] != [tokenizer.eos_token_id]:
+            rest = [*rest, tokenizer.eos_token_id]
+        return (start, rest) if start else (rest[:1], rest[1:])
     answer = completion if is_conversation(completion) else [{"role": "assistant", "content": completion}]
     start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)

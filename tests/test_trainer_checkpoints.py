@@ -1,0 +1,321 @@
+"""Checkpoints: whole or not at all, those cut short passed over, a full disk, other options at resume."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import warnings
+
+import pytest
+import test_train_command
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from test_trainer import QUIET, even_digits, make_config, make_trainer, one_thread, small_model
+from transformers import TrainingArguments
+
+from fastgrpo.trainer import GRPOTrainer, embedded
+from fastgrpo.trainer.checkpoints import DiskFull, append_whole, last_whole_checkpoint, why_incomplete, write_whole
+from fastgrpo.trainer.sft import SFTTrainer
+
+__all__ = ["one_thread"]
+local_files, small_run = test_train_command.local_files, test_train_command.small_run
+TOKENIZER = embedded.make_tokenizer()
+DATA = Dataset.from_list([{"prompt": f"{i}+{i}=", "answer": str(2 * i), "completion": str(2 * i)} for i in range(40)])
+SAVED = dict(save_strategy="steps", save_steps=1, max_steps=3)
+
+
+def grpo(folder, **options):
+    return make_trainer(small_model(TOKENIZER), TOKENIZER, DATA, folder, **{**SAVED, **options})
+
+
+def sft(folder, **options):
+    rest = dict(remove_unused_columns=False, logging_steps=1, per_device_train_batch_size=4, seed=7)
+    args = TrainingArguments(str(folder), **{**QUIET, **SAVED, **rest, **options})
+    return SFTTrainer(small_model(TOKENIZER), args, DATA, TOKENIZER)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Runs of three steps with three checkpoints, and their final weights."""
+    runs = {}
+    for kind in (grpo, sft):
+        folder = tmp_path_factory.mktemp(kind.__name__)
+        trainer = kind(folder)
+        trainer.train()
+        runs[kind] = folder, trainer.model.lm_head.weight.detach().clone()
+    return runs
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def halved(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGE = {
+    "killed before trainer_state.json": ("trainer_state.json", os.remove),
+    "trainer_state.json halved": ("trainer_state.json", halved),
+    "optimizer.pt halved": ("optimizer.pt", halved),
+    "optimizer.pt empty": ("optimizer.pt", emptied),
+    "scheduler.pt empty": ("scheduler.pt", emptied),
+    "rng_state.pth halved": ("rng_state.pth", halved),
+    "weights halved": ("model.safetensors", halved),
+    "weights empty": ("model.safetensors", emptied),
+    "no weights": ("model.safetensors", os.remove),
+    "no file of the process": ("grpo_state_0.pt", os.remove),
+    "file of the process halved": ("grpo_state_0.pt", halved),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("kind", [grpo, sft])
+def test_resume_passes_over_what_is_incomplete(kind, name, finished, tmp_path):
+    file, damage = DAMAGE[name]
+    if kind is sft and file.startswith("grpo"):
+        pytest.skip("a file of GRPO's")
+    source, weight = finished[kind]
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "checkpoint-3" / file)
+    damage(tmp_path / "checkpoint-2" / file)
+    trainer = kind(tmp_path)
+    if name != "no file of the process":  # a checkpoint of another trainer's, if it is named
+        with pytest.raises(ValueError, match="resume_from_checkpoint: .*checkpoint-3 is incomplete: "):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.warns(UserWarning) as warned:
+        trainer.train(resume_from_checkpoint=True)
+    over = [str(w.message) for w in warned if "is passed over, since it is incomplete: " in str(w.message)]
+    assert [f"checkpoint-{i}" in text for i, text in zip((3, 2), over, strict=True)] == [True, True]
+    assert torch.equal(trainer.model.lm_head.weight, weight)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]  # mended on the way
+    assert all(why_incomplete(tmp_path / name) is None for name in names(tmp_path))
+
+
+def test_no_whole_checkpoint(finished, tmp_path):
+    shutil.copytree(finished[grpo][0] / "checkpoint-1", tmp_path / "checkpoint-1")
+    os.remove(tmp_path / "checkpoint-1" / "trainer_state.json")
+    with pytest.warns(UserWarning, match="trainer_state.json is missing"):
+        assert last_whole_checkpoint(tmp_path) is None
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no whole checkpoint in"):
+        grpo(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_trainer_may_be_named(finished, tmp_path):
+    shutil.copytree(finished[grpo][0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    os.remove(tmp_path / "checkpoint-2" / "grpo_state_0.pt")
+    trainer = grpo(tmp_path)
+    with pytest.warns(UserWarning, match="checkpoint-2 has no state of this process"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 3
+
+
+class Killed(BaseException):
+    """Nothing tidies up after it."""
+
+
+@pytest.mark.parametrize("saved", range(1, 5))
+@pytest.mark.parametrize("kind", [grpo, sft])
+def test_killed_while_saving(kind, saved, finished, tmp_path, monkeypatch):
+    """At each of torch's files of the second checkpoint: it is not there, and the run goes on from the first."""
+    trainer, save, calls = kind(tmp_path), torch.save, []
+
+    def counting(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            calls.append(args)
+            if len(calls) == saved:
+                raise Killed
+        return save(*args, **kwargs)
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(torch, "save", counting)
+        trainer.train()
+    assert calls and "checkpoint-1" in names(tmp_path)
+    if len(calls) == saved:
+        assert "checkpoint-2" not in names(tmp_path)
+    resumed = kind(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "is passed over")
+        resumed.train(resume_from_checkpoint=True)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert torch.equal(resumed.model.lm_head.weight, finished[kind][1])
+
+
+def test_a_checkpoint_holds_all_that_it_did(finished):
+    for kind, own in ((grpo, {"grpo_state_0.pt"}), (sft, set())):
+        files = {path.name for path in (finished[kind][0] / "checkpoint-3").iterdir()}
+        usual = {"config.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "tokenizer.json",
+                 "trainer_state.json", "training_args.bin"}  # fmt: skip
+        assert usual | own <= files
+
+
+def test_best_and_newest_checkpoints_are_kept(tmp_path):
+    scores = iter([0.0, 1.0, 0.5, 0.25])
+    best = dict(eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="reward")
+    options = dict(max_steps=4, save_total_limit=1, per_device_eval_batch_size=4, **best)
+    args = make_config(tmp_path, **{**SAVED, **options})
+    trainer = GRPOTrainer(small_model(TOKENIZER), even_digits, args, DATA, DATA.select(range(4)), TOKENIZER)
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *args, **kwargs: {**evaluate(*args, **kwargs), "eval_reward": next(scores)}
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert names(tmp_path) == ["checkpoint-2"]  # transformers removes all others at the end
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+
+
+def test_limit_counts_whole_checkpoints(finished, tmp_path):
+    """A newer one that is cut short must not push out the one that a run goes on from."""
+    shutil.copytree(finished[grpo][0] / "checkpoint-1", tmp_path / "checkpoint-1")
+    shutil.copytree(finished[grpo][0] / "checkpoint-3", tmp_path / "checkpoint-9")
+    os.remove(tmp_path / "checkpoint-9" / "trainer_state.json")
+    trainer = grpo(tmp_path, save_total_limit=2, max_steps=2)
+    with pytest.warns(UserWarning, match="checkpoint-9 is passed over"):
+        trainer.train(resume_from_checkpoint=True)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+# A full disk
+
+
+FAILURES = {
+    "torch": (torch, "save", OSError(errno.ENOSPC, "No space left on device")),
+    "torch's writer": (
+        torch, "save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    ),
+    "quota": (torch, "save", OSError(errno.EDQUOT, "Disk quota exceeded")),
+    "safetensors": (
+        "transformers.modeling_utils", "safe_save_file",
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("kind", [grpo, sft])
+def test_full_disk_while_saving(kind, name, tmp_path, monkeypatch):
+    owner, attribute, error = FAILURES[name]
+    trainer = kind(tmp_path, max_steps=1)
+    trainer.train()
+    again = kind(tmp_path, max_steps=2)
+
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner if not isinstance(owner, str) else __import__(owner, fromlist="x"), attribute, fail)
+        with pytest.raises(DiskFull, match=r"checkpoint-2: no space to write it, [\d,.]+ MB are free on the disk"):
+            again.train(resume_from_checkpoint=True)
+    assert names(tmp_path) == ["checkpoint-1"] and why_incomplete(tmp_path / "checkpoint-1") is None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a disk cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder, but):
+    """Leave `but` bytes."""
+    with (folder / "ballast").open("wb", buffering=0) as file:
+        while (rest := shutil.disk_usage(folder).free - but) > 0:
+            file.write(bytes(min(rest, 1 << 16)))
+
+
+def test_command_on_a_full_disk(local_files, small_disk, capsys):
+    output = small_disk / "out"
+    data = ["--dataset", local_files / "data.jsonl", "--save-steps", 1]
+    assert small_run(local_files, output, *data, "--steps", 1) == 0
+    shutil.rmtree(output / "model")
+    before = (output / "checkpoint-1" / "optimizer.pt").read_bytes()
+    fill(small_disk, 1 << 16)
+    capsys.readouterr()
+    assert small_run(local_files, output, *data, "--steps", 3, "--resume") == 2
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("fastgrpo train: error: ")]
+    assert "Traceback" not in error and f"{output}/checkpoint-2: no space to write it, 0.1 MB are free" in line
+    assert names(output) == ["checkpoint-1"] and (output / "checkpoint-1" / "optimizer.pt").read_bytes() == before
+    steps = [entry["step"] for entry in test_train_command.read_metrics(output) if "reward" in entry]
+    assert steps == [1, 2]
+    os.remove(small_disk / "ballast")
+    assert small_run(local_files, output, *data, "--steps", 3, "--resume") == 0
+    steps = [entry["step"] for entry in test_train_command.read_metrics(output) if "reward" in entry]
+    assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize("write", [write_whole, append_whole])
+def test_a_file_is_unharmed(write, small_disk):
+    path = small_disk / "metrics.jsonl"
+    write_whole(path, "one\n")
+    append_whole(path, "two\n")
+    fill(small_disk, 0)
+    with pytest.raises(OSError, match="No space"):
+        write(path, "three\n" * 10_000)
+    assert path.read_text() == "one\ntwo\n"
+    assert sorted(os.listdir(small_disk)) == ["ballast", "metrics.jsonl"]
+
+
+def test_command_resumes_from_the_last_whole_one(local_files, tmp_path, capsys):
+    output, data = tmp_path / "out", ["--dataset", local_files / "data.jsonl", "--save-steps", 1]
+    assert small_run(local_files, output, *data, "--steps", 1) == 0
+    shutil.copytree(output / "checkpoint-1", output / "checkpoint-2")
+    os.remove(output / "checkpoint-2" / "trainer_state.json")
+    with pytest.warns(UserWarning, match="checkpoint-2 is passed over"):
+        assert small_run(local_files, output, *data, "--steps", 3, "--resume") == 0
+    shutil.rmtree(output / "checkpoint-3")
+    (output / "checkpoint-3").mkdir()
+    with pytest.warns(UserWarning, match="checkpoint-3 is passed over"):
+        assert small_run(local_files, output, *data, "--steps", 4, "--resume") == 2
+    assert "--resume: no checkpoint in" in capsys.readouterr().err
+
+
+# Two processes
+
+
+def _one_of_two(rank, port, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    whole = grpo(folder, max_steps=3)
+    whole.train()
+    weight = whole.model.lm_head.weight.detach().clone()
+    assert names(folder) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    torch.distributed.barrier()
+    if rank == 1:  # what one process lacks is passed over by both
+        os.remove(folder / "checkpoint-3" / "grpo_state_1.pt")
+        halved(folder / "checkpoint-2" / "rng_state_1.pth")
+    torch.distributed.barrier()
+    resumed = grpo(folder, max_steps=3)
+    with pytest.warns(UserWarning, match="grpo_state_1.pt is missing"):
+        resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(resumed.model.lm_head.weight, weight)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_every_process_has_its_files(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_one_of_two, (port, tmp_path), nprocs=2, daemon=True)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    for name in names(tmp_path):
+        files = {path.name for path in (tmp_path / name).iterdir()}
+        assert {"grpo_state_0.pt", "grpo_state_1.pt", "rng_state_0.pth", "rng_state_1.pth"} <= files
+        assert why_incomplete(tmp_path / name) is None
