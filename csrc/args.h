@@ -20,7 +20,7 @@
 #endif
 
 // Goes up with every change of an interface; the loader compares it, and the size of the struct.
-#define FASTGRPO_ABI 3
+#define FASTGRPO_ABI 4
 
 namespace fastgrpo {
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };

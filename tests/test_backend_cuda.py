@@ -3,8 +3,11 @@ finds what a GPU would punish. Truth is float64. What all backends share is test
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
+import shutil
+from pathlib import Path
 
 import cuda_host
 import pytest
@@ -18,6 +21,7 @@ from fastgrpo.backends import TokenRows, TokenSpec, cuda
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a gradient's element
 CLUSTERS = (-1, 1, 2, 4, 8, 16)  # -1: two passes
+cuda_unavailable = cuda.unavailable  # the true one: cuda_host puts another in its place
 TOKEN_FAMILY = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
 
 
@@ -27,17 +31,26 @@ def device(cuda_anywhere):
 
 
 @pytest.fixture
-def use(monkeypatch, device):
-    """use(cluster): blocks that hold a row together from now on; use(seed=n): the order of threads and copies."""
+def use(device):
+    """use(cluster, ...): fields of OnePass from now on; use(seed=n): the order of threads and copies."""
+    with contextlib.ExitStack() as stack:
 
-    def choose(cluster=None, seed=0):
-        if cluster is not None:
-            monkeypatch.setattr(cuda, "_CLUSTER", cluster)
-        if device == "cpu":
-            cuda._load()[0].fastgrpo_host_seed(ctypes.c_uint64(seed))
+        def choose(cluster=None, seed=0, **choices):
+            if cluster is not None:
+                stack.close()
+                stack.enter_context(cuda.using(cluster=cluster, **choices))
+            if device == "cpu":
+                cuda._load()[0].fastgrpo_host_seed(ctypes.c_uint64(seed))
 
-    yield choose
-    choose()
+        yield choose
+        choose()
+
+
+@pytest.fixture
+def new_machine(cuda_host_library, tmp_path):
+    """The machine of cuda_host with a library that has asked its driver nothing yet, also where there is a GPU."""
+    with cuda_host.backend(Path(shutil.copy(cuda_host_library, tmp_path))) as machine:
+        yield machine
 
 
 def make(B, T, V, dtype=torch.float32, *, seed=0, offset=0, stride=None, device="cpu"):
@@ -328,9 +341,79 @@ def test_another_stride_for_the_gradient(use, device):
     out = torch.full((1, 3, 1003), math.nan, dtype=torch.bfloat16, device=device)
     rows = rows_of(3, device, advantages=torch.tensor([1.0, -2.0, 3.0], device=device))
     want = exact(logits, ids, inv_t)
-    use(2)
     cuda.token_loss(logits, ids, mask, inv_t, False, rows, TokenSpec(), out)
     assert_close(out[0], exact_grad(ids, -0.25 * rows.advantages, None, inv_t, want[2], *want[3:]), 2**-8)
+    use(2)
+    with pytest.raises(ValueError, match=r"OnePass\(cluster=2, .*the gradient lies otherwise modulo 16 bytes"):
+        cuda.token_loss(logits, ids, mask, inv_t, False, rows, TokenSpec(), out)
+
+
+@pytest.mark.parametrize("evict_first", [False, True])
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+@pytest.mark.parametrize("buffers", [0, 1, 2, 3, 4])
+def test_every_choice(buffers, blocks, evict_first, use, device):
+    """Other numbers of buffers and blocks give the same bits, in place and into a tensor that is elsewhere modulo 128
+    bytes; more rows than are on their way at once."""
+    V, offset = 1999, 3
+    logits, ids, mask, inv_t = make(13, 1, V, torch.bfloat16, offset=offset, stride=2003, device=device)
+    rows = rows_of(13, device, advantages=torch.linspace(-2, 2, 13, device=device))
+    want, want_grad = None, None
+    for cluster in (2, 4):
+        for chosen in (dict(), dict(buffers=buffers, blocks=blocks, evict_first=evict_first)):
+            use(cluster, seed=buffers + 5 * blocks, **chosen)
+            same = logits._base.clone().as_strided(logits.shape, logits.stride(), offset)
+            apart = torch.zeros_like(logits._base.repeat(2)).as_strided(logits.shape, logits.stride(), offset + 8)
+            for out in (same, apart):
+                got = cuda.token_loss(logits if out is apart else out, ids, mask, inv_t, True, rows, TokenSpec(), out)
+                want, want_grad = (want, want_grad) if chosen or out is apart else (got, out)
+                assert torch.equal(out, want_grad) and all(map(torch.equal, got, want))
+    true = exact(logits, ids, inv_t)
+    assert_close(want[1], true[0], 1e-6)
+    assert_close(want_grad.flatten(0, 1), exact_grad(ids, -0.25 * rows.advantages, None, inv_t, *true[2:]), 2**-8)
+
+
+def test_choices_that_cannot_run(new_machine):
+    """Each says what was chosen, why it cannot be, and what can; nothing takes two passes unasked."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here, with room of its own")
+    for name, value in (("cluster", 3), ("cluster", 32), ("buffers", 5), ("blocks", 3), ("evict_first", 2)):
+        with pytest.raises(ValueError, match=f"{name}: expected one of .*, got {value}"):
+            with cuda.using(**{name: value}):
+                pass
+    logits, ids, mask, inv_t = make(1, 1, 32_000, torch.bfloat16)
+
+    def stats(cluster=0, **choices):
+        return _using(cluster, cuda.row_stats, logits, ids, mask, inv_t, True, **choices)[1]
+
+    fits = "cluster=1, blocks=1 with up to 3 buffers; cluster=1, blocks=2 with up to 1 buffers; cluster=2, blocks=1"
+    for choices in (dict(cluster=1, blocks=2), dict(cluster=1, buffers=4), dict(cluster=1, blocks=2, buffers=3)):
+        with pytest.raises(ValueError, match="no room") as error:
+            stats(**choices)
+        assert fits in str(error.value) and all(f"{k}={v}" in str(error.value) for k, v in choices.items())
+    want = stats(cluster=1)
+    for choices in (dict(cluster=1, blocks=2, buffers=1), dict(cluster=1, buffers=3), dict(blocks=1, buffers=2)):
+        assert torch.equal(stats(**choices), want)  # what is said to fit does, and blocks=1 is of one block too
+    new_machine.fastgrpo_host_largest_cluster(4)
+    with pytest.raises(ValueError, match="cannot run a cluster of so many blocks") as error:
+        _using(8, cuda.row_stats, *make(1, 1, 31_999), True)  # another length: answers are remembered
+    fits = str(error.value).split("logits (")[1]
+    assert "cluster=4, " in fits and "cluster=8, " not in fits
+
+
+def _using(cluster, function, *arguments, **choices):
+    with cuda.using(cluster=cluster, **choices):
+        return function(*arguments)
+
+
+def test_choices_end_with_their_block():
+    before = cuda._chosen
+    with cuda.using(cluster=8, buffers=2):
+        with pytest.raises(ZeroDivisionError), cuda.using(blocks=1):
+            assert cuda._chosen == cuda.OnePass(cluster=8, buffers=2, blocks=1)
+            assert list(map(lambda f: getattr(cuda._choice, f[0]), cuda._Choice._fields_)) == [8, 2, 1, 1]
+            raise ZeroDivisionError
+        assert cuda._chosen == cuda.OnePass(cluster=8, buffers=2)
+    assert cuda._chosen == before == cuda.OnePass()
 
 
 def test_shapes_are_remembered_apart(use, device):
@@ -343,20 +426,63 @@ def test_shapes_are_remembered_apart(use, device):
             torch.testing.assert_close(logp.double(), exact(logits, ids, inv_t)[0], rtol=1e-6, atol=2e-6)
 
 
-def test_a_smaller_cluster_where_a_large_one_finds_no_room(cuda_host_library):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here, with room of its own")
-    with cuda_host.backend(cuda_host_library) as machine:
-        library = cuda._load()[0]
-        try:
-            machine.fastgrpo_host_largest_cluster(8)
-            assert library.fastgrpo_cuda_cluster(1, 262_145, 0) == 8
-            machine.fastgrpo_host_largest_cluster(2)
-            assert library.fastgrpo_cuda_cluster(1, 262_146, 0) == 0
-        finally:
-            machine.fastgrpo_host_largest_cluster(16)
-        assert library.fastgrpo_cuda_cluster(1, 262_147, 0) == 16
-        assert library.fastgrpo_cuda_cluster(0, 4096, 0) == 1
+def test_a_smaller_cluster_where_a_large_one_finds_no_room(new_machine):
+    new_machine.fastgrpo_host_largest_cluster(8)
+    assert cuda.cluster(262_145, torch.bfloat16, 0) == 8
+    new_machine.fastgrpo_host_largest_cluster(2)
+    assert cuda.cluster(262_146, torch.bfloat16, 0) == 0
+    new_machine.fastgrpo_host_largest_cluster(16)
+    assert cuda.cluster(262_147, torch.bfloat16, 0) == 16
+    assert cuda.cluster(4096, torch.float32, 0) == 1
+
+
+def test_answers_are_remembered_and_failures_are_not(new_machine):
+    """Of the driver, in the library and in Python: one error is no reason for two passes from then on, and no room is
+    no reason to ask again."""
+    out_of_memory = 2
+    new_machine.fastgrpo_host_fail_occupancy(out_of_memory)
+    with pytest.warns(RuntimeWarning, match="asking cuda:0 for clusters: out of memory; asked again"):
+        assert cuda.cluster(32_000, torch.bfloat16, 0) == 0
+    assert cuda.cluster(32_000, torch.bfloat16, 0) == 2
+    logits, ids, mask, inv_t = make(1, 1, 1000)
+    new_machine.fastgrpo_host_fail_occupancy(out_of_memory)
+    with pytest.raises(RuntimeError, match=r"row_stats of logits of shape \(1, 1, 1000\) on cpu: out of memory"):
+        cuda.row_stats(logits, ids, mask, inv_t, True)
+    one_pass = cuda.row_stats(logits, ids, mask, inv_t, True)
+    assert all(map(torch.equal, one_pass, cuda.row_stats(logits, ids, mask, inv_t, True)))
+    assert cuda.shape(1000, torch.float32, 0, entropy=True).cluster == 1
+
+    new_machine.fastgrpo_host_largest_cluster(0)
+    assert cuda.cluster(2000, torch.bfloat16, 0) == 0
+    new_machine.fastgrpo_host_largest_cluster(16)
+    calls = new_machine.fastgrpo_host_calls()
+    assert cuda.cluster(2000, torch.bfloat16, 0) == 0
+    assert new_machine.fastgrpo_host_calls() == calls
+
+
+def test_calls_of_the_runtime(new_machine, monkeypatch):
+    """After its first call, a kernel costs two: which device is this thread's, and the launch. Choosing a backend
+    costs none."""
+    real = cuda_unavailable
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    logits, ids, mask, inv_t = make(2, 1, 1000, torch.bfloat16)
+    rows = rows_of(2, "cpu", advantages=torch.ones(2))
+    out, g, lse = torch.empty_like(logits), torch.ones(2), torch.zeros(2)
+    calls = {
+        "choosing": (0, lambda: (real(), cuda.cluster(1000, torch.bfloat16, 0))),
+        "row_stats": (2, lambda: cuda.row_stats(logits, ids, mask, inv_t, False)),
+        "token_loss": (2, lambda: cuda.token_loss(logits, ids, mask, inv_t, True, rows, TokenSpec(), out)),
+        "row_grad": (2, lambda: cuda.row_grad(logits, ids, lse, lse, g, None, inv_t, out)),
+        "scale_": (2, lambda: cuda.scale_(logits, torch.tensor(0.5))),
+        "two passes": (3, lambda: _using(-1, cuda.token_loss, logits, ids, mask, inv_t, True, rows, TokenSpec(), out)),
+    }
+    found = {}
+    for name, (_, call) in calls.items():
+        call()
+        before = new_machine.fastgrpo_host_calls()
+        call()
+        found[name] = new_machine.fastgrpo_host_calls() - before
+    assert found == {name: count for name, (count, _) in calls.items()}
 
 
 def test_rows_that_no_cluster_holds(use, device):
@@ -370,13 +496,24 @@ def test_rows_that_no_cluster_holds(use, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_scale(dtype, device):
-    logits, *_ = make(1, 3, 1003, dtype, offset=1, device=device)
+@pytest.mark.parametrize("rows", [3, 50])  # fewer and more than the machine of cuda_host has blocks for
+def test_scale(rows, dtype, device):
+    logits, *_ = make(1, rows, 1003, dtype, offset=1, device=device)
     before = logits.clone()
     for factor in (1.0, 0.3):
         cuda.scale_(logits, torch.tensor(factor, device=device))
         assert torch.equal(logits, (before.float() * torch.tensor(factor, device=device)).to(dtype))
-    assert logits._base[:1].isnan().all() and logits._base[1 + 3 * 1003 :].isnan().all()
+    assert logits._base[:1].isnan().all() and logits._base[1 + rows * 1003 :].isnan().all()
+
+
+def test_a_factor_of_one_starts_few_blocks(new_machine):
+    """Not one per row: dW has as many rows as the vocabulary."""
+    if torch.cuda.is_available():
+        pytest.skip("the machine's scale_ takes CPU tensors only where there is no GPU")
+    for factor in (1.0, 2.0):
+        x = torch.ones(1, 1000, 8, dtype=torch.bfloat16)
+        cuda.scale_(x, torch.tensor(factor))
+        assert (x == factor).all() and new_machine.fastgrpo_host_blocks() == 4 * 2  # four of each multiprocessor
 
 
 def test_first_update_has_ratio_one_exactly(use, device):
@@ -390,7 +527,7 @@ def test_first_update_has_ratio_one_exactly(use, device):
         assert torch.equal(out.per_token_logps, old * kwargs["completion_mask"])
 
 
-def test_what_it_cannot_do(cuda_host_library, monkeypatch):
+def test_what_it_cannot_do(cuda_host_library, tmp_path, monkeypatch):
     """A machine without a GPU, one with an old GPU, and a launch that fails: each says why."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -398,20 +535,15 @@ def test_what_it_cannot_do(cuda_host_library, monkeypatch):
     assert ("does not exist" in cuda.unavailable()) == (not path.exists())
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: "):
         grpo_loss(torch.randn(1, 2, 8), torch.zeros(1, 2).long(), torch.ones(1), backend="cuda")
-    unavailable = cuda.unavailable
-    with cuda_host.backend(cuda_host_library) as machine:
-        library = cuda._load()[0]
-        try:
-            machine.fastgrpo_host_capability(7, 5)
-            assert "below 8.0" in library.fastgrpo_cuda_unavailable().decode()
-            machine.fastgrpo_host_capability(8, 6)
-            assert library.fastgrpo_cuda_unavailable() is None
-            assert unavailable() == "torch sees no NVIDIA GPU"
+    for capability, why in (((7, 5), "below 8.0"), ((8, 6), "torch sees no NVIDIA GPU")):
+        # each a library of its own: what a device can do is asked once
+        copy = Path(shutil.copy(cuda_host_library, tmp_path / f"{capability[0]}.so"))
+        with cuda_host.backend(copy) as machine:
+            machine.fastgrpo_host_capability(*capability)
+            assert why in cuda_unavailable()
             machine.fastgrpo_host_devices(0)
-            assert "no" in library.fastgrpo_cuda_unavailable().decode()
-        finally:
-            machine.fastgrpo_host_devices(1)
-            machine.fastgrpo_host_capability(9, 0)
+            assert "no CUDA-capable device" in cuda_unavailable()
+    with cuda_host.backend(cuda_host_library) as machine:
         with pytest.raises(ValueError, match="cannot take these logits: .*float64"):
             grpo_loss(torch.randn(1, 2, 8).double(), torch.zeros(1, 2).long(), torch.ones(1), backend="cuda")
         logits, ids, mask, inv_t = make(2, 1, 50)
@@ -420,17 +552,12 @@ def test_what_it_cannot_do(cuda_host_library, monkeypatch):
             cuda.row_stats(logits, ids, mask, inv_t, True)
 
 
-def test_two_passes_below_9_0(cuda_host_library):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here, with a capability of its own")
-    with cuda_host.backend(cuda_host_library) as machine:
-        machine.fastgrpo_host_capability(8, 0)
-        try:
-            cuda.cluster.cache_clear()
-            assert cuda.cluster(32001, torch.bfloat16, 0) == 0
-        finally:
-            machine.fastgrpo_host_capability(9, 0)
-            cuda.cluster.cache_clear()
+def test_two_passes_below_9_0(new_machine):
+    new_machine.fastgrpo_host_capability(8, 0)
+    assert cuda.cluster(32001, torch.bfloat16, 0) == 0
+    assert "9.0" in cuda.shape(32001, torch.bfloat16, 0).why
+    with pytest.raises(ValueError, match=r"OnePass\(cluster=2, .*\(none\), but it takes a GPU of .* 9.0"):
+        _using(2, cuda.row_stats, *make(1, 1, 50), True)
 
 
 def test_auto_takes_it_for_one_pass_in_place(monkeypatch):

@@ -84,9 +84,9 @@ def plans() -> dict[str, tuple[int, int]]:
     """{kernel: (threads of a block, blocks of a multiprocessor)}."""
     known, found = constants(), {}
     for name in ("one_pass.cu", "two_pass.cu"):
-        pattern = r"FASTGRPO_KERNEL\((\w+), (\d+)\)\s+(\w+)_kernel\("
+        pattern = r"FASTGRPO_KERNEL\((\w+), (\w+)\)\s+(\w+)_kernel\("
         for threads, blocks, kernel in re.findall(pattern, (CUDA / name).read_text()):
-            found[kernel] = known[threads], int(blocks)
+            found[kernel] = known[threads], int(known.get(blocks, blocks))
     return found
 
 
@@ -335,32 +335,33 @@ def one_pass_shape(tmp_path_factory):
     wrapper = directory / "shape.cpp"
     wrapper.write_text("""
 #include "kernels.h"
-extern "C" void shape(int32_t dtype, int64_t vocab, int32_t cluster, int32_t* to) {
-  const auto s = fastgrpo::one_pass_shape(dtype, vocab, cluster, 227 << 10);
+extern "C" void shape(int32_t dtype, int64_t vocab, int32_t cluster, int32_t buffers, int32_t blocks, int32_t* to) {
+  const auto s = fastgrpo::one_pass_shape(dtype, vocab, {cluster, buffers, blocks, 1}, 227 << 10);
   to[0] = s.cluster, to[1] = s.slice, to[2] = s.buffers, to[3] = s.buffer_bytes, to[4] = s.shared_bytes;
+  to[5] = s.blocks;
 }
 """)
     library = cuda_host.build(directory, [wrapper, CUDA / "one_pass.cu"], options=["-O0"])
     function = ctypes.CDLL(str(library)).shape
-    function.argtypes = [ctypes.c_int32, ctypes.c_int64, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32)]
+    function.argtypes = [ctypes.c_int32, ctypes.c_int64, *[ctypes.c_int32] * 3, ctypes.POINTER(ctypes.c_int32)]
     function.restype = None
 
-    def shape(dtype, vocab, cluster=0):
-        numbers = (ctypes.c_int32 * 5)()
-        function(["fp32", "bf16", "fp16"].index(dtype), vocab, cluster, numbers)
+    def shape(dtype, vocab, cluster=0, buffers=0, blocks=0):
+        numbers = (ctypes.c_int32 * 6)()
+        function(["fp32", "bf16", "fp16"].index(dtype), vocab, cluster, buffers, blocks, numbers)
         return tuple(numbers)
 
     return shape
 
 
 def check_shape(shape, dtype, vocab):
-    cluster, slice_, buffers, buffer_bytes, shared = shape
+    cluster, slice_, buffers, buffer_bytes, shared, blocks = shape
     size = 16 // DTYPES[dtype]
     assert (cluster - 1) * slice_ < vocab <= cluster * slice_, "every block has a part, and no logit is left"
-    assert slice_ * size % 128 == 0 and buffer_bytes % 16 == 0
-    assert buffer_bytes >= (slice_ * size + 15) // 16 * 16 + 16, "a slice may start anywhere in its first vector"
+    assert slice_ * size % 128 == 0 and buffer_bytes % 128 == 0
+    assert buffer_bytes >= slice_ * size + 128, "a slice may start anywhere in its first 128 bytes"
     assert shared >= buffers * buffer_bytes
-    blocks = plans()["one_pass"][1] if shared <= 113 << 10 else 1
+    assert blocks <= plans()["one_pass"][1]
     assert blocks * (shared + RESERVED) <= SHARED and buffers >= (3 if blocks == 2 else 2)
     return blocks
 
@@ -389,7 +390,7 @@ def test_a_cluster_holds_a_row_or_does_not(dtype, one_pass_shape):
     for vocab in (1, 2, 63, 64, 65, *range(1000, 2_000_000, 997)):
         shape = one_pass_shape(dtype, vocab)
         if shape[0] == 0:
-            assert shape == (0,) * 5
+            assert shape == (0,) * 6
             edges.setdefault("first", vocab)
         else:
             assert "first" not in edges, "a longer row than one that no cluster holds"
@@ -398,3 +399,22 @@ def test_a_cluster_holds_a_row_or_does_not(dtype, one_pass_shape):
             asked = one_pass_shape(dtype, vocab, cluster)
             assert asked[0] in (0, cluster) and (asked[0] or cluster < shape[0] or shape[0] == 0)
     assert 262144 < edges["first"] < 2_000_000
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_choices_are_kept(dtype, one_pass_shape):
+    """What is chosen is what comes, or nothing comes."""
+    asked = [(c, n, b) for c in (0, 1, 2, 4, 8, 16) for n in (0, 1, 2, 3, 4) for b in (0, 1, 2)]
+    held = set()
+    for vocab in (1003, 32_000, 128_256, 151_936, 262_144, 600_000):
+        for cluster, buffers, blocks in asked:
+            shape = one_pass_shape(dtype, vocab, cluster, buffers, blocks)
+            if shape[0] == 0:
+                assert cluster or buffers or blocks or vocab > 262_144
+                continue
+            held.add((cluster, buffers, blocks))
+            assert (cluster or shape[0], buffers or shape[2], blocks or shape[5]) == (shape[0], shape[2], shape[5])
+            assert shape[0] * shape[1] >= vocab and shape[3] >= shape[1] * (16 // DTYPES[dtype]) + 128
+            assert shape[5] * (shape[4] + RESERVED) <= SHARED
+            assert shape[5] == 2 or 2 * (shape[4] + RESERVED) > SHARED, "one block shares with no other"
+    assert held == set(asked)

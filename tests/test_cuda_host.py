@@ -30,6 +30,9 @@ KERNELS = {
     "read_write_race": (1, 33, r"race: .*shared_(store.* was read|load.* was written) by thread \d+ of block 0"),
     "write_write_race": (1, 0, r"race: .*shared_store of 4 bytes.* was written by thread \d+ of block 0"),
     "reduction_is_no_sync": (1, 1, r"race: .*shared_load of 4 bytes.* was written by thread \d+ of block 0"),
+    "shuffle_is_no_sync": (1, 1, r"race: .*shared_load of 4 bytes.* was written by thread \d+ of block 0"),
+    "divergent_shuffle": (1, 1, r"deadlock: .*\n(.*\n)*.*32 threads \(first 0\): warp_across"),
+    "foreign_lane": (1, 1, r"lane: block 0, thread \d+: warp_from: 32 of 32 lanes"),
     "shared_readers": (
         1,
         0,
@@ -47,6 +50,7 @@ KERNELS = {
     "load_over_readers": (1, 33, r"race: .*bulk_load of 256.* was (read|written) by|in flight: "),
     "load_over_unfenced": (1, 33, r"missing fence: block 0, thread 0: bulk_load of 256 bytes"),
     "misaligned_load": (1, 33, r"misaligned: block 0, thread 0: bulk_load of 256 bytes at offset 8"),
+    "policy_of_nobody": (1, 33, r"policy: block 0, thread 0: bulk_load: 0x1"),
     "load_bounds": (1, 33, r"out of bounds: block 0, thread 0: bulk_load of 256 bytes at address"),
     "missing_fence": (1, 33, r"missing fence: block 0, thread 0: bulk_store.* written by thread 40"),
     "fence_before_write": (1, 33, r"missing fence: block 0, thread 0: bulk_store of 256 bytes"),
@@ -136,7 +140,7 @@ OK, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9
 
 
 @pytest.mark.parametrize(
-    "blocks, threads, cluster, shared_bytes, asks, error",
+    "blocks, threads, cluster, shared_bytes, prepared, error",
     [
         (1, 32, 1, 48 << 10, False, OK),
         (1, 32, 1, 49 << 10, False, INVALID_VALUE),
@@ -151,8 +155,8 @@ OK, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9
         (1, 1056, 1, 0, True, INVALID_CONFIGURATION),
     ],
 )
-def test_launch_limits(lib, blocks, threads, cluster, shared_bytes, asks, error):
-    assert lib.shape(blocks, threads, cluster, shared_bytes, int(asks)) == error
+def test_launch_limits(lib, blocks, threads, cluster, shared_bytes, prepared, error):
+    assert lib.shape(blocks, threads, cluster, shared_bytes, int(prepared)) == error
 
 
 def test_clusters_need_sm_90(lib):

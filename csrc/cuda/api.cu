@@ -33,43 +33,85 @@ class OnDevice {
   cudaError_t error_;
 };
 
-cudaError_t capability(int device, int& found) {
+// What does not change while a process lives. A driver that answers is asked once; one that fails is asked again.
+struct Device {
+  int capability, shared_limit, multiprocessors;
+};
+
+std::mutex mutex;
+
+cudaError_t ask(int device, Device& about) {
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto at = known.find(device);
+  if (at != known.end()) {
+    about = at->second;
+    return cudaSuccess;
+  }
   int major = 0, minor = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  found = 10 * major + minor;
+  const struct {
+    cudaDeviceAttr name;
+    int& value;
+  } attributes[] = {{cudaDevAttrComputeCapabilityMajor, major},
+                    {cudaDevAttrComputeCapabilityMinor, minor},
+                    {cudaDevAttrMaxSharedMemoryPerBlockOptin, about.shared_limit},
+                    {cudaDevAttrMultiProcessorCount, about.multiprocessors}};
+  for (const auto& attribute : attributes) {
+    const cudaError_t error = cudaDeviceGetAttribute(&attribute.value, attribute.name, device);
+    if (error != cudaSuccess) return error;
+  }
+  about.capability = 10 * major + minor;
+  known[device] = about;
+  return cudaSuccess;
+}
+
+OnePassShape none(const char* why) {
+  OnePassShape shape = {};
+  shape.why = why;
+  return shape;
+}
+
+cudaError_t find_one_pass(const FastgrpoArgs& args, const Device& about, OnePass choice, OnePassShape& shape) {
+  shape = none("it takes a GPU of compute capability 9.0 or later");
+  if (about.capability < 90) return cudaSuccess;
+  cudaError_t error = one_pass_prepare(args, about.shared_limit);
+  const bool open = choice.cluster == 0;
+  while (error == cudaSuccess) {
+    shape = one_pass_shape(args.dtype, args.vocab, choice, about.shared_limit);
+    if (shape.cluster == 0) {
+      shape = none("the blocks of a cluster have no room for such a row");
+      break;
+    }
+    error = one_pass_clusters(args, shape, shape.clusters);
+    if (error != cudaSuccess || shape.clusters > 0) break;
+    choice.cluster = shape.cluster / 2;  // of fewer blocks, with more memory each
+    shape = none("the device cannot run a cluster of so many blocks");
+    if (!open || choice.cluster == 0) break;
+  }
   return error;
 }
 
-struct OnePass {
-  OnePassShape shape;  // cluster 0: rows like this one take two passes
-  int clusters;
-};
-
-OnePass find_one_pass(const FastgrpoArgs& args, int device, int cluster) {
-  int found = 0, limit = 0;
-  if (cluster < 0 || capability(device, found) != cudaSuccess || found < 90) return {};
-  if (shared_limit(limit) != cudaSuccess) return {};
-  OnePassShape shape = one_pass_shape(args.dtype, args.vocab, cluster, limit);
-  while (shape.cluster > 0) {
-    if (const int clusters = one_pass_clusters(args, shape)) return {shape, clusters};
-    if (cluster > 0 || shape.cluster == 1) break;
-    shape =
-        one_pass_shape(args.dtype, args.vocab, shape.cluster / 2, limit);  // of fewer blocks, with more memory each
-  }
-  return {};
-}
-
-// find_one_pass on the current device, remembered: to ask the driver takes longer than to launch.
-OnePass one_pass_for(const FastgrpoArgs& args, int device, int cluster) {
-  static std::mutex mutex;
-  static std::map<std::tuple<int, int, bool, int64_t, int>, OnePass> known;
+// find_one_pass on the current device, whose answers are remembered: to ask takes longer than to launch.
+cudaError_t one_pass_for(const FastgrpoArgs& args, int device, const OnePass& choice, OnePassShape& shape) {
+  static std::map<std::tuple<int, int, bool, int64_t, int, int, int>, OnePassShape> known;
+  shape = none("two passes were chosen");
+  if (choice.cluster < 0) return cudaSuccess;
+  Device about;
+  cudaError_t error = ask(device, about);
+  if (error != cudaSuccess) return error;
   const bool entropy = args.entropy != nullptr || args.h != nullptr;
-  const auto key = std::make_tuple(device, (int)args.dtype, entropy, args.vocab, cluster);
+  const auto key =
+      std::make_tuple(device, (int)args.dtype, entropy, args.vocab, choice.cluster, choice.buffers, choice.blocks);
   const std::lock_guard<std::mutex> lock(mutex);
   const auto at = known.find(key);
-  if (at != known.end()) return at->second;
-  return known[key] = find_one_pass(args, device, cluster);
+  if (at != known.end()) {
+    shape = at->second;
+  } else {
+    error = find_one_pass(args, about, choice, shape);
+    if (error == cudaSuccess) known[key] = shape;
+  }
+  shape.evict_first = choice.evict_first;
+  return error;
 }
 
 bool same_phase(const FastgrpoArgs& a) {
@@ -78,6 +120,17 @@ bool same_phase(const FastgrpoArgs& a) {
                            a.batch > 1 ? (a.out_stride[0] - a.logits_stride[0]) * size : 0,
                            a.tokens > 1 ? (a.out_stride[1] - a.logits_stride[1]) * size : 0};
   return apart[0] % 16 == 0 && apart[1] % 16 == 0 && apart[2] % 16 == 0;
+}
+
+cudaError_t how_to(const FastgrpoArgs& args, int device, const OnePass& choice, OnePassShape& shape) {
+  if (args.out == nullptr || same_phase(args)) return one_pass_for(args, device, choice, shape);
+  shape = none("the gradient lies otherwise modulo 16 bytes than the logits");
+  return cudaSuccess;
+}
+
+// Whether two passes are not what was chosen.
+bool refused(const OnePass& choice) {
+  return choice.cluster > 0 || (choice.cluster == 0 && (choice.buffers > 0 || choice.blocks > 0));
 }
 
 template <class F>
@@ -98,14 +151,16 @@ int32_t fastgrpo_cuda_abi(void) { return FASTGRPO_ABI; }
 
 int64_t fastgrpo_cuda_args_size(void) { return sizeof(FastgrpoArgs); }
 
-const char* fastgrpo_cuda_error(int32_t error) { return cudaGetErrorString((cudaError_t)error); }
+const char* fastgrpo_cuda_error(int32_t error) {
+  return error == FASTGRPO_REFUSED ? "the choice cannot run" : cudaGetErrorString((cudaError_t)error);
+}
 
 const char* fastgrpo_cuda_device_unavailable(int32_t device) {
   const OnDevice here(device);
-  int found = 0;
+  Device about = {};
   cudaError_t error = here.error();
-  if (error == cudaSuccess) error = capability(device, found);
-  if (error == cudaSuccess && found < 80) return kTooOld;
+  if (error == cudaSuccess) error = ask(device, about);
+  if (error == cudaSuccess && about.capability < 80) return kTooOld;
   if (error == cudaSuccess) error = loadable();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
@@ -123,36 +178,37 @@ const char* fastgrpo_cuda_unavailable(void) {
   return why;
 }
 
-int32_t fastgrpo_cuda_cluster(int32_t dtype, int64_t vocab, int32_t device) {
-  FastgrpoArgs args = {};
-  args.dtype = dtype;
-  args.vocab = vocab;
-  const OnDevice here(device);
-  return here.error() != cudaSuccess ? 0 : one_pass_for(args, device, 0).shape.cluster;
+int32_t fastgrpo_cuda_one_pass(const FastgrpoArgs* args, int32_t device, const FastgrpoOnePass* choice,
+                               FastgrpoOnePassShape* shape) {
+  return on_device(device, [&] { return how_to(*args, device, *choice, *shape); });
 }
 
-int32_t fastgrpo_cuda_row_stats(const FastgrpoArgs* args, int32_t device, void* stream, int32_t cluster) {
-  return on_device(device, [&] {
-    const OnePass how = one_pass_for(*args, device, cluster);
-    return how.shape.cluster > 0 ? one_pass(*args, how.shape, how.clusters, (cudaStream_t)stream)
-                                 : stats(*args, (cudaStream_t)stream);
-  });
+int32_t fastgrpo_cuda_row_stats(const FastgrpoArgs* args, int32_t device, void* stream,
+                                const FastgrpoOnePass* choice) {
+  return fastgrpo_cuda_token_loss(args, device, stream, choice);  // without args->loss and args->out
 }
 
-int32_t fastgrpo_cuda_row_grad(const FastgrpoArgs* args, int32_t device, void* stream, int32_t) {
+int32_t fastgrpo_cuda_row_grad(const FastgrpoArgs* args, int32_t device, void* stream, const FastgrpoOnePass*) {
   return on_device(device, [&] { return grad(*args, (cudaStream_t)stream); });
 }
 
-int32_t fastgrpo_cuda_token_loss(const FastgrpoArgs* args, int32_t device, void* stream, int32_t cluster) {
-  if (args->out != nullptr && !same_phase(*args)) cluster = -1;
-  return on_device(device, [&] {
-    const OnePass how = one_pass_for(*args, device, cluster);
-    if (how.shape.cluster > 0) return one_pass(*args, how.shape, how.clusters, (cudaStream_t)stream);
-    const cudaError_t error = stats(*args, (cudaStream_t)stream);
+int32_t fastgrpo_cuda_token_loss(const FastgrpoArgs* args, int32_t device, void* stream,
+                                 const FastgrpoOnePass* choice) {
+  return on_device(device, [&]() -> int32_t {
+    OnePassShape shape;
+    cudaError_t error = how_to(*args, device, *choice, shape);
+    if (error != cudaSuccess) return error;
+    if (shape.cluster > 0) return one_pass(*args, shape, (cudaStream_t)stream);
+    if (refused(*choice)) return FASTGRPO_REFUSED;
+    error = stats(*args, (cudaStream_t)stream);
     return error != cudaSuccess || args->out == nullptr ? error : grad(*args, (cudaStream_t)stream);
   });
 }
 
-int32_t fastgrpo_cuda_scale(const FastgrpoArgs* args, int32_t device, void* stream, int32_t) {
-  return on_device(device, [&] { return scale(*args, (cudaStream_t)stream); });
+int32_t fastgrpo_cuda_scale(const FastgrpoArgs* args, int32_t device, void* stream, const FastgrpoOnePass*) {
+  return on_device(device, [&] {
+    Device about;
+    const cudaError_t error = ask(device, about);
+    return error != cudaSuccess ? error : scale(*args, about.multiprocessors, (cudaStream_t)stream);
+  });
 }

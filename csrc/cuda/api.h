@@ -1,11 +1,31 @@
 // The C interface of libfastgrpo_cuda, for fastgrpo/backends/cuda.py. Calls only enqueue work on `stream` of `device`.
 //
 // A call returns 0 or an error, which fastgrpo_cuda_error names. Calls of zero rows or no vocabulary are not for it.
-// cluster: blocks that hold a row together; 0: by its length; -1: none, two passes.
 
 #pragma once
 
 #include "args.h"
+
+// How token_loss and row_stats hold a row in shared memory. 0: chosen by the row's length.
+struct FastgrpoOnePass {
+  int32_t cluster;      // blocks that hold a row together: 1, 2, 4, 8 or 16; -1: none, two passes
+  int32_t buffers;      // rows on their way through a block, 1 to 4
+  int32_t blocks;       // of a multiprocessor at once, 1 or 2
+  int32_t evict_first;  // 1: the L2 cache gives up the rows' lines before others; 0: as any line
+};
+
+// What comes of it.
+struct FastgrpoOnePassShape {
+  int32_t cluster;  // 0: rows like these take two passes, for `why`
+  int32_t slice;    // elements of a row in a block
+  int32_t buffers, buffer_bytes, shared_bytes;
+  int32_t blocks, evict_first;
+  int32_t clusters;  // of the device at once
+  const char* why;
+};
+
+// A choice that cannot run: fastgrpo_cuda_one_pass says why.
+#define FASTGRPO_REFUSED (-1)
 
 FASTGRPO_API int32_t fastgrpo_cuda_abi(void);
 FASTGRPO_API int64_t fastgrpo_cuda_args_size(void);
@@ -15,12 +35,17 @@ FASTGRPO_API const char* fastgrpo_cuda_error(int32_t error);
 FASTGRPO_API const char* fastgrpo_cuda_unavailable(void);
 // Null, or why this device cannot.
 FASTGRPO_API const char* fastgrpo_cuda_device_unavailable(int32_t device);
-// Blocks that would hold a row together in token_loss and row_stats; 0: none can, and token_loss reads it twice.
-FASTGRPO_API int32_t fastgrpo_cuda_cluster(int32_t dtype, int64_t vocab, int32_t device);
+// How token_loss, or row_stats, holds rows like these (dtype, vocab, entropy, and where out is).
+FASTGRPO_API int32_t fastgrpo_cuda_one_pass(const FastgrpoArgs* args, int32_t device, const FastgrpoOnePass* choice,
+                                            FastgrpoOnePassShape* shape);
 
-FASTGRPO_API int32_t fastgrpo_cuda_row_stats(const FastgrpoArgs* args, int32_t device, void* stream, int32_t cluster);
-FASTGRPO_API int32_t fastgrpo_cuda_row_grad(const FastgrpoArgs* args, int32_t device, void* stream, int32_t cluster);
+FASTGRPO_API int32_t fastgrpo_cuda_row_stats(const FastgrpoArgs* args, int32_t device, void* stream,
+                                             const FastgrpoOnePass* choice);
+FASTGRPO_API int32_t fastgrpo_cuda_row_grad(const FastgrpoArgs* args, int32_t device, void* stream,
+                                            const FastgrpoOnePass*);
 // With args->h, args->entropy must not be null.
-FASTGRPO_API int32_t fastgrpo_cuda_token_loss(const FastgrpoArgs* args, int32_t device, void* stream, int32_t cluster);
+FASTGRPO_API int32_t fastgrpo_cuda_token_loss(const FastgrpoArgs* args, int32_t device, void* stream,
+                                              const FastgrpoOnePass* choice);
 // logits *= *weight; not touched when that is 1.
-FASTGRPO_API int32_t fastgrpo_cuda_scale(const FastgrpoArgs* args, int32_t device, void* stream, int32_t cluster);
+FASTGRPO_API int32_t fastgrpo_cuda_scale(const FastgrpoArgs* args, int32_t device, void* stream,
+                                         const FastgrpoOnePass*);

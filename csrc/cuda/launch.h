@@ -1,4 +1,5 @@
-// Every kernel is launched here: one argument struct by value, clusters, all the shared memory that a block may have.
+// Every kernel is launched here: one argument struct by value, with clusters or without. A launch asks the driver
+// nothing.
 
 #pragma once
 
@@ -6,14 +7,6 @@
 #include <stdint.h>
 
 namespace fastgrpo {
-
-// Bytes of shared memory that a block may have on the current device.
-inline cudaError_t shared_limit(int& bytes) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  return error != cudaSuccess ? error
-                              : cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
 
 struct Launch {
   int64_t blocks;
@@ -23,13 +16,11 @@ struct Launch {
   cudaStream_t stream;
 };
 
-template <class Arguments>
 struct LaunchConfig {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute = {};
-  cudaError_t error = cudaSuccess;
 
-  LaunchConfig(void (*kernel)(Arguments), const Launch& launch) {
+  explicit LaunchConfig(const Launch& launch) {
     config.gridDim = dim3((unsigned)launch.blocks);
     config.blockDim = dim3((unsigned)launch.threads);
     config.dynamicSmemBytes = launch.shared_bytes;
@@ -38,40 +29,43 @@ struct LaunchConfig {
     attribute.val.clusterDim.x = launch.cluster;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.attrs = &attribute;
-    if (launch.cluster == 0) return;
-    config.numAttrs = 1;
-    // Attributes are the kernel's, not the launch's: the same for every launch, or threads would change them for
-    // others.
-    int limit = 0;
-    error = shared_limit(limit);
-    const struct {
-      cudaFuncAttribute name;
-      int value;
-    } attributes[] = {{cudaFuncAttributeMaxDynamicSharedMemorySize, limit},
-                      {cudaFuncAttributePreferredSharedMemoryCarveout, 100},
-                      {cudaFuncAttributeNonPortableClusterSizeAllowed, 1}};
-    for (const auto& attribute : attributes) {
-      if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute.name, attribute.value);
-    }
+    config.numAttrs = launch.cluster > 0;
   }
 };
+
+// Once per kernel and device, the current one: what blocks and clusters need beyond what every kernel may have.
+// Attributes are the kernel's, not a launch's: the same for all, or threads would change them for others.
+template <class Arguments>
+cudaError_t prepare(void (*kernel)(Arguments), int shared_limit) {
+  const struct {
+    cudaFuncAttribute name;
+    int value;
+  } attributes[] = {{cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit},
+                    {cudaFuncAttributePreferredSharedMemoryCarveout, 100},
+                    {cudaFuncAttributeNonPortableClusterSizeAllowed, 1}};
+  cudaError_t error = cudaSuccess;
+  for (const auto& attribute : attributes) {
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute.name, attribute.value);
+  }
+  return error;
+}
 
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), const Launch& how, const Arguments& arguments) {
   if (how.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  LaunchConfig<Arguments> made(kernel, how);
-  return made.error != cudaSuccess ? made.error : cudaLaunchKernelEx(&made.config, kernel, arguments);
+  LaunchConfig made(how);
+  return cudaLaunchKernelEx(&made.config, kernel, arguments);
 }
 
 // How many clusters of this shape the device holds at once; 0 when it cannot run one.
 template <class Arguments>
-int active_clusters(void (*kernel)(Arguments), const Launch& how) {
-  LaunchConfig<Arguments> made(kernel, how);
-  int clusters = 0;
-  const bool ok =
-      made.error == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, kernel, &made.config) == cudaSuccess;
-  if (!ok) (void)cudaGetLastError();  // an answer, not an error for whoever asks next
-  return ok ? clusters : 0;
+cudaError_t active_clusters(void (*kernel)(Arguments), const Launch& how, int& clusters) {
+  LaunchConfig made(how);
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &made.config);
+  if (error != cudaErrorInvalidClusterSize) return error;
+  (void)cudaGetLastError();  // the answer of a device that knows no cluster of so many blocks, not a failure
+  clusters = 0;
+  return cudaSuccess;
 }
 
 }  // namespace fastgrpo

@@ -17,6 +17,7 @@ namespace {
 constexpr int kThreads = kWorkers + 32;
 constexpr int kMaxBuffers = 4;
 constexpr int kMaxCluster = 16;
+constexpr int kLine = 128;  // bytes: bulk copies are fastest between places that are the same modulo this
 
 struct OnePassArgs {
   FastgrpoArgs a;
@@ -33,7 +34,7 @@ constexpr uint32_t kWarpSums = kTarget + 16;
 constexpr uint32_t kParts = kWarpSums + kScratch;  // for every second row: (top, sum, weighted, target) by rank
 constexpr uint32_t kGradient = kParts + 2 * 16 * kMaxCluster;
 constexpr uint32_t kPlan = kGradient + sizeof(RowGradient);  // per buffer
-constexpr uint32_t kBuffers = (kPlan + sizeof(Plan) * kMaxBuffers + 127) / 128 * 128;
+constexpr uint32_t kBuffers = (kPlan + sizeof(Plan) * kMaxBuffers + kLine - 1) / kLine * kLine;
 
 FASTGRPO_DEVICE uint32_t full(int buffer) { return kFull + 8 * buffer; }
 FASTGRPO_DEVICE uint32_t ready(int buffer) { return kReady + 8 * buffer; }
@@ -62,13 +63,14 @@ struct Turn {
 // ---- the warp that moves rows
 
 template <class E>
-FASTGRPO_DEVICE void load_slice(const OnePassArgs& p, Plan plan, int buffer, int lane) {
+FASTGRPO_DEVICE void load_slice(const OnePassArgs& p, Plan plan, int buffer, int lane, uint64_t policy) {
   using Bits = typename E::Bits;
   const Span<E> span = slice_of<E>(p.a.logits, p.a.logits_stride, p, plan.row);
   plan.vectors = span.vectors();
   plan.owner = plan.target < 0 ? -1 : plan.target / p.shape.slice;
   plan.position = plan.owner == cluster_rank() ? span.lead + plan.target % p.shape.slice : -1;
-  const uint32_t to = buffer_at(p.shape, buffer);
+  plan.at = buffer_at(p.shape, buffer) + span.phase();
+  const uint32_t to = plan.at;
   each_edge(span, lane, [&](int position) {
     const Bits x = span.holds(position) ? global_load(span.at(position)) : E::kMinusInfinity;
     shared_store(to + position * (uint32_t)sizeof(Bits), x);
@@ -80,20 +82,20 @@ FASTGRPO_DEVICE void load_slice(const OnePassArgs& p, Plan plan, int buffer, int
   const int first = span.first_whole(), vectors = span.end_whole() - first;
   if (vectors > 0) {
     barrier_expect(full(buffer), vectors * 16);
-    bulk_load(to + first * 16, span.at(first * E::kCount), vectors * 16, full(buffer));
+    bulk_load(to + first * 16, span.at(first * E::kCount), vectors * 16, full(buffer), policy);
   } else {
     barrier_arrive(full(buffer));
   }
 }
 
 template <class E>
-FASTGRPO_DEVICE void store_slice(const OnePassArgs& p, int buffer, int lane) {
+FASTGRPO_DEVICE void store_slice(const OnePassArgs& p, int buffer, int lane, uint64_t policy) {
   using Bits = typename E::Bits;
-  const int64_t row = shared_load<int64_t>(plan_at(buffer));
-  const Span<E> span = slice_of<E>(p.a.out, p.a.out_stride, p, row);
-  const uint32_t from = buffer_at(p.shape, buffer);
+  const Plan plan = shared_get<Plan>(plan_at(buffer));
+  const Span<E> span = slice_of<E>(p.a.out, p.a.out_stride, p, plan.row);
+  const uint32_t from = plan.at;
   const int first = span.first_whole(), vectors = span.end_whole() - first;
-  if (lane == 0 && vectors > 0) bulk_store((void*)span.at(first * E::kCount), from + first * 16, vectors * 16);
+  if (lane == 0 && vectors > 0) bulk_store((void*)span.at(first * E::kCount), from + first * 16, vectors * 16, policy);
   each_edge(span, lane, [&](int position) {
     if (!span.holds(position)) return;
     global_store((Bits*)span.at(position), shared_load<Bits>(from + position * (uint32_t)sizeof(Bits)));
@@ -107,12 +109,13 @@ template <class E>
 FASTGRPO_DEVICE void move_rows(const OnePassArgs& p) {
   const int lane = thread_index() % 32, rank = cluster_rank();
   const int64_t rows = p.a.batch * p.a.tokens, step = block_count() / cluster_size();
+  const uint64_t policy = cache_policy(p.shape.evict_first != 0);
   Turn in, out;
   int held = 0;
   Advantage advantage;
   const auto make_room = [&] {
     barrier_wait(ready(out.buffer), out.parity);
-    if (p.a.out != nullptr) store_slice<E>(p, out.buffer, lane);
+    if (p.a.out != nullptr) store_slice<E>(p, out.buffer, lane, policy);
     out.next(p.shape);
     --held;
   };
@@ -124,7 +127,7 @@ FASTGRPO_DEVICE void move_rows(const OnePassArgs& p) {
       continue;
     }
     if (held == p.shape.buffers) make_room();
-    load_slice<E>(p, plan, in.buffer, lane);
+    load_slice<E>(p, plan, in.buffer, lane, policy);
     in.next(p.shape);
     ++held;
   }
@@ -139,6 +142,19 @@ FASTGRPO_DEVICE void move_rows(const OnePassArgs& p) {
 
 // ---- the warps that sweep
 
+// The sum over the first kMaxCluster lanes, counted from the highest top of them, in every lane. The order of adding
+// depends on the lanes' numbers alone, so the bits are the same in all blocks that hold the same parts.
+template <bool kEntropy>
+FASTGRPO_DEVICE Sums merged_lanes(const Sums& mine, float c) {
+  Sums all = raised(mine, from_ordered(warp_max(ordered(mine.top))), c);
+  FASTGRPO_UNROLL
+  for (int mask = kMaxCluster / 2; mask > 0; mask /= 2) {
+    all.sum += warp_across(all.sum, mask);
+    if (kEntropy) all.weighted += warp_across(all.weighted, mask);
+  }
+  return all;
+}
+
 template <class E, bool kEntropy>
 FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
   using Bits = typename E::Bits;
@@ -148,7 +164,7 @@ FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
     barrier_wait(full(turn.buffer), turn.parity);
     const Plan plan = shared_get<Plan>(plan_at(turn.buffer));
     if (plan.row < 0) return;
-    const uint32_t at = buffer_at(p.shape, turn.buffer);
+    const uint32_t at = plan.at;
     const int vectors = plan.vectors, position = plan.position;
 
     // The target's own thread takes it out of the row, before its sweeps and back into the gradient after them.
@@ -188,17 +204,13 @@ FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
       }
       // A block that is a row ahead writes to the other half: it has heard from this one about the row between.
       barrier_wait_cluster(exchange, n / 2 % 2);
-      Sums all = {-INFINITY, 0.0f, 0.0f};
-      for (int i = 0; i < blocks; ++i) all.top = max_f32(all.top, shared_load<float>(parts + i * 16));
-      float target = 0.0f;
-      for (int i = 0; i < blocks; ++i) {
-        const Vec v = shared_load<Vec>(parts + i * 16);
-        const Sums other = raised({as_float(v.w[0]), as_float(v.w[1]), as_float(v.w[2])}, all.top, exponent.c);
-        all.sum += other.sum;
-        all.weighted += other.weighted;
-        if (i == plan.owner) target = as_float(v.w[3]);
-      }
-      const RowGradient g = finish_row(p.a, plan, all, target, rank == 0 && thread == 0);
+      // Lane i takes part i; lanes 16 to 31 take them again, so that all come to the same.
+      const int i = thread % kMaxCluster;
+      Vec v = {{as_bits(-INFINITY), 0, 0, 0}};
+      if (i < blocks) v = shared_load<Vec>(parts + i * 16);
+      const Sums all = merged_lanes<kEntropy>({as_float(v.w[0]), as_float(v.w[1]), as_float(v.w[2])}, exponent.c);
+      const float logit = warp_from(as_float(v.w[3]), plan.owner < 0 ? 0 : plan.owner);
+      const RowGradient g = finish_row(p.a, plan, all, logit, rank == 0 && thread == 0);
       if (thread == 0) shared_put(kGradient, g);
     }
 
@@ -263,35 +275,51 @@ Launch launch_for(const OnePassShape& shape, int64_t clusters, cudaStream_t stre
 
 }  // namespace
 
-OnePassShape one_pass_shape(int32_t dtype, int64_t vocab, int cluster, int shared_limit) {
+OnePassShape one_pass_shape(int32_t dtype, int64_t vocab, const OnePass& choice, int shared_limit) {
   const int size = dtype == kFloat32 ? 4 : 2;
   // Half of a multiprocessor's shared memory with three rows on their way, or all of it with two. A block takes 1 KiB
   // beside its own, and what one block may have is all there is but that.
+  const int half = (shared_limit + 1024) / 2 - 1024;
   const struct {
-    int bytes, buffers;
-  } budgets[] = {{(shared_limit + 1024) / 2 - 1024, 3}, {shared_limit, 2}};
+    int blocks, bytes, least_bytes, buffers;
+  } budgets[] = {{2, half, 0, 3}, {1, shared_limit, half + kLine, 2}};
   for (const auto& budget : budgets) {
-    for (int blocks = cluster > 0 ? cluster : 1; blocks <= kMaxCluster; blocks *= 2) {
-      const int64_t line = 128 / size, slice = ((vocab + blocks - 1) / blocks + line - 1) / line * line;
-      const int64_t buffer_bytes = slice * size + 16, room = (budget.bytes - kBuffers) / buffer_bytes;
-      if (room >= budget.buffers) {
-        const int buffers = room < kMaxBuffers ? (int)room : kMaxBuffers;
-        const int shared = (int)(kBuffers + buffers * buffer_bytes);
-        return {blocks, (int)slice, buffers, (int)buffer_bytes, shared};
+    if (choice.blocks > 0 && choice.blocks != budget.blocks) continue;
+    const int least = choice.buffers > 0 ? choice.buffers : choice.blocks > 0 ? 2 : budget.buffers;
+    const int most = choice.buffers > 0 ? choice.buffers : kMaxBuffers;
+    for (int blocks = choice.cluster > 0 ? choice.cluster : 1; blocks <= kMaxCluster; blocks *= 2) {
+      const int64_t line = kLine / size, slice = ((vocab + blocks - 1) / blocks + line - 1) / line * line;
+      const int64_t buffer_bytes = slice * size + kLine, room = (budget.bytes - (int)kBuffers) / buffer_bytes;
+      if (room >= least) {
+        OnePassShape shape = {};
+        shape.cluster = blocks;
+        shape.slice = (int)slice;
+        shape.buffers = room < most ? (int)room : most;
+        shape.buffer_bytes = (int)buffer_bytes;
+        // One block a multiprocessor leaves no room for a second one.
+        const int bytes = (int)kBuffers + shape.buffers * shape.buffer_bytes;
+        shape.shared_bytes = bytes > budget.least_bytes ? bytes : budget.least_bytes;
+        shape.blocks = budget.blocks;
+        return shape;
       }
-      if (cluster > 0) break;
+      if (choice.cluster > 0) break;
     }
   }
   return {};
 }
 
-int one_pass_clusters(const FastgrpoArgs& args, const OnePassShape& shape) {
-  return active_clusters(kernel_for(args), launch_for(shape, 1, nullptr));
+cudaError_t one_pass_prepare(const FastgrpoArgs& args, int shared_limit) {
+  return prepare(kernel_for(args), shared_limit);
 }
 
-cudaError_t one_pass(const FastgrpoArgs& args, const OnePassShape& shape, int clusters, cudaStream_t stream) {
+cudaError_t one_pass_clusters(const FastgrpoArgs& args, const OnePassShape& shape, int& clusters) {
+  return active_clusters(kernel_for(args), launch_for(shape, 1, nullptr), clusters);
+}
+
+cudaError_t one_pass(const FastgrpoArgs& args, const OnePassShape& shape, cudaStream_t stream) {
   const int64_t rows = args.batch * args.tokens;
-  return launch(kernel_for(args), launch_for(shape, clusters < rows ? clusters : rows, stream), {args, shape});
+  const int64_t clusters = shape.clusters < rows ? shape.clusters : rows;
+  return launch(kernel_for(args), launch_for(shape, clusters, stream), {args, shape});
 }
 
 }  // namespace fastgrpo

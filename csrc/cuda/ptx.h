@@ -74,6 +74,11 @@ FASTGRPO_DEVICE void sync_threads(int barrier, int threads) {
 FASTGRPO_DEVICE int warp_sum(int x) { return __reduce_add_sync(0xffffffffu, x); }
 FASTGRPO_DEVICE int warp_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
 
+// The x of another lane, which all 32 call together: of `lane`, and of the one whose number differs in the bits of
+// `mask`.
+FASTGRPO_DEVICE float warp_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FASTGRPO_DEVICE float warp_across(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
 // ---- numbers
 
 // 2^x to two units in the last place; results below 2^-126 are 0.
@@ -191,18 +196,30 @@ FASTGRPO_DEVICE void barrier_wait_cluster(uint32_t at, uint32_t parity) {
       : "memory");
 }
 
-// Copies between global and shared memory behind the threads' backs; addresses and sizes are multiples of 16 bytes.
-// A load completes on a barrier that was told to expect its bytes.
-FASTGRPO_DEVICE void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
+// What the L2 cache does with the lines of a bulk copy: gives them up before others, or treats them as any.
+FASTGRPO_DEVICE uint64_t cache_policy(bool evict_first) {
+  uint64_t policy;
+  if (evict_first) {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  }
+  return policy;
 }
 
-FASTGRPO_DEVICE void bulk_store(void* to, uint32_t from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
-               "r"(bytes)
+// Copies between global and shared memory behind the threads' backs; addresses and sizes are multiples of 16 bytes.
+// A load completes on a barrier that was told to expect its bytes.
+FASTGRPO_DEVICE void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+FASTGRPO_DEVICE void bulk_store(void* to, uint32_t from, uint32_t bytes, uint64_t policy) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes), "l"(policy)
                : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

@@ -125,6 +125,8 @@ struct Span {
   FASTGRPO_DEVICE bool whole(int v) const { return v >= first_whole() && v < end_whole(); }
   FASTGRPO_DEVICE bool holds(int position) const { return position >= lead && position < lead + count; }
   FASTGRPO_DEVICE const Bits* at(int position) const { return from - lead + position; }
+  // Of its first vector, modulo 128 bytes.
+  FASTGRPO_DEVICE uint32_t phase() const { return (uint32_t)(uintptr_t)at(0) & 127; }
 };
 
 // Calls f(position) for the elements of the edges' vectors, each in a lane of its own of 32 or more.
@@ -324,9 +326,11 @@ struct alignas(16) Plan {
   int32_t target;  // its id, or -1 when that is out of range
   float inv_temperature;
   float advantage, weight, old_logp, ref_logp, policy_scale, h;
-  // of the slice in this block: its vectors, where in these the target is or -1, and the block that has it
+  // of the slice in this block: its vectors, where in these the target is or -1, the block that has it, and where in
+  // shared memory its first vector is
   int32_t vectors, position, owner;
-  int32_t unused[2];
+  uint32_t at;
+  int32_t unused;
 };
 
 FASTGRPO_DEVICE int min_of(int a, int b) { return a < b ? a : b; }

@@ -2,9 +2,10 @@
 // holds, and coefficients from outside (sequence level, an upstream gradient per token).
 //
 // Grid: one block of 256 threads a row; 3 blocks a multiprocessor (at most 80 registers a thread) for the statistics,
-// 4 (64) for the gradient and the scaling. Bytes moved per row: V in; for these two V out as well. A tile of 8 vectors
-// a thread stays in registers between its maximum and its sums. Accesses are 128 bits wide, but at a row's ends and
-// where gradients lie otherwise modulo 16 than their logits. Rows that do not count are not read; they get zeroes.
+// 4 (64) for the gradient and the scaling, whose blocks go on from row to row. Bytes moved per row: V in; for these
+// two V out as well. A tile of 8 vectors a thread stays in registers between its maximum and its sums. Accesses are
+// 128 bits wide, but at a row's ends and where gradients lie otherwise modulo 16 than their logits. Rows that do not
+// count are not read; they get zeroes.
 
 #include "kernels.h"
 #include "launch.h"
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int kHeld = 8;  // vectors of a tile in a thread
 constexpr int kTile = kHeld * kWorkers;
+constexpr int kScaleBlocks = 4;  // of a multiprocessor
 
 template <class E>
 FASTGRPO_DEVICE Span<E> row_of(const void* base, const int64_t (&stride)[2], const FastgrpoArgs& a, int64_t row) {
@@ -193,23 +195,27 @@ FASTGRPO_DEVICE Vec scaled(const Vec& v, float factor) {
 }
 
 template <class E>
-FASTGRPO_KERNEL(kWorkers, 4)
+FASTGRPO_KERNEL(kWorkers, kScaleBlocks)
 scale_kernel(const FastgrpoArgs a) {
   const float factor = global_load(a.weight);
   if (factor == 1.0f) return;
   using Bits = typename E::Bits;
-  const Span<E> span = row_of<E>(a.logits, a.logits_stride, a, block_index());
-  Vec* const vectors = (Vec*)vectors_of(span);
-  each_vector(vectors, vectors, span.first_whole(), span.end_whole(),
-              [&](const Vec& x) { return scaled<E>(x, factor); });
-  each_edge(span, thread_index(), [&](int position) {
-    Bits* const x = (Bits*)span.at(position);
-    if (span.holds(position)) global_store(x, E::bits(E::number(global_load(x)) * factor));
-  });
+  const int64_t rows = a.batch * a.tokens;
+  for (int64_t row = block_index(); row < rows; row += block_count()) {
+    const Span<E> span = row_of<E>(a.logits, a.logits_stride, a, row);
+    Vec* const vectors = (Vec*)vectors_of(span);
+    each_vector(vectors, vectors, span.first_whole(), span.end_whole(),
+                [&](const Vec& x) { return scaled<E>(x, factor); });
+    each_edge(span, thread_index(), [&](int position) {
+      Bits* const x = (Bits*)span.at(position);
+      if (span.holds(position)) global_store(x, E::bits(E::number(global_load(x)) * factor));
+    });
+  }
 }
 
-cudaError_t launch_rows(void (*kernel)(FastgrpoArgs), const FastgrpoArgs& args, cudaStream_t stream) {
-  return launch(kernel, {args.batch * args.tokens, kWorkers, 0, kSharedBytes, stream}, args);
+cudaError_t launch_blocks(void (*kernel)(FastgrpoArgs), const FastgrpoArgs& args, int64_t blocks,
+                          cudaStream_t stream) {
+  return launch(kernel, {blocks, kWorkers, 0, kSharedBytes, stream}, args);
 }
 
 }  // namespace
@@ -219,12 +225,12 @@ cudaError_t stats(const FastgrpoArgs& args, cudaStream_t stream) {
   void (*const kernels[3][2])(FastgrpoArgs) = {{stats_kernel<Float32, false>, stats_kernel<Float32, true>},
                                                {stats_kernel<BFloat16, false>, stats_kernel<BFloat16, true>},
                                                {stats_kernel<Float16, false>, stats_kernel<Float16, true>}};
-  return launch_rows(kernels[args.dtype][entropy], args, stream);
+  return launch_blocks(kernels[args.dtype][entropy], args, args.batch * args.tokens, stream);
 }
 
 cudaError_t grad(const FastgrpoArgs& args, cudaStream_t stream) {
   void (*const kernels[3])(FastgrpoArgs) = {grad_kernel<Float32>, grad_kernel<BFloat16>, grad_kernel<Float16>};
-  return launch_rows(kernels[args.dtype], args, stream);
+  return launch_blocks(kernels[args.dtype], args, args.batch * args.tokens, stream);
 }
 
 cudaError_t loadable() {
@@ -232,9 +238,11 @@ cudaError_t loadable() {
   return cudaFuncGetAttributes(&attributes, scale_kernel<Float32>);
 }
 
-cudaError_t scale(const FastgrpoArgs& args, cudaStream_t stream) {
+cudaError_t scale(const FastgrpoArgs& args, int multiprocessors, cudaStream_t stream) {
   void (*const kernels[3])(FastgrpoArgs) = {scale_kernel<Float32>, scale_kernel<BFloat16>, scale_kernel<Float16>};
-  return launch_rows(kernels[args.dtype], args, stream);
+  // No more blocks than run at once: a factor of 1 costs one look of each.
+  const int64_t rows = args.batch * args.tokens, most = (int64_t)kScaleBlocks * multiprocessors;
+  return launch_blocks(kernels[args.dtype], args, rows < most ? rows : most, stream);
 }
 
 }  // namespace fastgrpo

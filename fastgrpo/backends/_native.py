@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import TokenRows, TokenSpec
 
-_ABI = 3
+_ABI = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -2,24 +2,110 @@
 
 From 9.0 on, token_loss and row_stats hold each row in the shared memory of a cluster of blocks: one read of the logits
 and, in place, one write. Before, and for rows that no cluster holds, they sweep the row twice. A softcap is not for
-these kernels. Calls enqueue work on torch's current stream and wait for nothing, so that CUDA graphs can capture them;
-the first call for a vocabulary asks the driver how many clusters fit, once.
+these kernels. Calls enqueue work on torch's current stream and wait for nothing, so that CUDA graphs can capture them.
+The driver is asked once what the device can do and how many clusters fit for a vocabulary; where it fails, the next
+call asks again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
 import functools
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._native import DTYPES, Args, Rows, load, make_args
 
-_CLUSTER = 0  # blocks that hold a row together; 0: by its length, -1: none
+CLUSTERS = (1, 2, 4, 8, 16)
 _DEVICE_TYPE = "cuda"
+_REFUSED = -1  # FASTGRPO_REFUSED in csrc/cuda/api.h
 _INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
-_ROWS = (_INT, ctypes.POINTER(Args), _INT, _POINTER, _INT)  # args, device, stream, cluster -> error
+
+
+@dataclasses.dataclass(frozen=True)
+class OnePass:
+    """How token_loss and row_stats hold a row in shared memory; 0: chosen by the row's length.
+
+    Args:
+        cluster: blocks that hold a row together: 1, 2, 4, 8 or 16; -1: none, the row is read twice.
+        buffers: rows on their way through a block at once, 1 to 4.
+        blocks: blocks that share a multiprocessor, 1 or 2.
+        evict_first: the L2 cache gives up the lines of logits and gradients before others.
+
+    Raises:
+        ValueError: a number that is none of these.
+    """
+
+    cluster: int = 0
+    buffers: int = 0
+    blocks: int = 0
+    evict_first: bool = True
+
+    def __post_init__(self):
+        allowed = dict(cluster=(-1, 0, *CLUSTERS), buffers=range(5), blocks=range(3), evict_first=(False, True))
+        for name, values in allowed.items():
+            if (value := getattr(self, name)) not in values:
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, values))}, got {value!r}")
+
+
+class _Choice(ctypes.Structure):
+    """FastgrpoOnePass in csrc/cuda/api.h."""
+
+    _fields_ = [(field.name, _INT) for field in dataclasses.fields(OnePass)]
+
+
+class _Shape(ctypes.Structure):
+    """FastgrpoOnePassShape in csrc/cuda/api.h."""
+
+    _names = ("cluster", "slice", "buffers", "buffer_bytes", "shared_bytes", "blocks", "evict_first", "clusters")
+    _fields_ = [*((name, _INT) for name in _names), ("why", ctypes.c_char_p)]
+
+
+class Shape(NamedTuple):
+    """How rows lie in clusters: blocks of one, elements of a row in a block, rows in a block, bytes of it, ..."""
+
+    cluster: int  # 0: they take two passes, for `why`
+    slice: int
+    buffers: int
+    buffer_bytes: int
+    shared_bytes: int
+    blocks: int  # of a multiprocessor
+    clusters: int  # of the device, at once
+    why: str | None
+
+
+def _as_choice(one_pass: OnePass) -> _Choice:
+    return _Choice(*map(int, dataclasses.astuple(one_pass)))
+
+
+_chosen = OnePass()
+_choice = _as_choice(_chosen)  # the same, as the library takes it
+
+
+@contextlib.contextmanager
+def using(**choices: int) -> Iterator[None]:
+    """Sets fields of `OnePass` for the calls inside, of all threads: `with using(cluster=8, buffers=2): ...`.
+
+    A call whose rows cannot be held like that raises a ValueError, which says what fits. Backend "auto" goes on to
+    choose by what the device can do without them.
+    """
+    global _chosen, _choice
+    before = _chosen, _choice
+    _chosen = dataclasses.replace(_chosen, **choices)
+    _choice = _as_choice(_chosen)
+    try:
+        yield
+    finally:
+        _chosen, _choice = before
+
+
+_ROWS = (_INT, ctypes.POINTER(Args), _INT, _POINTER, ctypes.POINTER(_Choice))  # args, device, stream, choice -> error
 
 
 @functools.cache
@@ -30,8 +116,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "nvcc 12 or later",
         error=(ctypes.c_char_p, _INT),
         unavailable=(ctypes.c_char_p,),
-        device_unavailable=(ctypes.c_char_p, _INT),
-        cluster=(_INT, _INT, ctypes.c_int64, _INT),
+        one_pass=(_INT, ctypes.POINTER(Args), _INT, ctypes.POINTER(_Choice), ctypes.POINTER(_Shape)),
         row_stats=_ROWS,
         row_grad=_ROWS,
         token_loss=_ROWS,
@@ -39,14 +124,21 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     )
 
 
+_works = False  # once this backend could run, it can
+
+
 def unavailable() -> str | None:
     """None, or why this backend cannot run on this machine."""
+    global _works
+    if _works:
+        return None
     library, why = _load()
     if library is None:
         return why
     why = library.fastgrpo_cuda_unavailable()
     if why is None and not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"
+    _works = why is None
     return None if why is None else why.decode()
 
 
@@ -59,16 +151,63 @@ def supports(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-@functools.cache
+def _ask(args: Args, device: int, choice: _Choice) -> Shape:
+    library, _ = _load()
+    found = _Shape()
+    if error := library.fastgrpo_cuda_one_pass(args, device, choice, found):
+        why = library.fastgrpo_cuda_error(error).decode()
+        raise RuntimeError(f"backend 'cuda': asking cuda:{device} for clusters: {why}")
+    numbers = (getattr(found, name) for name in Shape._fields[:-1])
+    return Shape(*numbers, None if found.why is None else found.why.decode())
+
+
+@functools.cache  # of answers; what is raised is not kept
+def shape(vocab: int, dtype: torch.dtype, device: int, one_pass: OnePass = OnePass(), entropy: bool = False) -> Shape:
+    """How rows of `vocab` logits are held, with that choice; its cluster is 0 where they cannot be.
+
+    Raises:
+        RuntimeError: the driver failed to answer.
+    """
+    args = Args(vocab=vocab, dtype=DTYPES[dtype], entropy=entropy or None)  # a pointer that is not followed
+    return _ask(args, device, _as_choice(one_pass))
+
+
 def cluster(vocab: int, dtype: torch.dtype, device: int) -> int:
     """The number of blocks that hold a row of `vocab` logits together; 0: this device does it in two passes."""
-    library, _ = _load()
-    return library.fastgrpo_cuda_cluster(DTYPES[dtype], vocab, device)
+    try:
+        return shape(vocab, dtype, device).cluster
+    except RuntimeError as error:
+        warnings.warn(f"fastgrpo: {error}; asked again at the next call", RuntimeWarning, stacklevel=2)
+        return 0
+
+
+def active_clusters(dtype: torch.dtype, device: int, blocks: int) -> dict[int, int]:
+    """{blocks of a cluster: such clusters at once}, where each block has three rows of 36 KiB, `blocks` of these on a
+    multiprocessor."""
+    vocab = 36 * 1024 // dtype.itemsize
+    return {
+        size: shape(size * vocab, dtype, device, OnePass(cluster=size, buffers=3, blocks=blocks)).clusters
+        for size in CLUSTERS
+    }
 
 
 def _place(device: torch.device) -> tuple[int, int]:
     """(device, stream) as the library takes them."""
     return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _refusal(args: Args, device: int) -> str:
+    """Why the library refused the choice, and what it would take in its place."""
+    dtype = next(key for key, number in DTYPES.items() if number == args.dtype)
+    why, fits = _ask(args, device, _choice).why, []
+    for size in CLUSTERS:
+        for blocks in (1, 2):
+            for buffers in (4, 3, 2, 1):
+                if _ask(args, device, _as_choice(OnePass(size, buffers, blocks))).cluster:
+                    fits.append(f"cluster={size}, blocks={blocks} with up to {buffers} buffers")
+                    break
+    fit = "; ".join(fits) or "none"
+    return f"{_chosen}: expected a choice that can hold rows of {args.vocab} {dtype} logits ({fit}), but {why}"
 
 
 def _call(function: str, args: Args, device: torch.device) -> None:
@@ -77,11 +216,14 @@ def _call(function: str, args: Args, device: torch.device) -> None:
     if args.batch * args.tokens == 0:
         return
     library = _load()[0]
-    error = getattr(library, f"fastgrpo_cuda_{function}")(args, *_place(device), _CLUSTER)
+    index, stream = _place(device)
+    error = getattr(library, f"fastgrpo_cuda_{function}")(args, index, stream, _choice)
+    if error == _REFUSED:
+        raise ValueError(_refusal(args, index))
     if error:
-        shape = (args.batch, args.tokens, args.vocab)
+        logits = (args.batch, args.tokens, args.vocab)
         why = library.fastgrpo_cuda_error(error).decode()
-        raise RuntimeError(f"backend 'cuda': {function} of logits of shape {shape} on {device}: {why}")
+        raise RuntimeError(f"backend 'cuda': {function} of logits of shape {logits} on {device}: {why}")
 
 
 _rows = Rows(_call)

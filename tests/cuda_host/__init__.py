@@ -43,11 +43,13 @@ def library(path: Path) -> ctypes.CDLL:
     lib.fastgrpo_host_violation.restype = ctypes.c_char_p
     lib.fastgrpo_host_seed.argtypes = [ctypes.c_uint64]
     lib.fastgrpo_host_allow.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    for name in ("devices", "active_clusters", "largest_cluster"):
+    for name in ("devices", "active_clusters", "largest_cluster", "fail_occupancy"):
         getattr(lib, f"fastgrpo_host_{name}").argtypes = [ctypes.c_int]
     lib.fastgrpo_host_capability.argtypes = [ctypes.c_int, ctypes.c_int]
-    for name in ("seed", "allow", "forget", "devices", "capability", "active_clusters", "largest_cluster"):
+    for name in ("seed", "allow", "forget", "devices", "capability", "active_clusters", "largest_cluster",
+                 "fail_occupancy"):  # fmt: skip
         getattr(lib, f"fastgrpo_host_{name}").restype = None
+    lib.fastgrpo_host_calls.restype = ctypes.c_int64
     return lib
 
 
@@ -61,6 +63,12 @@ def allow(lib: ctypes.CDLL, *tensors) -> None:
 def violation(lib: ctypes.CDLL) -> str:
     """What the last launch did that a GPU would punish."""
     return lib.fastgrpo_host_violation().decode()
+
+
+def forget_answers() -> None:
+    """What the backend in Python remembers of a library and its device."""
+    cuda._load.cache_clear()
+    cuda.shape.cache_clear()
 
 
 @contextlib.contextmanager
@@ -85,15 +93,17 @@ def backend(path: Path):
             lib.fastgrpo_host_forget()
 
     with mock.patch.object(_native, "library_path", lambda name: path):
-        cuda._load.cache_clear()
+        forget_answers()
         assert cuda._load()[1] is None
     try:
         with (
             mock.patch.object(_native, "_pointer", allowed),
             mock.patch.object(cuda._rows, "_call", only_its_own),
-            mock.patch.multiple(cuda, _call=only_its_own, _place=lambda device: (0, 0), _DEVICE_TYPE="cpu"),
+            mock.patch.multiple(
+                cuda, _call=only_its_own, _place=lambda device: (0, 0), _DEVICE_TYPE="cpu", _works=False
+            ),
             mock.patch.object(cuda, "unavailable", lambda: None),
         ):
             yield lib
     finally:
-        cuda._load.cache_clear()
+        forget_answers()

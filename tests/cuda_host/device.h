@@ -64,6 +64,8 @@ void sync_warp();
 void sync_threads(int barrier, int threads);
 int warp_sum(int x);
 int warp_max(int x);
+float warp_from(float x, int lane);
+float warp_across(float x, int mask);
 
 // ---- numbers
 
@@ -103,8 +105,9 @@ void barrier_expect(uint32_t at, uint32_t bytes);
 void barrier_wait(uint32_t at, uint32_t parity);
 void barrier_wait_cluster(uint32_t at, uint32_t parity);
 
-void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
-void bulk_store(void* to, uint32_t from, uint32_t bytes);
+uint64_t cache_policy(bool evict_first);
+void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy);
+void bulk_store(void* to, uint32_t from, uint32_t bytes, uint64_t policy);
 void bulk_wait_read();
 void fence_async();
 void remote_store(uint32_t at, uint32_t barrier, int rank, const Vec& v);

@@ -140,6 +140,22 @@ CASE(reduction_is_no_sync, 1) {
   output(a, exchanged(1));
 }
 
+// Lane i takes what lane i ^ 1 has in shared memory, by registers alone and past the memory's order.
+CASE(shuffle_is_no_sync, 1) {
+  put(input(a));
+  const float x = warp_across(input(a), 1);
+  if (!fault) sync_warp();
+  output(a, fault ? exchanged(1) : x);
+}
+
+CASE(divergent_shuffle, 1) {
+  float x = input(a);
+  if (!fault || thread_index() % 32 < 16) x = warp_across(x, 1);  // lanes of parts alone, as it were
+  output(a, x);
+}
+
+CASE(foreign_lane, 1) { output(a, warp_from(input(a), (thread_index() % 32 ^ 1) + (fault ? 1 : 0))); }
+
 CASE(shared_readers, 1) {
   if (thread_index() < 32) put(input(a));
   sync_threads(0, 64);
@@ -217,7 +233,7 @@ CASE(overwritten_barrier, 1) {
 FASTGRPO_DEVICE void load_all(const Pair& a, uint32_t bytes = 256) {
   if (thread_index() == 0) {
     barrier_expect(kBarrierAt, bytes);
-    bulk_load(0, a.in, 256, kBarrierAt);
+    bulk_load(0, a.in, 256, kBarrierAt, cache_policy(true));
   }
 }
 
@@ -271,7 +287,17 @@ CASE(misaligned_load, 1) {
   make_barrier(1);
   if (thread_index() == 0) {
     barrier_expect(kBarrierAt, 256);
-    bulk_load(fault ? 8 : 0, a.in, 256, kBarrierAt);
+    bulk_load(fault ? 8 : 0, a.in, 256, kBarrierAt, cache_policy(true));
+  }
+  barrier_wait(kBarrierAt, 0);
+  output(a, exchanged(33));
+}
+
+CASE(policy_of_nobody, 1) {
+  make_barrier(1);
+  if (thread_index() == 0) {
+    barrier_expect(kBarrierAt, 256);
+    bulk_load(0, a.in, 256, kBarrierAt, fault ? 1 : cache_policy(false));
   }
   barrier_wait(kBarrierAt, 0);
   output(a, exchanged(33));
@@ -281,7 +307,7 @@ CASE(load_bounds, 1) {
   make_barrier(1);
   if (thread_index() == 0) {
     barrier_expect(kBarrierAt, 256);
-    bulk_load(0, a.in + (fault ? 4 : 0), 256, kBarrierAt);
+    bulk_load(0, a.in + (fault ? 4 : 0), 256, kBarrierAt, cache_policy(true));
   }
   barrier_wait(kBarrierAt, 0);
   output(a, exchanged(33));
@@ -292,7 +318,7 @@ CASE(missing_fence, 1) {
   if (!fault || thread_index() != 40) fence_async();
   sync_threads(0, 64);
   if (thread_index() == 0) {
-    bulk_store(a.out, 0, 256);
+    bulk_store(a.out, 0, 256, cache_policy(true));
     bulk_wait_read();
   }
 }
@@ -303,7 +329,7 @@ CASE(fence_before_write, 1) {
   if (!fault) fence_async();
   sync_threads(0, 64);
   if (thread_index() == 0) {
-    bulk_store(a.out, 0, 256);
+    bulk_store(a.out, 0, 256, cache_policy(true));
     bulk_wait_read();
   }
 }
@@ -312,7 +338,7 @@ CASE(store_source_reused, 1) {
   put(input(a));
   fence_async();
   sync_threads(0, 64);
-  if (thread_index() == 0) bulk_store(a.out, 0, 256);
+  if (thread_index() == 0) bulk_store(a.out, 0, 256, cache_policy(true));
   if (thread_index() == 0 && !fault) bulk_wait_read();
   sync_threads(0, 64);
   put(0);
@@ -323,7 +349,7 @@ CASE(store_not_awaited, 1) {
   put(input(a));
   fence_async();
   sync_threads(0, 64);
-  if (thread_index() == 0) bulk_store(a.out, 0, 256);
+  if (thread_index() == 0) bulk_store(a.out, 0, 256, cache_policy(true));
   if (thread_index() == 0 && !fault) bulk_wait_read();
 }
 

@@ -150,6 +150,20 @@ int reduce_warp(const char* operation, int x, int (*combine)(int, int)) {
   return me->value;
 }
 
+float shuffle(const char* operation, float x, int lane, int argument) {
+  if (argument < 0 || argument >= kLanes) violate("lane", "%s: %d of %d lanes", operation, argument, kLanes);
+  Threads& lanes = my_warp();
+  me->value = (int)fastgrpo::as_bits(x);
+  me->source = lane;
+  if (last_of_warp(operation, lanes)) {
+    int values[kLanes];
+    for (const Thread* other : lanes) values[other->index % kLanes] = other->value;
+    for (Thread* other : lanes) other->value = values[other->source];
+    release(lanes);
+  }
+  return fastgrpo::as_float((uint32_t)me->value);
+}
+
 // ---- barriers
 
 // A barrier that this thread may use: made, and known to it.
@@ -247,7 +261,10 @@ void begin(Copy copy) {
   }
 }
 
-void check_bulk(const char* operation, const void* global, uint32_t bytes) {
+constexpr uint64_t kPolicy = 0x12f0000000000000;  // and 0 or 1
+
+void check_bulk(const char* operation, const void* global, uint32_t bytes, uint64_t policy) {
+  if ((policy | 1) != (kPolicy | 1)) violate("policy", "%s: %#llx", operation, (unsigned long long)policy);
   if (!bytes || bytes % 16) violate("misaligned", "%s of %u bytes: not a multiple of 16", operation, bytes);
   fastgrpo::check_global(global, bytes, operation);
 }
@@ -379,6 +396,9 @@ int warp_max(int x) {
   return reduce_warp("warp_max", x, [](int a, int b) { return std::max(a, b); });
 }
 
+float warp_from(float x, int lane) { return shuffle("warp_from", x, lane, lane); }
+float warp_across(float x, int mask) { return shuffle("warp_across", x, me->index % kLanes ^ mask, mask); }
+
 void sync_threads(int barrier, int threads) {
   if (barrier < 0 || barrier > 15 || threads < kLanes || threads % kLanes || threads > m.threads) {
     violate("sync_threads", "sync_threads(%d, %d) in a block of %d threads", barrier, threads, m.threads);
@@ -420,16 +440,18 @@ void barrier_expect(uint32_t at, uint32_t bytes) { arrive("barrier_expect", at, 
 void barrier_wait(uint32_t at, uint32_t parity) { await(at, parity, false); }
 void barrier_wait_cluster(uint32_t at, uint32_t parity) { await(at, parity, true); }
 
-void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+uint64_t cache_policy(bool evict_first) { return kPolicy | evict_first; }
+
+void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {
   Block& block = my_block();
   Barrier& on = barrier_at("bulk_load", block, barrier);
-  check_bulk("bulk_load", from, bytes);
+  check_bulk("bulk_load", from, bytes, policy);
   write("bulk_load", block, {to, bytes}, kInFlight, true);
   begin({Copy::kLoad, me, &block, {to, bytes}, (char*)from, &on});
 }
 
-void bulk_store(void* to, uint32_t from, uint32_t bytes) {
-  check_bulk("bulk_store", to, bytes);
+void bulk_store(void* to, uint32_t from, uint32_t bytes, uint64_t policy) {
+  check_bulk("bulk_store", to, bytes, policy);
   begin_store({from, bytes});
   me->stores.push_back({from, bytes});
   begin({Copy::kStore, me, &my_block(), {from, bytes}, (char*)to});

@@ -82,7 +82,7 @@ struct Thread {
   std::vector<uint32_t> fences;  // the epochs that each ended with one
   std::vector<Range> stores;     // sources of bulk stores that were not waited for
   int storing;                   // of these, how many are still to be read
-  int value;
+  int value, source;             // what it gives to its warp, and the lane whose it takes
 };
 
 using Threads = std::vector<Thread*>;

@@ -26,6 +26,7 @@ FASTGRPO_DEVICE int64_t tile_start(const Rows& a, int64_t row, int tile) {
 }
 
 FASTGRPO_DEVICE void produce(const Rows& a, int64_t first, int64_t step) {
+  const uint64_t policy = cache_policy(true);
   uint32_t use = 0;
   int64_t previous[kBuffers] = {-1, -1, -1};  // where the buffer's contents go
   for (int64_t row = first; row < a.rows; row += step) {
@@ -35,13 +36,13 @@ FASTGRPO_DEVICE void produce(const Rows& a, int64_t first, int64_t step) {
         const uint32_t at = kTiles + buffer * a.tile_bytes;
         if (use >= kBuffers) barrier_wait(kReady + buffer * 8, (use / kBuffers - 1) & 1);
         if (previous[buffer] >= 0) {
-          bulk_store(a.y + previous[buffer], at, a.tile_bytes);
+          bulk_store(a.y + previous[buffer], at, a.tile_bytes, policy);
           bulk_wait_read();
         }
         const int64_t start = tile_start(a, row, tile);
         previous[buffer] = pass ? start : -1;
         barrier_expect(kFull + buffer * 8, a.tile_bytes);
-        bulk_load(at, a.x + start, a.tile_bytes, kFull + buffer * 8);
+        bulk_load(at, a.x + start, a.tile_bytes, kFull + buffer * 8, policy);
       }
     }
   }
@@ -49,7 +50,8 @@ FASTGRPO_DEVICE void produce(const Rows& a, int64_t first, int64_t step) {
   for (uint32_t last = use - left; last < use; last++) {
     const int buffer = last % kBuffers;
     barrier_wait(kReady + buffer * 8, last / kBuffers & 1);
-    if (previous[buffer] >= 0) bulk_store(a.y + previous[buffer], kTiles + buffer * a.tile_bytes, a.tile_bytes);
+    const uint32_t at = kTiles + buffer * a.tile_bytes;
+    if (previous[buffer] >= 0) bulk_store(a.y + previous[buffer], at, a.tile_bytes, policy);
   }
   bulk_wait_read();
 }
@@ -119,22 +121,24 @@ FASTGRPO_KERNEL(288, 1) pipeline_kernel(const Rows a) {
 
 extern "C" int pipeline(const float* x, float* y, int64_t rows, int cluster, int tiles, int tile_bytes) {
   Launch how = {cluster, 288, cluster, (int)kTiles + kBuffers * tile_bytes, nullptr};
-  const int64_t clusters = active_clusters(pipeline_kernel, how);
-  if (!clusters) return cudaErrorInvalidConfiguration;
+  int clusters = 0;
+  cudaError_t error = prepare(pipeline_kernel, how.shared_bytes);
+  if (error == cudaSuccess) error = active_clusters(pipeline_kernel, how, clusters);
+  if (error != cudaSuccess || clusters == 0) return cudaErrorInvalidConfiguration;
   how.blocks = (clusters < rows ? clusters : rows) * cluster;
   return launch(pipeline_kernel, how, Rows{x, y, rows, tiles, tile_bytes});
 }
 
-// A launch of any shape, with or without what launch() asks for before it.
+// A launch of any shape, prepared or not.
 struct Nothing {};
-FASTGRPO_KERNEL(32, 1) empty_kernel(const Nothing) {}
+FASTGRPO_KERNEL(32, 1) prepared_kernel(const Nothing) {}
 FASTGRPO_KERNEL(32, 1) plain_kernel(const Nothing) {}
 
-extern "C" int shape(int blocks, int threads, int cluster, int shared_bytes, int asks) {
+extern "C" int shape(int blocks, int threads, int cluster, int shared_bytes, int prepared) {
   const Launch how = {blocks, threads, cluster, shared_bytes, nullptr};
-  if (asks) return launch(empty_kernel, how, Nothing());
-  LaunchConfig<Nothing> made(empty_kernel, how);  // asks for another kernel
-  return cudaLaunchKernelEx(&made.config, plain_kernel, Nothing());
+  if (!prepared) return launch(plain_kernel, how, Nothing());
+  const cudaError_t error = prepare(prepared_kernel, 227 << 10);
+  return error != cudaSuccess ? error : launch(prepared_kernel, how, Nothing());
 }
 
 // The pure functions, over pairs (a[i], b[i]).

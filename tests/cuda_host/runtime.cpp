@@ -1,5 +1,9 @@
 // The CUDA runtime of cuda_runtime.h, for a device of the tests' making, and what the tests set and ask.
 
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
 #include <map>
 
 #include "cuda_runtime.h"
@@ -10,6 +14,7 @@ using fastgrpo_host::m;
 namespace {
 
 constexpr int kMaxSharedBytes = 227 << 10;
+constexpr int kMultiprocessors = 2;
 
 struct Attributes {
   int shared_bytes = 48 << 10;
@@ -19,6 +24,8 @@ struct Attributes {
 struct {
   int count = 1, major = 9, minor = 0, active_clusters = 2, largest_cluster = 16;
   cudaError_t error = cudaSuccess;
+  cudaError_t occupancy = cudaSuccess;  // what the next question for active clusters is answered with, once
+  int64_t calls = 0;
   std::map<const void*, Attributes> attributes;
 } device;
 
@@ -57,7 +64,10 @@ cudaError_t check_launch(const void* kernel, const cudaLaunchConfig_t* config) {
 
 namespace fastgrpo_host {
 
+void count_call() { device.calls++; }
+
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  count_call();
   Attributes& attributes = device.attributes[kernel];
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
     attributes.wide = value;
@@ -72,6 +82,9 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
 }
 
 cudaError_t active_clusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config) {
+  count_call();
+  const cudaError_t planted = std::exchange(device.occupancy, cudaSuccess);
+  if (planted != cudaSuccess) return noted(planted);
   const int cluster = (int)cluster_of(config);
   if (cluster == 0) return noted(cudaErrorInvalidClusterSize);
   *clusters = cluster <= device.largest_cluster ? device.active_clusters : 0;
@@ -79,6 +92,7 @@ cudaError_t active_clusters(int* clusters, const void* kernel, const cudaLaunchC
 }
 
 cudaError_t launch(const void* kernel, const cudaLaunchConfig_t* config, void (*thread)(void*), void* context) {
+  count_call();
   const cudaError_t error = check_launch(kernel, config);
   if (error != cudaSuccess) return error;
   const int cluster = cluster_of(config) ? (int)cluster_of(config) : 1;
@@ -89,26 +103,59 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t* config, void (*
 
 }  // namespace fastgrpo_host
 
+using fastgrpo_host::count_call;
+
 cudaError_t cudaGetDeviceCount(int* count) {
+  count_call();
   *count = device.count;
   return noted(device.count ? cudaSuccess : cudaErrorNoDevice);
 }
 
 cudaError_t cudaGetDevice(int* index) {
+  count_call();
   *index = 0;
   return noted(device.count ? cudaSuccess : cudaErrorNoDevice);
 }
 
-cudaError_t cudaSetDevice(int index) { return check_device(index); }
+cudaError_t cudaSetDevice(int index) {
+  count_call();
+  return check_device(index);
+}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int index) {
+  count_call();
   *value = attribute == cudaDevAttrComputeCapabilityMajor         ? device.major
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? kMaxSharedBytes
+           : attribute == cudaDevAttrMultiProcessorCount          ? kMultiprocessors
                                                                   : device.minor;
   return check_device(index);
 }
 
-cudaError_t cudaGetLastError() { return std::exchange(device.error, cudaSuccess); }
+cudaError_t cudaGetLastError() {
+  count_call();
+  return std::exchange(device.error, cudaSuccess);
+}
+
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  if (*memory == nullptr) return noted(cudaErrorMemoryAllocation);
+  m.allowed.emplace_back((uintptr_t)*memory, (uintptr_t)*memory + bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* memory) {
+  const auto same = [&](const auto& range) { return range.first == (uintptr_t)memory; };
+  m.allowed.erase(std::remove_if(m.allowed.begin(), m.allowed.end(), same), m.allowed.end());
+  free(memory);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  memcpy(to, from, bytes);
+  return cudaSuccess;
+}
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
@@ -116,6 +163,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "no error";
     case cudaErrorInvalidValue:
       return "invalid argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
     case cudaErrorInsufficientDriver:
@@ -151,4 +200,10 @@ void fastgrpo_host_capability(int major, int minor) { device.major = major, devi
 void fastgrpo_host_active_clusters(int count) { device.active_clusters = count; }
 // Clusters of more blocks than this find no room.
 void fastgrpo_host_largest_cluster(int blocks) { device.largest_cluster = blocks; }
+// The next question for active clusters fails like this.
+void fastgrpo_host_fail_occupancy(int error) { device.occupancy = (cudaError_t)error; }
+// Calls of the runtime so far.
+int64_t fastgrpo_host_calls() { return device.calls; }
+// Blocks of the last launch.
+int fastgrpo_host_blocks() { return m.grid; }
 }
