@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tests"))  # cuda_host, and whether Triton's interpreter works
-if "--rehearse" in sys.argv:
-    import triton_interpreter
+import triton_interpreter  # noqa: E402
 
-    triton_interpreter.use()
+if "--rehearse" in sys.argv:
+    triton_interpreter.use()  # before anything imports triton
 
 import torch  # noqa: E402
 from gpu_rows import (  # noqa: E402
@@ -47,7 +48,7 @@ from gpu_rows import (  # noqa: E402
 
 from fastgrpo import backends  # noqa: E402
 from fastgrpo.bench import cases, command, implementations, measure, targets  # noqa: E402
-from fastgrpo.bench.cases import Case  # noqa: E402
+from fastgrpo.bench.cases import DTYPES, Case  # noqa: E402
 
 HANGS = 15  # seconds without an answer, compiling included
 AGAIN = 3  # exit status of a smoke test whose process is lost, and which another one can go on with
@@ -63,6 +64,7 @@ class Sizes(NamedTuple):
     copy: int  # bytes
     gemm: int
     seconds: float  # of timing, for each side
+    every_nth: int  # of the choices that are swept
 
 
 GPU = Sizes(
@@ -76,11 +78,12 @@ GPU = Sizes(
     copy=5 << 29,
     gemm=8192,
     seconds=0.15,
+    every_nth=1,
 )  # fmt: skip
 REHEARSED = Sizes(
     smoke=(67,), smoke_rows=5, sweeps=((6, 131),), hidden=(("", 64, 300, None),),
     peers=(("loss", 8, 4, 300, 0), ("linear", 8, 4, 300, 64)), step=(8, 8, 4096, 128), copy=1 << 20, gemm=64,
-    seconds=0.002,
+    seconds=0.002, every_nth=11,
 )  # fmt: skip
 
 
@@ -103,12 +106,17 @@ class Output:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def usable(output: Output) -> list[str]:
+def usable(output: Output, names=("cuda", "triton")) -> list[str]:
+    """Those of these backends that run here; on a GPU all have to."""
     found = []
-    for name in ("cuda", "triton"):
-        why = backends.get(name).unavailable() or backends.get(name).supports(output.device, torch.bfloat16)
-        print(f"{name}: {why or 'runs here'}")
-        found += [name] * (why is None)
+    for name in names:
+        why = output.device == "cpu" and name == "triton" and triton_interpreter.unavailable()
+        why = why or backends.get(name).unavailable() or backends.get(name).supports(output.device, torch.bfloat16)
+        print(f"{name}: {why or 'runs here'}", flush=True)
+        if why is None:
+            found.append(name)
+        elif output.device == "cuda":
+            raise RuntimeError(f"backend {name}: {why}")
     return found
 
 
@@ -148,47 +156,50 @@ def smoke(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
 
     A case without an answer ends the process; the next one goes on behind it.
     """
-    done = {row["case"] for row in output.read("smoke.jsonl")}
-    failed = 0
-    for backend in options.backend or usable(output):
-        for dtype, V in itertools.product(("bf16", "fp32", "fp16"), sizes.smoke):
+    done = {row["case"]: row for row in output.read("smoke.jsonl")}
+    for backend in usable(output, options.backend or ("cuda", "triton")):
+        for dtype, V in itertools.product(options.dtype or ("bf16", "fp32", "fp16"), sizes.smoke):
             p = None
-            for side in _smoke_sides(backend, dtype == "bf16"):
+            for side in _smoke_sides(backend, sizes.every_nth if dtype == "bf16" else 0):
                 name = f"V={V} {dtype}, {side}"
                 if name in done:
                     continue
                 p = p or make_rows(sizes.smoke_rows, V, dtype, output.device, holes=True)
-                print(name, end=" ... ", flush=True)
-                row = side.row("smoke", p) | dict(case=name)
+                row = done[name] = side.row("smoke", p) | dict(case=name)
                 lost = _Watchdog(output, row)
-                try:
-                    with using(backend, side.choice):
-                        row["rel_err"], row["reason"] = _three_times(side, p)
-                except ValueError as why:  # such a choice cannot hold such a row
-                    row["reason"], row["fits"] = str(why), False
-                except Exception as problem:  # noqa: BLE001 (the others are still to be looked at)
-                    row["reason"] = command.reason(problem)
+                with _reasons(row), using(backend, side.choice):
+                    row["rel_err"], row["reason"] = _three_times(side, p)
                 lost.cancel()
-                row["ok"] = row["reason"] is None if row.get("fits", True) else None
-                failed += row["ok"] is False
-                print(row["reason"] or "right", flush=True)
+                row["ok"] = row["reason"] is None if row["fits"] else None
+                print(f"{name}: {row['reason'] or 'right'}", flush=True)
                 output.write(row, "smoke.jsonl")
                 if row["ok"] is False and not _alive(output.device):
                     return AGAIN
-    rows = output.read("smoke.jsonl")
-    wrong = [row for row in rows if row["ok"] is False]
-    print(f"{sum(row['ok'] is True for row in rows)} right, {len(wrong)} wrong, "
-          f"{sum(row['ok'] is None for row in rows)} do not fit")  # fmt: skip
-    for row in wrong:
+    wrong = [row for row in done.values() if row["ok"] is False]
+    print(f"{sum(row['ok'] is True for row in done.values())} right, {len(wrong)} wrong, "
+          f"{sum(row['ok'] is None for row in done.values())} do not fit")  # fmt: skip
+    for row in wrong[:20]:
         print(f"  {row['case']}: {row['reason']}")
     return int(bool(wrong))
 
 
-def _smoke_sides(backend: str, thorough: bool) -> Iterator[Side]:
-    for choice, entropy in itertools.product(choices(backend, thorough), (True, False)):
+def _smoke_sides(backend: str, every_nth: int) -> Iterator[Side]:
+    for choice, entropy in itertools.product(choices(backend, every_nth), (True, False)):
         for kernel in KERNELS if not choice else (TOKEN_LOSS, STATISTICS):
             if not (entropy and kernel is SCALE):
                 yield Side(backend, kernel, choice, entropy)
+
+
+@contextlib.contextmanager
+def _reasons(row: dict) -> Iterator[None]:
+    """What goes wrong becomes the row's reason, and the others are still looked at."""
+    row["fits"] = True
+    try:
+        yield
+    except ValueError as why:  # such a choice cannot hold such a row
+        row["reason"], row["fits"] = str(why), False
+    except Exception as problem:  # noqa: BLE001
+        row["reason"] = command.reason(problem)
 
 
 def _three_times(side: Side, p: SimpleNamespace) -> tuple[float, str | None]:
@@ -240,27 +251,22 @@ def sweeps(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
     for number, (n, V) in enumerate(sizes.sweeps):
         p = make_rows(n, V, "bf16", output.device, holes=False)
         clock = measure.Stopwatch(p, sizes.seconds, turns=1)
-        sides = [side for backend in usable(output) for side in _sweep_sides(backend, number == 0)]
+        every_nth = 0 if number else sizes.every_nth
+        sides = [side for backend in usable(output) for side in _sweep_sides(backend, every_nth)]
         print(f"{n} rows of {V} bf16 logits; times over a copy's")
         for count, side in enumerate(sides):
             if count % 10 == 0:
                 copy = _time_of_copy(p, clock, output)
             row = side.row("sweep", p)
-            try:
+            with _reasons(row), using(side.backend, side.choice):
                 if (side.backend, side.kernel.name, row["choice"]) in wrong:
                     raise RuntimeError("failed in the smoke test")
-                with using(side.backend, side.choice):
-                    side.kernel.prepare(p)
-                    row["rel_err"], row["reason"] = problem_of(p, side.run(p), side.entropy)
-                    if row["reason"] is None:
-                        timed(side, p, clock, row)
-                        row["over_copy"] = row["ms_p50"] / copy
-            except ValueError as why:  # such a choice cannot hold such a row
-                row["reason"] = str(why)
-                row["fits"] = False
-            except Exception as problem:  # noqa: BLE001 (the others are still to be measured)
-                row["reason"] = command.reason(problem)
-            row["ok"] = row["reason"] is None if row.get("fits", True) else None
+                side.kernel.prepare(p)
+                row["rel_err"], row["reason"] = problem_of(p, side.run(p), side.entropy)
+                if row["reason"] is None:
+                    timed(side, p, clock, row)
+                    row["over_copy"] = row["ms_p50"] / copy
+            row["ok"] = row["reason"] is None if row["fits"] else None
             failed += row["ok"] is False
             said = row["reason"] or f"{row['ms_p50']:8.3f} ms  {row['over_copy']:6.3f}"
             print(f"  {str(side):75} {said}", flush=True)
@@ -273,11 +279,11 @@ def sweeps(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def _sweep_sides(backend: str, thorough: bool) -> Iterator[Side]:
+def _sweep_sides(backend: str, every_nth: int) -> Iterator[Side]:
     kernels = (STATISTICS, GRADIENT, GRADIENT_IN_PLACE, SCALE)
     yield from (Side(backend, kernel, {}, entropy) for entropy in (True, False) for kernel in (TOKEN_LOSS, *kernels)
                 if not (entropy and kernel is SCALE))  # fmt: skip
-    for choice, entropy in itertools.product(choices(backend, thorough)[1:], (True, False)):
+    for choice, entropy in itertools.product(choices(backend, every_nth)[1:], (True, False)):
         yield Side(backend, TOKEN_LOSS, choice, entropy)
     if backend == "cuda":
         yield from (Side(backend, STATISTICS, {"cluster": c}, True) for c in (-1, 4, 8, 16))
@@ -312,7 +318,7 @@ def hidden(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
         print(case, flush=True)
         _gemms(case, output, sizes)
         ours = [each for each in implementations.REGISTRY if each.name == "fastgrpo" and each.backend in
-                ("triton" if softcap else "cuda", "triton", "cpu")] + _floors()  # fmt: skip
+                ("cuda", "triton")] + _floors()  # fmt: skip
         failed |= _measured(case, ours, output, 4 * sizes.seconds)
         if not softcap:
             _profile(case, output)
@@ -344,12 +350,14 @@ def _gemms(case: Case, output: Output, sizes: Sizes) -> None:
 def _measured(case: Case, among: list, output: Output, seconds: float, choice: dict | None = None) -> bool:
     """Writes the rows of a case as they come; whether one of our own failed."""
     found = {}
-    for row in command.measure_case(case, among, seconds=seconds):
+    for row in command.measure_case(case, among, quick=output.device == "cpu", seconds=seconds):
         row |= {"choice": choice} if choice else {}
         output.write(row)
         found[implementations.label(row)] = row
     command.print_table(list(found.values()))
-    print(targets.table(list(found.values())), flush=True)
+    for what, numbers, verdict in targets.verdicts(list(found.values())):
+        if verdict != "not measured":
+            print(f"  {verdict}: {what}: {numbers}", flush=True)
     return any(row["impl"] == "fastgrpo" and row["ok"] is False and row["rel_err"] for row in found.values())
 
 
@@ -372,24 +380,27 @@ def _profile(case: Case, output: Output) -> None:
 
 
 def one(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
-    """One launch of a kernel, for a profiler of hardware counters."""
-    backend, kernel = options.kernel.split(":")
-    kernel = {"token_loss": TOKEN_LOSS, "row_stats": STATISTICS}[kernel]
-    n, V = sizes.sweeps[0]
-    p = make_rows(min(n, 2048), V, "bf16", output.device, holes=False)
-    choice = getattr(options, backend)
-    with using(backend, choice):
+    """One call of a kernel, for a profiler of hardware counters."""
+    failed = False
+    for name in options.kernel:
+        backend, function = name.split(":")
+        kernel = {"token_loss": TOKEN_LOSS, "row_stats": STATISTICS}[function]
+        if not usable(output, [backend]):
+            continue
+        n, V = sizes.sweeps[0]
+        p = make_rows(min(n, 2048), V, "bf16", output.device, holes=False)
         kernel.prepare(p)
-        worst, why = problem_of(p, kernel.run(p, backends.get(backend), True), True)
-    print(f"{options.kernel} {told(choice)}: {why or 'right'}")
-    return int(why is not None)
+        _, why = problem_of(p, kernel.run(p, backends.get(backend), True), True)
+        print(f"{name}: {why or 'right'}")
+        failed |= why is not None
+    return int(failed)
 
 
 def _peers(output: Output, sizes: Sizes, options: argparse.Namespace, compiled: bool) -> int:
     """TRL, Liger and eager torch beside our own; those that compile are a stage of their own."""
     failed = False
     choice = {name: told(getattr(options, name)) for name in ("cuda", "triton") if getattr(options, name)}
-    for op, B, T, V, H in sizes.peers:
+    for op, B, T, V, H in sizes.peers[:3] if compiled else sizes.peers:
         case = Case(op, B, T, V, H or 896, "bf16", output.device)
         print(case, flush=True)
         among = [each for each in implementations.REGISTRY if each.op == op and (each.compiles == compiled or
@@ -430,7 +441,7 @@ def rehearsal(scratch: Path) -> Iterator[None]:
     if not library.exists():
         library.parent.mkdir(exist_ok=True)
         cuda_host.build(library.parent, sorted((cuda_host.CSRC / "cuda").glob("*.cu")))
-    with cuda_host.backend(library):
+    with cuda_host.backend(library), mock.patch.object(command, "peak", lambda *_: None):
         yield
 
 
@@ -442,7 +453,8 @@ def main() -> int:
     add("--scratch", type=Path, required=True, help="where a rehearsal builds")
     add("--rehearse", action="store_true", help="small shapes on a CPU")
     add("--backend", action="append", choices=("cuda", "triton"), help="of the smoke test")
-    add("--kernel", help="BACKEND:token_loss or BACKEND:row_stats, of the stage one")
+    add("--dtype", action="append", choices=DTYPES, help="of the smoke test")
+    add("--kernel", action="append", help="BACKEND:token_loss or BACKEND:row_stats, of the stage one")
     add("--cuda", type=parse_choice, default={}, help="cluster=8,buffers=2,blocks=1,evict_first=1, or some")
     add("--triton", type=parse_choice, default={}, help="lanes=1024,programs=132, or one of them")
     options = parser.parse_args()

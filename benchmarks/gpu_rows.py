@@ -135,21 +135,22 @@ SCALE = Kernel("scale", _scale, restore)
 KERNELS = (TOKEN_LOSS, STATISTICS, GRADIENT, GRADIENT_IN_PLACE, SCALE)
 
 
-def choices(backend: str, thorough: bool) -> list[dict]:
-    """What `using` of a backend is given; the first is what it chooses for itself."""
+def choices(backend: str, every_nth: int) -> list[dict]:
+    """What `using` of a backend is given; the first is what it chooses for itself. 0: only its clusters besides."""
     if backend == "cuda":
         some = [{}, *({"cluster": cluster} for cluster in (-1, 1, 2, 4, 8, 16))]
-        every = itertools.product((4, 8, 16), (2, 3, 4), (1, 2), (True, False))
+        every = itertools.product((4, 8, 16), (2, 3, 4), (1, 2), (1, 0))
         names = ("cluster", "buffers", "blocks", "evict_first")
     else:
         some = [{}]
         every = itertools.product((512, 1024), (66, 99, 132, 198, 264))
         names = ("lanes", "programs")
-    return some + [dict(zip(names, choice, strict=True)) for choice in every if thorough]
+    taken = list(every)[::every_nth] if every_nth else []
+    return some + [dict(zip(names, choice, strict=True)) for choice in taken]
 
 
 def told(choice: dict) -> str:
-    return ",".join(f"{name}={int(value)}" for name, value in choice.items())
+    return ",".join(f"{name}={value}" for name, value in choice.items())
 
 
 def parse_choice(text: str) -> dict[str, int]:
