@@ -1,4 +1,4 @@
-.PHONY: install test slow bench report gpu memcheck racecheck check format
+.PHONY: install test slow bench report gpu driver memcheck check format
 
 install: ## the package with its test tools, from this checkout
 	pip install -c constraints.txt ".[test]"
@@ -18,14 +18,14 @@ report: ## the README's section on speed, from the rows in benchmarks/results
 gpu: ## on a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks
 	benchmarks/run_gpu.sh
 
-SANITIZE = compute-sanitizer --error-exitcode 1 --target-processes all
-SMALL = pytest -q tests/test_backend_cuda.py -k "statistics or family or not_count or bits_everywhere"
+DRIVER = build/driver/tests/cuda_driver/fastgrpo_cuda_driver
 
-memcheck: ## the CUDA kernels under compute-sanitizer, without torch's caching of memory, which would hide accesses
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(SMALL)
+driver: ## the CUDA kernels and a program that runs each of them, without torch
+	cmake -S . -B build/driver -DFASTGRPO_CUDA_DRIVER=ON
+	cmake --build build/driver --target fastgrpo_cuda_driver
 
-racecheck:
-	$(SANITIZE) --tool racecheck $(SMALL)
+memcheck: driver ## every CUDA kernel under compute-sanitizer
+	compute-sanitizer --error-exitcode 1 --tool memcheck $(DRIVER) --quick
 
 check:
 	ruff check .

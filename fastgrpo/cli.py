@@ -36,6 +36,10 @@ def _env(_: argparse.Namespace) -> None:
     for name in backends.NAMES:
         why = backends.get(name).unavailable()
         print(f"backend {name}: {'works' if why is None else f'unavailable: {why}'}")
+    if backends.get("cuda").unavailable() is None:
+        for index in range(torch.cuda.device_count()):
+            for line in backends.get("cuda").describe(index):
+                print(line)
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from cases import assert_close, loss_and_grad, make_inputs, objective_for, rel_norm, truth
 
-from fastgrpo import backends, grpo_loss, selective_logps
+from fastgrpo import backends, cli, grpo_loss, selective_logps
 from fastgrpo.backends import TokenRows, TokenSpec, cuda
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -372,6 +372,20 @@ def test_every_choice(buffers, blocks, evict_first, use, device):
     assert_close(want_grad.flatten(0, 1), exact_grad(ids, -0.25 * rows.advantages, None, inv_t, *true[2:]), 2**-8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_copies_keep_their_phase(dtype, new_machine):
+    """A bulk copy goes between places that are the same modulo 128 bytes, wherever a row is."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU does not say how its copies lie")
+    for offset in (0, 8, 24, 33):
+        for V, stride in ((1000, 1000), (2051, 2063)):
+            logits, ids, mask, inv_t = make(3, 1, V, dtype, offset=offset, stride=stride)
+            rows = rows_of(3, "cpu", advantages=torch.ones(3))
+            _using(2, cuda.token_loss, logits, ids, mask, inv_t, True, rows, TokenSpec(), logits)
+            kept, lost = new_machine.fastgrpo_host_copies(1), new_machine.fastgrpo_host_copies(0)
+            assert (kept, lost) == (2 * 2 * 3, 0)  # in and out, of two blocks, three rows
+
+
 def test_choices_that_cannot_run(new_machine):
     """Each says what was chosen, why it cannot be, and what can; nothing takes two passes unasked."""
     if torch.cuda.is_available():
@@ -550,6 +564,25 @@ def test_what_it_cannot_do(cuda_host_library, tmp_path, monkeypatch):
         monkeypatch.setattr(cuda, "_place", lambda device: machine.fastgrpo_host_forget() or (0, 0))
         with pytest.raises(RuntimeError, match=r"row_stats of logits of shape \(2, 1, 50\) on cpu: out of bounds"):
             cuda.row_stats(logits, ids, mask, inv_t, True)
+
+
+def test_how_rows_are_held_is_shown(new_machine, monkeypatch, capsys):
+    """By `fastgrpo env`: per GPU and dtype, clusters at once and the shapes of usual rows; or why there are none."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    new_machine.fastgrpo_host_largest_cluster(8)
+    new_machine.fastgrpo_host_active_clusters(5)
+    assert cli.main(["env"]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "cuda:0 bfloat16, 2 a multiprocessor: clusters at once by their blocks: "
+        "5 of 1, 5 of 2, 5 of 4, 5 of 8, 0 of 16",
+        "cuda:0 float16, rows of 151936: 5 clusters of 8, 2 a multiprocessor, 3 buffers",
+        "cuda:0 float32, rows of 262144: two passes: the device cannot run a cluster of so many blocks",
+    ):
+        assert f"{line}\n" in said
+    lines = list(cuda.describe(1))
+    assert lines[0].startswith("cuda:1 bfloat16: backend 'cuda': asking cuda:1 for clusters: invalid device")
 
 
 def test_two_passes_below_9_0(new_machine):

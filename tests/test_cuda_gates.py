@@ -146,7 +146,7 @@ def kind_of(case: tuple, loop: dict) -> str:
     if kernel == "grad" and every and stores == 0 and loop["narrow stores"] == loads * DTYPES[dtype]:
         return "other phase"  # whose vectors to write start at other addresses than those read
     if kernel == "one_pass" and stores == 0:
-        kinds = {0: "maximum", loads: "parts", loads * DTYPES[dtype]: "sums"}  # parts: those of a row's blocks
+        kinds = {0: "maximum", loads * DTYPES[dtype]: "sums"}
         return kinds.get(loop["exponentials"], "unknown")
     return "unknown"
 
@@ -184,6 +184,8 @@ def read_kernel(case: tuple, kernel: sass.Kernel) -> dict:
         ("bulk stores", r"\bUBLKCP\.G\.S\b"),
         ("barrier waits", r"\bSYNCS\.PHASECHK\b"),
         ("remote stores", r"\bSTAS\b.*" + sass.WIDE),
+        ("bulk copies without a cache policy", r"\bUBLKCP\b(?!.*\bdesc\[)"),
+        ("shuffles", r"\bSHFL\.BFLY\b"),
     )}  # fmt: skip
     reserved = RESERVED if case[0] != "sm_80" else 0
     return {
@@ -241,6 +243,10 @@ def faults(case: tuple, found: dict) -> list[str]:
     if kernel == "one_pass":
         for what in ("bulk loads", "bulk stores", "barrier waits", "remote stores"):
             hold(f"no {what}", found[what] > 0)
+        policies = "bulk copies without a cache policy"
+        hold(f"{policies}:", found[policies] == 0, found[policies])
+        # Four steps merge 16 blocks' sums: once, wherever the code stands. A loop over the parts would be "unknown".
+        hold("shuffles:", found["shuffles"] >= 4 * (1 + case[3]), found["shuffles"])
     total = sum(x["per logit"] for x in kinds.values())
     hold("instructions per logit:", total <= LIMITS[kernel, case[3]], total, kinds)
     return said

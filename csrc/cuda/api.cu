@@ -76,18 +76,17 @@ cudaError_t find_one_pass(const FastgrpoArgs& args, const Device& about, OnePass
   if (about.capability < 90) return cudaSuccess;
   cudaError_t error = one_pass_prepare(args, about.shared_limit);
   const bool open = choice.cluster == 0;
+  const char* why = "the blocks of a cluster have no room for such a row";
   while (error == cudaSuccess) {
     shape = one_pass_shape(args.dtype, args.vocab, choice, about.shared_limit);
-    if (shape.cluster == 0) {
-      shape = none("the blocks of a cluster have no room for such a row");
-      break;
-    }
+    if (shape.cluster == 0) break;
     error = one_pass_clusters(args, shape, shape.clusters);
-    if (error != cudaSuccess || shape.clusters > 0) break;
-    choice.cluster = shape.cluster / 2;  // of fewer blocks, with more memory each
-    shape = none("the device cannot run a cluster of so many blocks");
+    if (error != cudaSuccess || shape.clusters > 0) return error;
+    why = "the device cannot run a cluster of so many blocks";
+    choice.cluster = shape.cluster / 2;  // fewer blocks, with more memory each
     if (!open || choice.cluster == 0) break;
   }
+  shape = none(why);
   return error;
 }
 

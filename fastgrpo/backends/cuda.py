@@ -191,6 +191,24 @@ def active_clusters(dtype: torch.dtype, device: int, blocks: int) -> dict[int, i
     }
 
 
+def describe(device: int) -> Iterator[str]:
+    """Lines on how rows are held on this device: clusters at once by their blocks, and the shapes of usual rows."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = f"cuda:{device} {str(dtype).removeprefix('torch.')}"
+        try:
+            for blocks in (2, 1):
+                counts = active_clusters(dtype, device, blocks)
+                at_once = ", ".join(f"{count} of {size}" for size, count in counts.items())
+                yield f"{name}, {blocks} a multiprocessor: clusters at once by their blocks: {at_once}"
+            for vocab in (32_000, 128_256, 151_936, 262_144):
+                found = shape(vocab, dtype, device)
+                held = f"{found.clusters} clusters of {found.cluster}, {found.blocks} a multiprocessor, "
+                held += f"{found.buffers} buffers"
+                yield f"{name}, rows of {vocab}: {held if found.cluster else f'two passes: {found.why}'}"
+        except RuntimeError as error:
+            yield f"{name}: {error}"
+
+
 def _place(device: torch.device) -> tuple[int, int]:
     """(device, stream) as the library takes them."""
     return device.index, torch.cuda.current_stream(device).cuda_stream

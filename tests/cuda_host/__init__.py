@@ -21,9 +21,9 @@ def unavailable() -> str | None:
     return None if shutil.which("g++") else "no g++"
 
 
-def build(directory: Path, sources, *, options=()) -> Path:
-    """A shared library of these sources and the machine."""
-    out = Path(directory) / "libfastgrpo_cuda_host.so"
+def build(directory: Path, sources, *, options=(), program: str | None = None) -> Path:
+    """A shared library of these sources and the machine, or a program of that name."""
+    out = Path(directory) / (program or "libfastgrpo_cuda_host.so")
     objects = []
     running = []
     for source in [*map(Path, sources), *HERE.glob("*.cpp")]:
@@ -33,7 +33,8 @@ def build(directory: Path, sources, *, options=()) -> Path:
     said = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise RuntimeError("\n".join(filter(None, said)))
-    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(out)], check=True)
+    kind = [] if program else ["-shared"]
+    subprocess.run(["g++", *kind, *map(str, objects), "-o", str(out)], check=True)
     return out
 
 
@@ -49,7 +50,7 @@ def library(path: Path) -> ctypes.CDLL:
     for name in ("seed", "allow", "forget", "devices", "capability", "active_clusters", "largest_cluster",
                  "fail_occupancy"):  # fmt: skip
         getattr(lib, f"fastgrpo_host_{name}").restype = None
-    lib.fastgrpo_host_calls.restype = ctypes.c_int64
+    lib.fastgrpo_host_calls.restype = lib.fastgrpo_host_copies.restype = ctypes.c_int64
     return lib
 
 

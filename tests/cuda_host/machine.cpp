@@ -263,7 +263,8 @@ void begin(Copy copy) {
 
 constexpr uint64_t kPolicy = 0x12f0000000000000;  // and 0 or 1
 
-void check_bulk(const char* operation, const void* global, uint32_t bytes, uint64_t policy) {
+void check_bulk(const char* operation, uint32_t shared, const void* global, uint32_t bytes, uint64_t policy) {
+  m.bulk_copies[(shared - (uintptr_t)global) % 128 == 0]++;
   if ((policy | 1) != (kPolicy | 1)) violate("policy", "%s: %#llx", operation, (unsigned long long)policy);
   if (!bytes || bytes % 16) violate("misaligned", "%s of %u bytes: not a multiple of 16", operation, bytes);
   fastgrpo::check_global(global, bytes, operation);
@@ -354,6 +355,7 @@ bool run_grid(void (*body)(void*), void* context, int grid, int cluster, int thr
   m.cluster = cluster;
   m.threads = threads;
   m.random = m.seed;
+  m.bulk_copies[0] = m.bulk_copies[1] = 0;
   m.blocks.resize(cluster);
   if (_setjmp(m.abandon)) {
     me = nullptr;
@@ -445,13 +447,13 @@ uint64_t cache_policy(bool evict_first) { return kPolicy | evict_first; }
 void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {
   Block& block = my_block();
   Barrier& on = barrier_at("bulk_load", block, barrier);
-  check_bulk("bulk_load", from, bytes, policy);
+  check_bulk("bulk_load", to, from, bytes, policy);
   write("bulk_load", block, {to, bytes}, kInFlight, true);
   begin({Copy::kLoad, me, &block, {to, bytes}, (char*)from, &on});
 }
 
 void bulk_store(void* to, uint32_t from, uint32_t bytes, uint64_t policy) {
-  check_bulk("bulk_store", to, bytes, policy);
+  check_bulk("bulk_store", from, to, bytes, policy);
   begin_store({from, bytes});
   me->stores.push_back({from, bytes});
   begin({Copy::kStore, me, &my_block(), {from, bytes}, (char*)to});

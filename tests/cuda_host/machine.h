@@ -141,6 +141,7 @@ struct Machine {
   Threads ready, round, cluster_waiting;
   std::vector<Copy> copies;
   Pool<std::vector<Read>> lists;
+  int64_t bulk_copies[2];  // of this launch: those that change and those that keep the phase modulo 128 bytes
   const char* operation;
   Range range;
   jmp_buf scheduler, abandon;

@@ -204,6 +204,8 @@ void fastgrpo_host_largest_cluster(int blocks) { device.largest_cluster = blocks
 void fastgrpo_host_fail_occupancy(int error) { device.occupancy = (cudaError_t)error; }
 // Calls of the runtime so far.
 int64_t fastgrpo_host_calls() { return device.calls; }
+// Bulk copies of the last launch that keep the phase modulo 128 bytes, or do not.
+int64_t fastgrpo_host_copies(int in_phase) { return m.bulk_copies[in_phase]; }
 // Blocks of the last launch.
 int fastgrpo_host_blocks() { return m.grid; }
 }
