@@ -15,8 +15,9 @@ bench: ## small paired timings; compare across commits with --benchmark-autosave
 report: ## the README's section on speed, from the rows in benchmarks/results
 	fastgrpo bench --report
 
-gpu: ## on a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks
-	benchmarks/run_gpu.sh
+gpu: ## on a machine with an NVIDIA GPU: build, smoke test, timings, counters, memory check, tests, peers
+	benchmarks/run_gpu.sh first
+	benchmarks/run_gpu.sh second
 
 DRIVER = build/driver/tests/cuda_driver/fastgrpo_cuda_driver
 

@@ -142,15 +142,23 @@ counters() {
 
 memcheck() {
   local driver
-  driver=$(find "$scratch/build" -type f -name 'fastgrpo_cuda_driver*' -perm -u+x 2> /dev/null | head -n 1)
-  if [ -z "$driver" ]; then
-    echo "the C++ driver was not built: no nvcc here, or the stage build was left out"
-    [ -n "$rehearse" ]
-  elif [ -n "$rehearse" ]; then
-    echo "$driver is there; it needs a GPU"
-  else
-    compute-sanitizer --tool memcheck --error-exitcode 1 "$driver"
+  driver=$(find "$scratch/build" -type f -name fastgrpo_cuda_driver -perm -u+x 2> /dev/null)
+  if [ -n "$rehearse" ]; then
+    echo "the program for a GPU: ${driver:-not built, for want of nvcc or of the stage build}"
+    driver=$(cd "$root/tests" && python3 - "$scratch" << 'DRIVER'
+import sys
+
+import cuda_host
+
+kernels = sorted((cuda_host.CSRC / "cuda").glob("*.cu"))
+print(cuda_host.build(sys.argv[1], [*kernels, cuda_host.HERE.parent / "cuda_driver" / "driver.cpp"], program="driver"))
+DRIVER
+    ) && "$driver" --quick --filter "bf16 V=61, "
+    return
   fi
+  [ -n "$driver" ] || { echo "the program was not built: the stage build makes it"; return 1; }
+  timeout 8 "$driver" | tail -n 1
+  compute-sanitizer --tool memcheck --error-exitcode 1 "$driver" --quick
 }
 
 # What needs no GPU is left to other machines, and so are datasets and trl, which need not be here.

@@ -20,11 +20,14 @@ _COLOURS = {"fastgrpo": "tab:blue", "eager": "tab:gray", "trl": "tab:orange", "l
 
 
 def load(folder: Path) -> Rows:
-    """The rows of a folder's .jsonl files, in order; of a measurement that was repeated, the last."""
+    """The rows of a folder's .jsonl files, in order; of a measurement that was repeated, the last. Rows of other
+    operations than `cases.OPS`, such as sweeps of a kernel's choices, are not for the report."""
     rows = {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text().splitlines():
             row = json.loads(line)
+            if row["op"] not in OPS:
+                continue
             rows[row["case"], row["on"], row["impl"], row["backend"], row["mode"]] = row
     return list(rows.values())
 
