@@ -81,9 +81,9 @@ GPU = Sizes(
     every_nth=1,
 )  # fmt: skip
 REHEARSED = Sizes(
-    smoke=(67,), smoke_rows=5, sweeps=((6, 131),), hidden=(("", 64, 300, None),),
+    smoke=(67,), smoke_rows=5, sweeps=((3, 131),), hidden=(("", 64, 300, None),),
     peers=(("loss", 8, 4, 300, 0), ("linear", 8, 4, 300, 64)), step=(8, 8, 4096, 128), copy=1 << 20, gemm=64,
-    seconds=0.002, every_nth=11,
+    seconds=0.002, every_nth=17,
 )  # fmt: skip
 
 
