@@ -1,8 +1,9 @@
-"""The run on a GPU, rehearsed: its stages, limits and files, and what it does about a kernel that is wrong or hangs."""
+"""The run on a GPU, rehearsed: its stages, limits and files, and what becomes of a kernel that is wrong or hangs."""
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,16 @@ from fastgrpo.bench import report
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
-FIELDS = set(
-    "op impl backend shape dtype mode ms_p50 rel_err ok device versions commit date command rehearsed".split()
-)
+FIELDS = set("op impl backend dtype mode ms_p50 device versions commit date command rehearsed".split())
 
 if (_why := no_host()) is not None:
     pytest.skip(f"the CUDA kernels cannot be built for the CPU: {_why}", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """The kernels for the CPU are built there once."""
+    return tmp_path_factory.mktemp("scratch")
 
 
 def run(*arguments, **environment):
@@ -40,16 +45,18 @@ def stages(*names):
     return [word for name in names for word in ("--stage", name)]
 
 
-def test_the_first_call_rehearsed(tmp_path):
+def test_the_first_call_rehearsed(tmp_path, scratch):
     """All but the build, which has a test of its own."""
-    names = ("ceilings", "smoke", "sweeps", "hidden", "counters", "memcheck", "tests")
-    status, said = run("first", "--rehearse", "--commit", "abc123", *stages(*names), OUT=str(tmp_path))
+    names = ("ceilings", "smoke", "sweeps", "hidden", "counters", "tests")  # and memcheck: test_cuda_driver.py
+    arguments = ("--rehearse", "--commit", "abc123", "--scratch", scratch)
+    status, said = run("first", *arguments, *stages(*names), OUT=str(tmp_path))
     assert status == 0, said[-6000:]
     for name in names:
         assert f"== {name}, at most" in said and f"  {name}: done" in said
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"first.log", "rows.jsonl", "smoke.jsonl", "profile.txt", "tests.log"}
-    assert (tmp_path / "first.log").read_text() == said
+    log = (tmp_path / "first.log").read_text()
+    assert all(f"== {name}, at most" in log and f"  {name}: done" in log for name in names) and "right" in log
 
     smoke = rows_of(tmp_path / "smoke.jsonl")
     assert len({row["case"] for row in smoke}) == len(smoke) and all(row["ok"] for row in smoke)
@@ -59,7 +66,7 @@ def test_the_first_call_rehearsed(tmp_path):
         for cluster in (-1, 1, 2, 4, 8, 16):
             assert ("cuda", "loss and gradient in place", f"cluster={cluster}", dtype) in told
             assert ("cuda", "statistics", f"cluster={cluster}", dtype) in told
-    assert ("cuda", "statistics", "cluster=16,buffers=4,blocks=1,evict_first=0", "bf16") in told
+    assert ("cuda", "statistics", "cluster=16,buffers=4,blocks=1,evict_first=1", "bf16") in told
 
     rows = rows_of(tmp_path / "rows.jsonl")
     assert all(FIELDS <= row.keys() and row["rehearsed"] and row["commit"] == "abc123" for row in rows)
@@ -70,22 +77,23 @@ def test_the_first_call_rehearsed(tmp_path):
     assert "the fastest, with and without the entropy together: --cuda '" in said
     assert {row["impl"] for row in rows if row["op"] == "ceiling"} == {"copy", "read", "GEMM"}
     assert {row["op"] for row in report.load(tmp_path)} == {"linear"}  # the README's tables have no sweeps
-    assert "cuda:token_loss: right" in said and "cases are right, 0 wrong" in said
+    assert "cuda:token_loss: right" in said
 
 
-def test_the_second_call_rehearsed(tmp_path):
+def test_the_second_call_rehearsed(tmp_path, scratch):
+    """A stage that reaches its limit is stopped, and the next ones run."""
     choice = ("--cuda", "cluster=2,buffers=2", "--triton", "lanes=512,programs=66")
-    names = ("peers", "step", "compiled")
-    status, said = run("second", "--rehearse", *choice, *stages(*names), "--out", str(tmp_path))
-    assert status == 0, said[-6000:]
+    arguments = ("--rehearse", *choice, *stages("compiled", "peers", "step"), "--limit", "compiled=1")
+    status, said = run("second", *arguments, "--out", tmp_path, "--scratch", scratch)
+    assert status == 1, said[-6000:]
+    assert "  compiled: stopped at its limit of 1 s" in said and "  peers: done" in said and "  step: done" in said
     assert {path.name for path in tmp_path.iterdir()} == {"second.log", "rows.jsonl"}
     rows = rows_of(tmp_path / "rows.jsonl")
+    assert all(FIELDS <= row.keys() for row in rows)
     assert {row["op"] for row in rows} == {"loss", "linear", "step"}
     timed = [row for row in rows if row["ms_p50"] is not None]
     assert {"fastgrpo", "eager", "copy", "GEMMs alone"} <= {row["impl"] for row in timed}
     assert all(row["choice"] == {"cuda": choice[1], "triton": choice[3]} for row in rows if row["op"] != "step")
-    order = list(dict.fromkeys(row["impl"] for row in rows))
-    assert order.index("fastgrpo") < order.index("eager") < order.index("torch.compile")
 
 
 @pytest.mark.skipif(
@@ -93,17 +101,11 @@ def test_the_second_call_rehearsed(tmp_path):
 )
 def test_the_build_rehearsed(tmp_path):
     """Without nvcc, which takes a minute; into a folder of its own, which the stages after it use."""
-    arguments = ("first", "--rehearse", *stages("build", "counters"), "--out", str(tmp_path))
+    arguments = ("second", "--rehearse", *stages("build", "compiled"), "--out", tmp_path)
     status, said = run(*arguments, CMAKE_ARGS="-DCMAKE_CUDA_COMPILER=NOTFOUND")
     assert status == 0, said[-6000:]
+    assert "  build: done" in said and "  compiled: done" in said and "not measured: left out of a quick run" in said
     assert "backend cpu: works" in said and "site/fastgrpo/lib/libfastgrpo_cuda.so does not exist" in said
-
-
-def test_a_stage_is_stopped_at_its_limit_and_the_next_one_runs(tmp_path):
-    arguments = (*stages("sweeps", "hidden"), "--limit", "sweeps=1", "--limit", "hidden=200")
-    status, said = run("first", "--rehearse", *arguments, "--out", str(tmp_path))
-    assert status == 1, said[-6000:]
-    assert "  sweeps: stopped at its limit of 1 s" in said and "  hidden: done" in said
 
 
 @pytest.mark.parametrize(
@@ -120,11 +122,8 @@ def test_a_stage_is_stopped_at_its_limit_and_the_next_one_runs(tmp_path):
 )
 def test_mistakes_are_named(arguments, message, tmp_path):
     status, said = run(*arguments, OUT=str(tmp_path))
-    assert status == 2 and pytest.raises  # nothing was done
-    import re
-
-    assert re.search(message, said), said
-    assert not list(tmp_path.iterdir())
+    assert status == 2 and re.search(message, said), said
+    assert not list(tmp_path.iterdir())  # nothing was done
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -156,11 +155,11 @@ sys.exit(gpu.main())
 """
 
 
-def test_a_kernel_that_hangs_or_is_wrong_costs_only_itself(tmp_path):
+def test_a_kernel_that_hangs_or_is_wrong_costs_only_itself(tmp_path, scratch):
     """It is named; a process that is lost is followed by one that goes on behind it; nothing wrong has a time."""
 
     def planted(stage):
-        code = PLANTED.format(stage=stage, out=str(tmp_path), scratch=str(tmp_path), here=str(SCRIPT.parent))
+        code = PLANTED.format(stage=stage, out=str(tmp_path), scratch=str(scratch), here=str(SCRIPT.parent))
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
         return done.returncode, done.stdout + done.stderr
 
