@@ -247,12 +247,12 @@ def sweeps(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
     wrong = {
         (row["backend"], row["kernel"], row["choice"]) for row in output.read("smoke.jsonl") if row["ok"] is False
     }
-    found, failed = [], 0
+    found, failed, of_these = [], 0, usable(output, options.backend or ("cuda", "triton"))
     for number, (n, V) in enumerate(sizes.sweeps):
         p = make_rows(n, V, "bf16", output.device, holes=False)
         clock = measure.Stopwatch(p, sizes.seconds, turns=1)
         every_nth = 0 if number else sizes.every_nth
-        sides = [side for backend in usable(output) for side in _sweep_sides(backend, every_nth)]
+        sides = [side for backend in of_these for side in _sweep_sides(backend, every_nth)]
         print(f"{n} rows of {V} bf16 logits; times over a copy's")
         for count, side in enumerate(sides):
             if count % 10 == 0:
@@ -452,7 +452,7 @@ def main() -> int:
     add("--out", type=Path, required=True, help="where rows and tables go")
     add("--scratch", type=Path, required=True, help="where a rehearsal builds")
     add("--rehearse", action="store_true", help="small shapes on a CPU")
-    add("--backend", action="append", choices=("cuda", "triton"), help="of the smoke test")
+    add("--backend", action="append", choices=("cuda", "triton"), help="of the smoke test and the sweeps")
     add("--dtype", action="append", choices=DTYPES, help="of the smoke test")
     add("--kernel", action="append", help="BACKEND:token_loss or BACKEND:row_stats, of the stage one")
     add("--cuda", type=parse_choice, default={}, help="cluster=8,buffers=2,blocks=1,evict_first=1, or some")

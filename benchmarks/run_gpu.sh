@@ -45,7 +45,8 @@ while [ $# -gt 0 ]; do
       rehearse=--rehearse seconds=$((4 * seconds))
       for stage in "${stages[@]}"; do limit[$stage]=$((4 * ${limit[$stage]})); done
       shift; continue ;;
-    --wheels | --commit | --out | --scratch | --stage | --limit | --cuda | --triton) [ $# -ge 2 ] || usage "$1: expected a value" ;;
+    --wheels | --commit | --out | --scratch | --stage | --limit | --cuda | --triton)
+      [ $# -ge 2 ] || usage "$1: expected a value" ;;
     *) usage "unknown option $1" ;;
   esac
   case "$1" in
@@ -137,8 +138,8 @@ counters() {
   fi
   for kernel in one_pass:cuda:token_loss token_kernel:triton:token_loss stats_kernel:triton:row_stats; do
     name=${kernel%%:*}
-    (cd "$here" && timeout 30 ncu --clock-control none "${sections[@]}" --kernel-name "regex:$name" --launch-count 1 \
-      python3 gpu.py one --kernel "${kernel#*:}" --out "$out" --scratch "$scratch") >> "$out/counters.txt" 2>&1 ||
+    (cd "$here" && timeout --foreground 30 ncu --clock-control none "${sections[@]}" --kernel-name "regex:$name" \
+      --launch-count 1 python3 gpu.py one --kernel "${kernel#*:}" --out "$out" --scratch "$scratch") >> "$out/counters.txt" 2>&1 ||
       { echo "$name: ncu failed; see counters.txt"; status=1; }
   done
   grep -E "Context|Duration|DRAM Throughput|L2 Hit|Registers Per|Achieved Occ" "$out/counters.txt"
@@ -162,7 +163,7 @@ DRIVER
     return
   fi
   [ -n "$driver" ] || { echo "the program was not built: the stage build makes it"; return 1; }
-  timeout 8 "$driver" | tail -n 1
+  timeout --foreground 8 "$driver" | tail -n 1
   compute-sanitizer --tool memcheck --error-exitcode 1 "$driver" --quick
 }
 
@@ -181,7 +182,7 @@ tests() {
     run+=(-k "test_an_id_out_of_range_reads_nothing or test_no_host_sync_on_a_gpu")
   fi
   # interrupted before the limit, so that it says what failed
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} timeout --signal=INT $((most > 20 ? most - 8 : most)) \
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} timeout --foreground --signal=INT $((most > 20 ? most - 8 : most)) \
     "${run[@]}" -v "${spread[@]}" > "$out/tests.log" 2>&1
   local status=$?
   sed -n '/short test summary/,$p' "$out/tests.log" | head -n 40
