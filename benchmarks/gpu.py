@@ -51,7 +51,7 @@ from fastgrpo import backends  # noqa: E402
 from fastgrpo.bench import cases, command, implementations, measure, targets  # noqa: E402
 from fastgrpo.bench.cases import DTYPES, Case  # noqa: E402
 
-HANGS = 15  # seconds without an answer, compiling included
+HANGS = 200 if "--rehearse" in sys.argv else 20  # seconds without an answer, compiling included
 AGAIN = 3  # exit status of a smoke test whose process is lost, and which another one can go on with
 
 
