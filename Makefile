@@ -29,8 +29,9 @@ wheel: ## dist/: an sdist, and a wheel built from it, tagged with the oldest gli
 wheel-test: ## the wheel in dist/, in an environment of its own without a compiler
 	FASTGRPO_WHEEL=$$(ls dist/*.whl) pytest tests/test_wheel.py
 
-gpu: ## on a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks
-	benchmarks/run_gpu.sh
+gpu: ## on a machine with an NVIDIA GPU: build, smoke test, timings, counters, memory check, tests, peers
+	benchmarks/run_gpu.sh first
+	benchmarks/run_gpu.sh second
 
 DRIVER = build/driver/tests/cuda_driver/fastgrpo_cuda_driver
 

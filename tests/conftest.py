@@ -1,14 +1,19 @@
-import os
-
 import torch
+import triton_interpreter
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: its kernels then run on CPU tensors
+    triton_interpreter.use()  # its kernels then run on CPU tensors
 
 import cuda_host
 import pytest
 
 from fastgrpo import backends
+
+
+def pytest_report_header():
+    if not torch.cuda.is_available() and (why := triton_interpreter.unavailable()) is not None:
+        return f"Triton's kernels are not run: {why}"
+    return None
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +39,7 @@ def backend(request):
     if request.param == "cuda":
         request.getfixturevalue("cuda_anywhere")
     elif (why := backends.get(request.param).unavailable()) is not None:
+        why = (request.param == "triton" and triton_interpreter.unavailable()) or why
         pytest.skip(f"backend {request.param}: {why}")
     return request.param
 

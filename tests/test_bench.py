@@ -4,11 +4,12 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastgrpo.bench import cases, command, implementations, report, targets
+from fastgrpo.bench import cases, command, implementations, measure, report, targets
 from fastgrpo.bench.cases import Case
 from fastgrpo.bench.implementations import REGISTRY, Implementation
 from fastgrpo.cli import main
@@ -104,6 +105,66 @@ def test_what_fails_later_is_reported_too(monkeypatch):
     monkeypatch.setattr(cases, "make_inputs", lambda case: 1 / 0)
     (row,) = rows_of(TINY, [right]).values()
     assert row["ok"] is False and row["reason"] == "no inputs: ZeroDivisionError: division by zero"
+
+
+def test_ours_are_measured_before_what_takes_long(monkeypatch):
+    """Each checked right before its first turn, and with a row as soon as it is over: a stopped run keeps those."""
+    events = []
+
+    def side(name, **options):
+        def step(inputs):
+            events.append(name)
+            return {}
+
+        return Implementation("linear", name, step, **options)
+
+    def check(each, inputs, row):
+        events.append(f"check {each.name}")
+
+    monkeypatch.setattr(command, "check", check)
+    monkeypatch.setattr(command, "peak", lambda *_: 1.0)
+    sides = [side("compiled", compiles=True), side("peer"), side("fastgrpo"), side("floor", is_floor=True)]
+    for row in command.measure_case(TINY, sides, seconds=0.001):
+        events.append(f"row {row['impl']}")
+        assert row["ms_p50"] > 0 and row["peak_mb"] == 1.0
+    order = [event for event, before in zip(events, [None, *events], strict=False) if event != before]
+    assert order == [
+        *(e for name in ("floor", "fastgrpo", "peer", "compiled") for e in (f"check {name}", name, f"row {name}")),
+        *(e for name in ("floor", "fastgrpo", "peer", "compiled") for e in (name, f"row {name}")),
+    ]
+
+
+def test_a_gpu_waits_while_the_host_enqueues(monkeypatch):
+    """For every side; else the host's time would stand between the two events."""
+    events = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            events.append("record")
+
+        def synchronize(self):
+            events.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append(cycles))
+    measure.gpu_cycles.cache_clear()
+    assert measure.gpu_cycles() == (1 << 23) / 2.0  # a millisecond's, by the device's own clock
+    measure.gpu_cycles.cache_clear()
+    clock = measure.Stopwatch(SimpleNamespace(x=torch.ones(1)), 0.001)
+    clock._on_gpu, clock._flushed, clock._cycles = True, torch.ones(1), 4321
+    events.clear()
+    times = []
+    for name in ("ours", "theirs"):
+        clock.turn(lambda _: events.append("prepare"), lambda _, name=name: events.append(name), times)
+    one_call = ["prepare", 4321, "record", "ours", "record", "synchronize"]
+    assert events[:6] == one_call and events[-6:] == [*one_call[:3], "theirs", *one_call[4:]]
+    assert set(times) == {2.0} and len(events) == 6 * (len(times) + 2)
 
 
 def test_packages_that_are_missing_are_listed(monkeypatch):

@@ -9,7 +9,8 @@ target is ruled out (-inf), are swept again by `_careful_row`.
 The bits of a row's statistics depend on its values alone. Logits LANES·K apart are a class. A class has one
 accumulator, which takes its elements in the order of the row, wherever the row starts modulo 16 bytes (that only
 renames the classes); and the classes are summed as integers, for which order is nothing. A row is cut into parts of
-PART vectors, whose sums are added in order, so that one program per row and one per part give the same bits too.
+PART vectors, whose sums are added in order, so that one program per part, one per row, and one that holds PARTS parts
+of a row side by side all give the same bits.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _tile(UNROLL: tl.constexpr, LANES: tl.constexpr):
 def _pointers(body, K: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr):
     """Pointers to a tile at `body`, [UNROLL, LANES, K] or, where that gives each thread one lane, [LANES, UNROLL, K].
 
-    The lane is added first: the rest is then an immediate offset.
+    The lane is added first: the rest is then an immediate offset. `body` may differ between lanes: [LANES, 1].
     """
     lane = body + (tl.arange(0, LANES)[:, None] * K + tl.arange(0, K)[None, :])
     if LANES_FIRST:
@@ -155,6 +156,26 @@ def _capped(x, softcap):
 
 
 @triton.jit
+def _lane(LANES: tl.constexpr, PARTS: tl.constexpr):
+    """(lane within its part, part), [1, LANES, 1], where a program holds PARTS parts side by side."""
+    lane = tl.arange(0, LANES)[None, :, None]
+    if PARTS == 1:
+        return lane, 0
+    else:
+        return lane % (LANES // PARTS), lane // (LANES // PARTS)
+
+
+@triton.jit
+def _apart(body, K: tl.constexpr, LANES: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
+    """`body` for `_pointers`, such that the lanes of each part find their own."""
+    body = tl.multiple_of(body, 16)
+    if PARTS > 1:
+        lanes: tl.constexpr = LANES // PARTS
+        body += tl.arange(0, LANES)[:, None] // lanes * ((PART - lanes) * K)
+    return body
+
+
+@triton.jit
 def _no_sums(LANES: tl.constexpr, K: tl.constexpr):
     zero = tl.zeros([1, LANES, K], tl.float32)
     return zero, zero
@@ -167,10 +188,10 @@ def _max_of_pairs(a0, a1, b0, b1):
 
 @triton.jit
 def _max_over_classes(x, y):
-    """The maxima of a pair of tiles [1, LANES, K]; within a thread first, then once between them."""
+    """The maxima, [PARTS] or scalars, of a pair of tiles [PARTS, LANES, K]; within a thread first, then once between them."""
     x, y = tl.reduce((x, y), 2, _max_of_pairs)
     x, y = tl.reduce((x, y), 1, _max_of_pairs)
-    return tl.reduce((x, y), 0, _max_of_pairs)
+    return (x, y) if x.shape[0] > 1 else tl.reduce((x, y), 0, _max_of_pairs)
 
 
 @triton.jit
@@ -186,9 +207,9 @@ def _add(x, s, w, c, ref, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def _add_some(base, lead, end, s, w, c, ref, softcap, LANES: tl.constexpr, K: tl.constexpr, ENTROPY: tl.constexpr):
+def _add_some(base, lane, lead, end, s, w, c, ref, softcap, K: tl.constexpr, ENTROPY: tl.constexpr):
     """`_add` for the elements [lead, end) of the tile at `base`; the others add 0 and are not read."""
-    lane = tl.arange(0, LANES)[None, :, None] * K
+    lane *= K
     k = tl.arange(0, K)[None, None, :]
     # bounds per lane beside a constant k: 2 registers, where an index per element would take K
     inside = (k >= lead - lane) & (k < end - lane)
@@ -206,44 +227,76 @@ def _power_of_two(top):
 
 
 @triton.jit
-def _totals(s, w):
-    """Sums over the classes [1, LANES, K], in 64-bit integers, for which order is nothing. inf where one is NaN."""
+def _sum_of_classes(x, up):
+    if up.type.is_block():
+        up = up[:, None, None]
+    x = tl.sum(tl.sum((x * up).to(tl.int64), axis=2), axis=1)
+    return x if up.type.is_block() else tl.sum(x, axis=0)
+
+
+@triton.jit
+def _totals(s, w, PARTS: tl.constexpr):
+    """Sums over the classes [1, LANES, K], in 64-bit integers, for which order is nothing; inf where one is NaN.
+
+    Scalars, or [PARTS].
+    """
+    s = tl.reshape(s, [PARTS, s.shape[1] // PARTS, s.shape[2]])
+    w = tl.reshape(w, s.shape)
     s_top, w_top = _max_over_classes(tl.where(s == s, s, INF), tl.where(w == w, tl.abs(w), INF))
     s_up, s_down = _power_of_two(s_top)
     w_up, w_down = _power_of_two(w_top)
     # one after the other: together they would hold twice the registers
-    s_sum = tl.sum(tl.sum(tl.sum((s * s_up).to(tl.int64), axis=2), axis=1), axis=0)
-    w_sum = tl.sum(tl.sum(tl.sum((w * w_up).to(tl.int64), axis=2), axis=1), axis=0)
+    s_sum = _sum_of_classes(s, s_up)
+    w_sum = _sum_of_classes(w, w_up)
     s_sum = tl.where(s_top < INF, s_sum.to(tl.float32) * s_down, INF)
     return s_sum, tl.where(w_top < INF, w_sum.to(tl.float32) * w_down, INF)
 
 
 @triton.jit
 def _part_sums(part_ptr, count, c, ref, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-               ENTROPY: tl.constexpr):  # fmt: skip
-    """(Σe, Σe·t) over `count` logits. The first loop is the hot one: no mask, no barrier, no running maximum."""
-    TILE: tl.constexpr = LANES * K
+               PART: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
+    """(Σe, Σe·t), scalars or [PARTS], of the parts from part_ptr on, where `count` logits of the row are left.
+
+    The first loop is the hot one: no mask, no barrier, no running maximum.
+    """
+    TILE: tl.constexpr = LANES // PARTS * K
     lead = (part_ptr.to(tl.int64) & 15).to(tl.int32) // (16 // K)  # elements since the last 16-byte boundary
     base = tl.multiple_of(part_ptr - lead, 16)
-    end = lead + count
+    lane, part = _lane(LANES, PARTS)
+    origin = base + part * (PART * K)
+    end = lead + tl.minimum(tl.maximum(count - part * (PART * K), 0), PART * K)
+    full = end // TILE
+    # The first part is the longest and the last the shortest.
+    longest = (lead + tl.minimum(count, PART * K)) // TILE
+    shortest = (lead + tl.minimum(tl.maximum(count - (PARTS - 1) * (PART * K), 0), PART * K)) // TILE
     s, w = _no_sums(LANES, K)
     first = 0
     if lead > 0:
-        s, w = _add_some(base, lead, end, s, w, c, ref, softcap, LANES, K, ENTROPY)
+        s, w = _add_some(origin, lane, lead, end, s, w, c, ref, softcap, K, ENTROPY)
         first = 1
-    full = end // TILE
-    unrolled = tl.maximum(full - first, 0) // (2 * UNROLL)
+    unrolled = tl.maximum(shortest - first, 0) // (2 * UNROLL)
     for i in range(unrolled):
         tiles = base + (first + i * (2 * UNROLL)) * TILE
         for u in tl.static_range(2 * UNROLL):
-            x = _load(tl.multiple_of(tiles + u * TILE, 16), None, 1, LANES, K, "")
+            x = _load(_apart(tiles + u * TILE, K, LANES, PART, PARTS), None, 1, LANES, K, "")
             s, w = _add(_capped(x, softcap), s, w, c, ref, ENTROPY)
-    for i in range(first + unrolled * (2 * UNROLL), full):
-        x = _load(tl.multiple_of(base + i * TILE, 16), None, 1, LANES, K, "")
-        s, w = _add(_capped(x, softcap), s, w, c, ref, ENTROPY)
-    if (full * TILE < end) & (full >= first):
-        s, w = _add_some(base + full * TILE, 0, end - full * TILE, s, w, c, ref, softcap, LANES, K, ENTROPY)
-    return _totals(s, w)
+    for i in range(first + unrolled * (2 * UNROLL), longest):
+        body = _apart(base + i * TILE, K, LANES, PART, PARTS)
+        if PARTS == 1:
+            x = _capped(_load(body, None, 1, LANES, K, ""), softcap)
+        else:
+            inside = i < full
+            left = tl.where(inside, LANES, 0)
+            x = _load(body, tl.permute(left, (1, 0, 2)) if LANES_FIRST else left, 1, LANES, K, "")
+            x = tl.where(inside, _capped(x, softcap), -INF)
+        s, w = _add(x, s, w, c, ref, ENTROPY)
+    if PARTS == 1:
+        if (full * TILE < end) & (full >= first):
+            s, w = _add_some(base + full * TILE, lane, 0, end - full * TILE, s, w, c, ref, softcap, K, ENTROPY)
+    else:
+        end = tl.where(full >= first, end - full * TILE, 0)
+        s, w = _add_some(origin + full * TILE, lane, 0, end, s, w, c, ref, softcap, K, ENTROPY)
+    return _totals(s, w, PARTS)
 
 
 @triton.jit
@@ -256,7 +309,11 @@ def _reference(target, c):
 
 @triton.jit
 def _careful_row(row_ptr, V, c, softcap, K: tl.constexpr, LANES: tl.constexpr):
-    """(top, log2 Σe, Σe·t / Σe) with t = (x - top) * c: any finite magnitude, by a running maximum, for it is rare."""
+    """(top, log2 Σe, Σe·t / Σe) with t = (x - top) * c: any finite magnitude, by a running maximum, for it is rare.
+
+    Here too the sums are of integers: 0 <= e <= 1 and |e·t| < 1, so that 2^13 of them times 2^49 stay below 2^63.
+    """
+    UP: tl.constexpr = 2.0**49
     BLOCK: tl.constexpr = LANES * K
     j = tl.arange(0, BLOCK)
     top = LOWEST
@@ -266,14 +323,16 @@ def _careful_row(row_ptr, V, c, softcap, K: tl.constexpr, LANES: tl.constexpr):
         x = tl.load(row_ptr + start + j, mask=j < V - start, other=-INF).to(tl.float32)
         if softcap is not None:
             x = tl.where(j < V - start, _capped(x, softcap), -INF)
-        new = tl.maximum(top, tl.max(x, axis=0))
+        new = tl.maximum(top, tl.max(tl.where(x == x, x, INF), axis=0))
         # Bounded, because 0 * (an overflowed difference) would be NaN.
         drop = tl.maximum((top - new) * c, -RANGE)
         t = (x - new) * c
-        e = tl.exp2(t)
-        scale = tl.exp2(drop)
-        w = tl.fma(s, drop, w) * scale + tl.sum(tl.where(e == 0.0, 0.0, e * t), axis=0)
-        s = s * scale + tl.sum(e, axis=0)
+        sound = (new - new) * c == 0.0  # neither of them NaN or infinite
+        e = tl.where(sound, tl.exp2(t), 0.0)
+        scale = tl.where(sound, tl.exp2(drop), float("nan"))
+        et = tl.where(e == 0.0, 0.0, e * t)
+        w = tl.fma(s, drop, w) * scale + tl.sum((et * UP).to(tl.int64), axis=0).to(tl.float32) / UP
+        s = s * scale + tl.sum((e * UP).to(tl.int64), axis=0).to(tl.float32) / UP
         top = new
     return top, tl.log2(s), w / s
 
@@ -311,19 +370,24 @@ def _scores(row_ptr, target, V, total, weighted, c, inv_temperature, softcap, K:
 
 @triton.jit
 def _row_scores(row_ptr, id, V, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-                PART: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
+                PART: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
     """(logp, lse, entropy) of one whole row by one program."""
     c = inv_temperature * LOG2E
     target = _target(row_ptr, id, V, softcap)
     ref = _reference(target, c)
     total = 0.0
     weighted = 0.0
-    for start in range(0, V, PART * K):
-        s, w = _part_sums(row_ptr + start, tl.minimum(V - start, PART * K), c, ref, softcap, K, LANES, UNROLL,
-                          ENTROPY)  # fmt: skip
-        total += s
-        weighted += w
-    return _scores(row_ptr, target, V, total, weighted, c, inv_temperature, softcap, K, LANES, ENTROPY)
+    for start in range(0, V, PARTS * PART * K):
+        s, w = _part_sums(row_ptr + start, V - start, c, ref, softcap, K, LANES, UNROLL, PART, PARTS, ENTROPY)
+        if PARTS == 1:
+            total += s
+            weighted += w
+        else:
+            for part in tl.static_range(PARTS):
+                here = tl.arange(0, PARTS) == part
+                total += tl.sum(tl.where(here, s, 0.0), axis=0)
+                weighted += tl.sum(tl.where(here, w, 0.0), axis=0)
+    return _scores(row_ptr, target, V, total, weighted, c, inv_temperature, softcap, K, LANES // PARTS, ENTROPY)
 
 
 @triton.jit
@@ -424,8 +488,8 @@ def _zero(out, V, first, n_max, with_ends, K: tl.constexpr, LANES: tl.constexpr,
 @triton.jit
 def _row_grad(row_ptr, out, id, V, lse, entropy, g, h, inv_temperature, softcap, first, n_max, with_ends,
               K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, HAS_H: tl.constexpr,
-              SAME_PHASE: tl.constexpr):  # fmt: skip
-    """Gradient of the vectors [first, first + n_max) of a row, and of its ends if asked.
+              SAME_PHASE: tl.constexpr, INPLACE: tl.constexpr):  # fmt: skip
+    """Gradient of the vectors [first, first + n_max) of a row, and of its ends if asked. INPLACE: out is row_ptr.
 
     out_j = inv_temperature * (g * (1[j == id] - p_j) - h * p_j * (log p_j + entropy)); off the target that is
     p_j * (a + b * log2 p_j).
@@ -446,6 +510,10 @@ def _row_grad(row_ptr, out, id, V, lse, entropy, g, h, inv_temperature, softcap,
     known = (id >= 0) & (id < V)
     at = tl.where(known, id, 0).to(tl.int32)
     target = _target(row_ptr, id, V, softcap)
+    if INPLACE:
+        # The race: every warp reads the target's logit, and the warp that owns it writes a gradient there; all must
+        # have read before one writes.
+        tl.debug_barrier()
 
     # Gradient of the target element, from log p and expm1, so that nothing cancels when p is near 1.
     logp = tl.where(careful, target * inv_temperature - lse, (tl.fma(target, c, -shift) - low) * LN2)

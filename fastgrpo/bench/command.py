@@ -9,12 +9,14 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -43,6 +45,7 @@ GROWTH = [  # H is small, so that the vocabulary is most of the work; from hidde
     *(Case("linear", 8, 128, V, 128, "fp32") for V in (16_384, 32_768, 65_536, 262_144)),
     *(Case("linear", N // 128, 128, 131_072, 128, "fp32") for N in (1024, 2048, 4096, 8192, 16_384)),
 ]
+TURNS = 2  # of each side
 _SLOW_TO_COMPILE = "left out of a quick run: compiling takes longer than all the rest"
 
 
@@ -72,19 +75,20 @@ def run(options: argparse.Namespace) -> None:
             raise UsageError(f"{name}: no such folder: {Path(file).parent}")
     if options.plot and Path(options.plot).suffix not in (".svg", ".png"):
         raise UsageError(f"--plot: expected a file that ends in .svg or .png, got {options.plot}")
-    facts = _facts(chosen[0].device)
+    origin = facts(chosen[0].device)
     rows = []
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(options.json, "a")) if options.json else None
         for case in chosen:
             print(f"\n{case}", flush=True)
+            measured = {}
             for row in measure_case(case, chosen_ones, quick=quick, seconds=options.seconds):
-                row |= facts
-                rows.append(row)
+                measured[label(row)] = row = row | origin
                 if file:
                     file.write(json.dumps(row) + "\n")
                     file.flush()
-            print_table([row for row in rows if row["case"] == str(case)])
+            print_table(list(measured.values()))
+            rows += measured.values()
     print("\n" + targets.table(rows))
     if options.plot:
         from fastgrpo.bench.report import plot
@@ -159,54 +163,66 @@ def _sizes(options: argparse.Namespace) -> Iterator[tuple[str | None, float | No
 def measure_case(
     case: Case, among: list[Implementation], *, quick: bool = False, seconds: float = 2.0
 ) -> Iterator[dict]:
-    """One row for each of these implementations of a case's operation; floors first.
+    """Rows of these implementations of a case's operation, as they are measured.
 
-    Every implementation computes the case once and is compared with the truth; one that is wrong, fails, or cannot run
-    here has that in its row in place of a time.
+    Floors come first, then fastgrpo, then its peers, last those that compile. A side computes the case once, right
+    before its first turn, and is compared with the truth; one that is wrong, fails, or cannot run here has that in
+    its row in place of a time. A side with a time gets a row after each of its turns, and the last one counts.
     """
     torch.compiler.reset()  # or what was compiled for other sizes would be timed
-    inputs, no_inputs = None, None
+    inputs, clock, no_inputs = None, None, None
     try:
         inputs = cases.make_inputs(case)
+        clock = measure.Stopwatch(inputs, seconds / 4 if quick else seconds, TURNS)
     except Exception as problem:  # noqa: BLE001 (of memory, or of the backend that makes the old log-probabilities)
-        no_inputs = f"no inputs: {_reason(problem)}"
-    found = sorted((each for each in among if each.op == case.op), key=lambda each: not each.is_floor)
-    running, rows = {}, {}
-    for each in found:
-        row = rows[str(each)] = _row(case, each)
-        why = each.why_not(case) or no_inputs
-        if why is None and quick and each.compiles:
-            why = _SLOW_TO_COMPILE
-        if why is None:
-            why = check(each, inputs, row)
-        row["ok"], row["reason"] = None if each.is_floor and why is None else why is None, why
-        if why is None:
-            running[str(each)] = each
-    steps = {name: (each.prepare, each.step) for name, each in running.items()}
-    seconds = seconds / 4 if quick else seconds
-    if case.device == "cuda":
-        _truths.clear()  # its memory is the implementations'
-        torch.cuda.empty_cache()
-    times, failures = measure.interleave(steps, inputs, seconds=seconds) if steps else ({}, {})
-    for name, problem in failures.items():
-        rows[name]["ok"], rows[name]["reason"] = False, _reason(problem)
-    del inputs
-    roof = None
-    for name, row in rows.items():
-        if name in times:
-            row["ms_p20"], row["ms_p50"], row["ms_p80"] = measure.quantiles(times[name])
-            row["calls"] = len(times[name])
-            if running[name].is_floor:
-                roof = _roof_rate(case, row)
-            if roof:
-                row["roof_share"] = (case.flops or case.bytes) / roof / (row["ms_p50"] / 1e3)
-            if not quick or (case.op, case.dtype, case.inactive) == ("linear", "bf16", 0.0):
-                with contextlib.suppress(torch.OutOfMemoryError):
-                    row["peak_mb"] = peak(case, running[name])
-        yield row
+        no_inputs = f"no inputs: {reason(problem)}"
+    found = sorted((each for each in among if each.op == case.op), key=_order)
+    with_peak = not quick or (case.op, case.dtype, case.inactive) == ("linear", "bf16", 0.0)
+    rows, times, roof = {}, {}, None
+    for turn in range(TURNS):
+        for each in found:
+            name = str(each)
+            if turn == 0:
+                rows[name] = _checked(case, each, inputs, no_inputs, quick)
+            elif rows[name]["reason"] is not None:
+                continue
+            row = rows[name]
+            if row["reason"] is None:
+                try:
+                    clock.turn(each.prepare, each.step, times.setdefault(name, []))
+                    row["ms_p20"], row["ms_p50"], row["ms_p80"] = measure.quantiles(times[name])
+                    row["calls"] = len(times[name])
+                except Exception as problem:  # noqa: BLE001 (the others are still to be measured)
+                    row |= dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "calls", "peak_mb"))
+                    row["ok"], row["reason"] = False, reason(problem)
+            if row["ms_p50"] is not None:
+                if each.is_floor:
+                    roof = _roof_rate(case, row)
+                if roof:
+                    row["roof_share"] = (case.flops or case.bytes) / roof / (row["ms_p50"] / 1e3)
+                if turn == 0 and with_peak:
+                    with contextlib.suppress(torch.OutOfMemoryError):
+                        row["peak_mb"] = peak(case, each, inputs)
+            yield dict(row)
+        if case.device == "cuda":
+            _truths.clear()  # its memory is the implementations'
+            torch.cuda.empty_cache()
 
 
-def _reason(problem: Exception) -> str:
+def _checked(case: Case, each: Implementation, inputs: SimpleNamespace | None, why: str | None, quick: bool) -> dict:
+    """A row that says whether its side is right, or why it is not to be timed; `why` holds for all sides."""
+    row = new_row(case, each)
+    why = each.why_not(case) or why or (_SLOW_TO_COMPILE if quick and each.compiles else check(each, inputs, row))
+    row["ok"], row["reason"] = None if each.is_floor and why is None else why is None, why
+    return row
+
+
+def _order(each: Implementation) -> tuple:
+    """A run that is stopped keeps what it measured: our own kernels before anything that takes long to compile."""
+    return not each.is_floor, each.compiles, each.name != "fastgrpo"
+
+
+def reason(problem: Exception) -> str:
     if isinstance(problem, torch.OutOfMemoryError):
         return "out of memory"
     return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
@@ -234,7 +250,7 @@ def check(each: Implementation, inputs, row: dict) -> str | None:
             return f"wrong: results {', '.join(results) or 'none'}, expected some of {', '.join(want)}"
         row["rel_err"] = cases.error(results, want, getattr(inputs, "advantages", None))
     except Exception as problem:  # noqa: BLE001 (a peer may fail in any way, and the others are still to be measured)
-        return _reason(problem)
+        return reason(problem)
     finally:
         if case.device == "cuda":
             torch.cuda.empty_cache()
@@ -244,7 +260,8 @@ def check(each: Implementation, inputs, row: dict) -> str | None:
     return None if worst <= limit else f"wrong: relative error {worst:.2g}, allowed {limit:.2g}"
 
 
-def _row(case: Case, each: Implementation) -> dict:
+def new_row(case: Case, each: Implementation) -> dict:
+    """What a row says before anything is measured."""
     return dict(
         op=case.op, impl=each.name, backend=each.backend, mode=each.mode, shape=case.shape, dtype=case.dtype,
         inactive=case.inactive, softcap=case.softcap, model=case.model, calls=None, ms_p50=None, ms_p20=None,
@@ -264,14 +281,11 @@ def _roof_rate(case: Case, row: dict) -> float:
 _fresh: list[measure.FreshProcesses] = []
 
 
-def peak(case: Case, each: Implementation) -> float | None:
-    """MiB above the inputs at an implementation's peak."""
+def peak(case: Case, each: Implementation, inputs: SimpleNamespace) -> float | None:
+    """MiB above the inputs at an implementation's peak; it has run on these before."""
     if case.device == "cuda":
-        inputs = cases.make_inputs(case)
-        for _ in range(2):  # what is compiled, tuned and allocated once is not the step's
-            each.prepare(inputs)
-            found = measure.gpu_peak(each.step, inputs)
-        return round(found, 1)
+        each.prepare(inputs)
+        return round(measure.gpu_peak(each.step, inputs), 1)
     if not _fresh:
         _fresh.append(measure.FreshProcesses(["fastgrpo.bench.preloaded"]))
     found = _fresh[0].peak(cpu_peak, case, each.op, str(each))
@@ -313,10 +327,11 @@ def print_table(rows: list[dict]) -> None:
     sys.stdout.flush()
 
 
-# ---- what every row says about where it comes from
+# ---- where rows come from
 
 
-def _facts(on: str) -> dict:
+def facts(on: str, program: str = "fastgrpo") -> dict:
+    """What every row says about where it comes from."""
     packages = ("fastgrpo", "torch", "triton", "transformers", "trl", "liger_kernel")
     versions = {}
     for name in packages:
@@ -326,7 +341,7 @@ def _facts(on: str) -> dict:
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # nobody's folders
     return dict(
         device=device, threads=torch.get_num_threads(), python=platform.python_version(), versions=versions,
-        commit=_commit(), date=datetime.date.today().isoformat(), command=" ".join(["fastgrpo", *words]),
+        commit=_commit(), date=datetime.date.today().isoformat(), command=" ".join([program, *words]),
     )  # fmt: skip
 
 
@@ -339,7 +354,10 @@ def cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package is run from, or the command is run in."""
+    """Of the checkout that this package is run from, or the command is run in; or what FASTGRPO_COMMIT says, where
+    the sources came without their history."""
+    if given := os.environ.get("FASTGRPO_COMMIT"):
+        return given
     for folder in (Path(__file__).parents[2], Path.cwd(), *Path.cwd().parents):
         if (folder / "csrc" / "objective.h").is_file() and (folder / ".git").exists():
             asked = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import multiprocessing
 import os
@@ -18,69 +19,77 @@ import torch
 _L2_BYTES = 256 << 20  # more than any GPU's L2 cache
 _MOST_CALLS = 50  # of a turn
 _ROTATED_BYTES = 1 << 30  # inputs below this are kept twice on a GPU, and take turns
+_AHEAD_MS = 1.0  # that a GPU waits before a step, so that what the host does until the first kernel is in no time
 
 
-def interleave(
-    steps: dict[str, tuple[Callable, Callable]],
-    inputs: SimpleNamespace,
-    *,
-    seconds: float,
-    turns: int = 2,
-) -> tuple[dict[str, list[float]], dict[str, Exception]]:
-    """Milliseconds of each call of `{name: (prepare, step)}`; only the steps are timed.
+class Stopwatch:
+    """Times steps on the inputs of a case, a turn at a time, in milliseconds; only the steps are timed.
 
-    Sides take turns, because timings on a shared machine drift. A turn is calls in a row, as a training loop makes
-    them, for a share of `seconds`; its first is not counted, because it pays for the state of the caches and of the
-    system's free memory that the side before it left; unless it took more than ten times `seconds`, and then it is
-    the only one. On a GPU, events measure, the L2 cache is flushed before each call, and inputs of less than a GiB
-    rotate between two copies.
+    Sides take turns, because timings on a shared machine drift. On a GPU, events measure, the L2 cache is flushed
+    before each call, the device is kept busy while the host enqueues the step, and inputs of less than a GiB rotate
+    between two copies.
 
-    Returns:
-        (the times, and what went wrong with those that have none).
+    Args:
+        seconds: for each side, over all its turns.
     """
-    tensors = {name: x for name, x in vars(inputs).items() if isinstance(x, torch.Tensor)}
-    on_gpu = any(x.is_cuda for x in tensors.values())
-    copies = [inputs]
-    if on_gpu:
-        flushed = torch.empty(_L2_BYTES, dtype=torch.int8, device="cuda")
-        if sum(x.numel() * x.element_size() for x in tensors.values()) < _ROTATED_BYTES:
-            copies.append(SimpleNamespace(**vars(inputs) | {name: x.clone() for name, x in tensors.items()}))
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def call(prepare: Callable, step: Callable, number: int) -> float:
-        given = copies[number % len(copies)]
+    def __init__(self, inputs: SimpleNamespace, seconds: float, turns: int = 2):
+        self.seconds, self.turns, self._copies = seconds, turns, [inputs]
+        tensors = {name: x for name, x in vars(inputs).items() if isinstance(x, torch.Tensor)}
+        self._on_gpu = any(x.is_cuda for x in tensors.values())
+        if self._on_gpu:
+            self._flushed = torch.empty(_L2_BYTES, dtype=torch.int8, device="cuda")
+            self._cycles = round(_AHEAD_MS * gpu_cycles())
+            if sum(x.numel() * x.element_size() for x in tensors.values()) < _ROTATED_BYTES:
+                self._copies.append(SimpleNamespace(**vars(inputs) | {name: x.clone() for name, x in tensors.items()}))
+
+    def turn(self, prepare: Callable, step: Callable, times: list[float]) -> None:
+        """Adds the times of a side's turn: calls in a row, as a training loop makes them, for its share of `seconds`.
+
+        The first call is not counted, because it pays for the state of the caches and of the system's free memory
+        that the side before it left; unless it took more than ten times `seconds`, and then it is the only one.
+        """
+        slow = 1e4 * self.seconds
+        if len(times) == 1 and times[0] > slow:
+            return
+        until = time.perf_counter() + self.seconds / self.turns
+        first = self._call(prepare, step, 0)
+        if first > slow:
+            times.append(first)
+            return
+        for number in range(1, _MOST_CALLS):
+            times.append(self._call(prepare, step, number))
+            if time.perf_counter() > until:
+                break
+
+    def _call(self, prepare: Callable, step: Callable, number: int) -> float:
+        given = self._copies[number % len(self._copies)]
         prepare(given)
-        if not on_gpu:
+        if not self._on_gpu:
             begun = time.perf_counter()
             step(given)
             return 1e3 * (time.perf_counter() - begun)
-        flushed.zero_()
-        start.record()
-        step(given)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+        self._flushed.zero_()
+        return gpu_milliseconds(lambda: step(given), self._cycles)
 
-    times, failures = {name: [] for name in steps}, {}
-    for turn in range(turns):
-        for name in list(times):
-            prepare, step = steps[name]
-            until = time.perf_counter() + seconds / turns
-            try:
-                if turn and len(times[name]) == 1 and times[name][0] > 1e4 * seconds:
-                    continue
-                first = call(prepare, step, 0)
-                if first > 1e4 * seconds:
-                    times[name].append(first)
-                    continue
-                for number in range(1, _MOST_CALLS):
-                    times[name].append(call(prepare, step, number))
-                    if time.perf_counter() > until:
-                        break
-            except Exception as problem:  # noqa: BLE001 (the others are still to be measured)
-                failures[name] = problem
-                del times[name]
-    return times, failures
+
+def gpu_milliseconds(step: Callable[[], object], cycles: int = 0) -> float:
+    """The device's time of a step, which starts when the host has had `cycles` of the device's clock to enqueue it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if cycles:
+        torch.cuda._sleep(cycles)
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+@functools.cache
+def gpu_cycles() -> float:
+    """Of the device's clock in a millisecond, by its own events; the first of two runs wakes it."""
+    cycles = 1 << 23
+    return [cycles / gpu_milliseconds(lambda: torch.cuda._sleep(cycles)) for _ in range(2)][1]
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
