@@ -357,7 +357,7 @@ def _measured(case: Case, among: list, output: Output, seconds: float, choice: d
         found[implementations.label(row)] = row
     command.print_table(list(found.values()))
     for what, numbers, verdict in targets.verdicts(list(found.values())):
-        if verdict != "not measured":
+        if verdict != "not measured" and output.device == "cuda":
             print(f"  {verdict}: {what}: {numbers}", flush=True)
     return any(row["impl"] == "fastgrpo" and row["ok"] is False and row["rel_err"] for row in found.values())
 
