@@ -273,7 +273,7 @@ def coefficients(objective: Objective, stats: tuple[Tensor, Tensor, Tensor], bat
         terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
         wanted = [logps, entropies] if objective.entropy_coef != 0 else [logps]
         g, *h = torch.autograd.grad(terms.loss, wanted, materialize_grads=True)
-    return terms._replace(loss=terms.loss.detach()), g, h[0] if h else None
+    return Terms(terms.loss.detach(), *terms[1:]), g, h[0] if h else None
 
 
 class GRPOLoss(nn.Module):

@@ -13,7 +13,7 @@ from cases import (
 )
 from torch.library import opcheck
 
-from fastgrpo import Objective, grpo_loss, linear_grpo_loss, linear_logps, linear_ops, ops, selective_logps
+from fastgrpo import GRPOOutput, Objective, grpo_loss, linear_grpo_loss, linear_logps, linear_ops, ops, selective_logps
 from fastgrpo.layout import make_batch
 from fastgrpo.loss import token_inputs
 from fastgrpo.objective import entropy_weight, row_weight
@@ -56,7 +56,7 @@ def test_compile_fullgraph(loss_type, level, inplace, backend, device):
 
     def step(x, ids, **kwargs):
         out = grpo_loss(x * 1, ids, objective=objective, temperature=0.9, backend=backend, inplace=inplace, **kwargs)
-        return out._replace(loss=out.loss * 3)
+        return GRPOOutput(out.loss * 3, *out[1:])
 
     torch._dynamo.reset()
     want, want_grad = loss_and_grad(step, logits, ids, **kwargs)
@@ -117,7 +117,7 @@ def test_compile_fullgraph_linear(loss_type, level, chunk_size, backend, device)
     def step(hidden, weight, ids, **kwargs):
         call = dict(objective=objective, softcap=cap, backend=backend, chunk_size=chunk_size)
         out = linear_grpo_loss(hidden * 1, weight, ids, **call, **kwargs)
-        return out._replace(loss=out.loss * 3)
+        return GRPOOutput(out.loss * 3, *out[1:])
 
     torch._dynamo.reset()
     want = linear_loss_and_grads(step, hidden, weight, ids, **kwargs)

@@ -2,11 +2,15 @@
 
 No GPU is needed: the kernels are compiled ahead of time, in a process of its own because Triton's interpreter, which
 other tests turn on, is chosen when Triton is imported. `pytest -s` prints the table.
+
+The gates were run with Triton 3.6.0, 3.7.1, 3.8.0 and 3.9.0. To run them with another than the one installed:
+`pip install --no-deps --target DIR triton==X`, and PYTHONPATH=DIR in front.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.metadata
 import json
 import os
 import re
@@ -21,13 +25,13 @@ import sass
 pytest.importorskip("triton")
 
 FORWARD, WITH_ENTROPY, GRADIENT = 6.0, 7.0, 7.0  # machine instructions per logit on sm_90, at most
-SOFTCAP = 10.0  # more with one; and then a few values of the row, none of a logit, may wait on the stack
-SOFTCAP_SPILLS = 16
+SOFTCAP = 10.0  # more with one
+STATS = ("stats", "stats_entropy")
 CASES = [
     (target, dtype, kernel)
     for target in ("sm_80", "sm_90", "sm_100", "gfx942")
     for dtype in (("bf16", "fp32", "fp16") if target == "sm_90" else ("bf16", "fp32"))
-    for kernel in ("stats", "stats_entropy", "grad", "token", "token_softcap")
+    for kernel in (*STATS, "grad", "token", "token_softcap", "token_wide", "token_wide_softcap")
 ]
 
 
@@ -49,15 +53,18 @@ def compile_case(target: str, dtype: str, kernel: str) -> dict:
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     # V is odd, and nothing is said of any run-time value: no width below can come from a lucky divisibility.
     geometry = backend._geometry(151937, torch_dtype)
+    if "wide" in kernel:
+        geometry = backend._wide(geometry, 151937, 1024)
+        assert geometry.PARTS == 2
     constants = {"K": geometry.K, "LANES": geometry.LANES, "UNROLL": geometry.UNROLL}
     if kernel == "grad":
         function = kernels.grad_kernel
-        constants |= {"SAME_PHASE": True, "mask": None, "entropy": None, "h": None, "softcap": None}
+        constants |= {"SAME_PHASE": True, "INPLACE": True, "mask": None, "entropy": None, "h": None, "softcap": None}
     elif kernel.startswith("token"):
         function = kernels.token_kernel
-        constants |= {"PART": geometry.PART, "ENTROPY": True, "INPLACE": True, "GROUP": 1, "partial": None,
-                      "rewards": None, "seq": None, "policy_scale": None, "h": None}  # fmt: skip
-        if kernel == "token":
+        constants |= {"PART": geometry.PART, "PARTS": geometry.PARTS, "ENTROPY": True, "INPLACE": True, "GROUP": 1,
+                      "partial": None, "rewards": None, "seq": None, "policy_scale": None, "h": None}  # fmt: skip
+        if "softcap" not in kernel:
             constants["softcap"] = None
     else:
         function = kernels.stats_kernel
@@ -91,11 +98,39 @@ def read_sass(cubin: bytes) -> dict:
     return {
         "registers": kernel.usage["REG"],
         "spilled": kernel.spilled,
+        "unfenced": unfenced(kernel.code, kernel.labels),
         "loops": loops(
             kernel.code, kernel.labels, sass.BRANCH, exp=r"MUFU\.EX2", load=r"\bLDGS?T?S?\b", store=r"\bSTG\b",
             wide=sass.WIDE, pause=r"\bBAR\b", ignore=r"\bNOP\b",
         ),
     }  # fmt: skip
+
+
+def unfenced(code, labels) -> dict[str, int]:
+    """The narrow loads and stores from which a path without a barrier leads to a sweep that writes gradients.
+
+    That is one of each, of the row's ends, if the barrier stands between the target's logit, whose address takes
+    several loads, and the first gradient.
+    """
+    before = {i: [] for i in range(len(code) + 1)}  # the instructions that may come just before
+    for i, instruction in enumerate(code):
+        if target := re.search(sass.BRANCH, instruction):
+            before[labels[target[1]]].append(i)
+        if instruction.startswith("@") or not re.search(r"\b(?:BRA|EXIT|RET)\b", instruction):
+            before[i + 1].append(i)
+    sweeps = [
+        range(start, end + 1)
+        for start, end in sass.innermost(code, labels)
+        if re.search(r"MUFU\.EX2", "".join(code[start : end + 1])) and re.search("STG", "".join(code[start : end + 1]))
+    ]
+    seen, left = set(), [i for sweep in sweeps for i in sweep]
+    while left:
+        i = left.pop()
+        if i not in seen and not code[i].startswith("BAR.SYNC"):
+            seen.add(i)
+            left += before[i]
+    narrow = [code[i] for i in seen if not re.search(sass.WIDE, code[i])]
+    return {"sweeps": len(sweeps), "loads": sum("LDG" in x for x in narrow), "stores": sum("STG" in x for x in narrow)}
 
 
 def read_amdgcn(text: str) -> dict:
@@ -141,6 +176,17 @@ def loops(code, labels, branch, *, exp, load, store, wide, pause, ignore) -> lis
 # ---- in pytest
 
 
+def may_spill(target: str, kernel: str) -> int:
+    """Bytes of stack and accesses to it, together, for values of a row or a program; in a loop over logits: none.
+
+    A thread executes about 10,000 instructions for a row with a softcap, so that these are less than 1% of them.
+    """
+    recent = tuple(int(n) for n in importlib.metadata.version("triton").split(".")[:2]) >= (3, 8)
+    if target == "sm_100" and recent and ("softcap" in kernel or "wide" in kernel):
+        return 48
+    return 16 if "softcap" in kernel else 0
+
+
 @pytest.fixture(scope="module")
 def machine_code():
     """{case: what `compile_case` found}, from two child processes without the interpreter; prints the table."""
@@ -182,7 +228,7 @@ def hot(case, found) -> dict[str, dict]:
 def test_machine_code(case, machine_code):
     target, _, kernel = case
     found = machine_code[case]
-    assert found["spilled"] <= (SOFTCAP_SPILLS if kernel == "token_softcap" else 0), found
+    assert found["spilled"] <= may_spill(target, kernel), found
     kinds = hot(case, found)
     expected = {"stats": "forward", "stats_entropy": "entropy", "grad": "gradient"}
     assert set(kinds) == set(expected.get(kernel, "entropy gradient").split()), (
@@ -195,8 +241,14 @@ def test_machine_code(case, machine_code):
         assert loop["loads"] >= 4 and loop["stores"] == (loop["loads"] if kind == "gradient" else 0), f"{kind}: {loop}"
         if target == "sm_90":
             limit = {"forward": FORWARD, "entropy": WITH_ENTROPY, "gradient": GRADIENT}[kind]
-            limit += SOFTCAP if kernel == "token_softcap" else 0
+            limit += SOFTCAP if "softcap" in kernel else 0
             assert loop["per_logit"] <= limit, f"{kind}: {loop}"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c[0] == "sm_90" and c[2] not in STATS], ids="-".join)
+def test_no_gradient_before_every_warp_has_the_target(case, machine_code):
+    found = machine_code[case]["unfenced"]
+    assert found == {"sweeps": 2, "loads": 1, "stores": 1}, found  # the sweeps: the hot one and the careful one
 
 
 if __name__ == "__main__":

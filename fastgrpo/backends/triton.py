@@ -6,7 +6,11 @@ Here are the launchers: which geometry, which grid, which kernels. The kernels a
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import dataclasses
 import functools
+import importlib.metadata
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,9 +36,18 @@ def unavailable() -> str | None:
     """None when this backend can run on this machine, else why not."""
     if kernels is None:
         return _missing
+    if _INTERPRETED and (why := _interpreter_unavailable(triton.__version__, importlib.metadata.version("numpy"))):
+        return why
     if _INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
         return None
     return "there is no GPU (Triton's interpreter runs the kernels on a CPU when TRITON_INTERPRET=1 is set first)"
+
+
+def _interpreter_unavailable(of_triton: str, of_numpy: str) -> str | None:
+    older, newer = (tuple(int(n) for n in version.split(".")[:2]) for version in (of_triton, of_numpy))
+    if older < (3, 7) and newer >= (2, 4):
+        return f"the interpreter of Triton {of_triton} needs numpy < 2.4, and {of_numpy} is installed"
+    return None
 
 
 def supports(device_type: str, dtype: torch.dtype) -> str | None:
@@ -46,6 +59,49 @@ def supports(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+# ---- launch choices: what only a speed depends on
+
+
+@dataclasses.dataclass(frozen=True)
+class InPlace:
+    """How the token kernel is launched where it writes the gradient over the logits; no choice changes a bit.
+
+    lanes: threads of a program, 512, or 1024, which hold two parts of a row side by side (a row of one part, of at
+    most 128 KB, keeps the threads that it has). programs: how many there are at most; 0 leaves it to the device.
+    """
+
+    lanes: int = 512
+    programs: int = 0
+
+    def __post_init__(self):
+        if self.lanes not in (512, 1024):
+            raise ValueError(f"lanes: expected 512 or 1024, got {self.lanes!r}")
+        if type(self.programs) is not int or self.programs < 0:
+            raise ValueError(f"programs: expected a whole number, 0 for the device's own, got {self.programs!r}")
+
+
+_AS_EVER = InPlace()
+_in_place = contextvars.ContextVar("in_place", default=_AS_EVER)
+
+
+@contextlib.contextmanager
+def using(**choices) -> Iterator[InPlace]:
+    """Calls inside the `with` are launched by these choices of `InPlace`; the others stay as they were outside.
+
+    Raises:
+        ValueError: for a choice that does not exist, or a value that it cannot take.
+    """
+    names = [field.name for field in dataclasses.fields(InPlace)]
+    for name in choices:
+        if name not in names:
+            raise ValueError(f"{name}: expected one of the choices {', '.join(names)}")
+    token = _in_place.set(dataclasses.replace(_in_place.get(), **choices))
+    try:
+        yield _in_place.get()
+    finally:
+        _in_place.reset(token)
+
+
 # ---- geometry: what a row's bits may depend on comes from V and the dtype alone
 
 
@@ -54,6 +110,7 @@ class Geometry(NamedTuple):
     LANES: int  # threads of a program
     UNROLL: int  # half the vectors of K elements that a thread has on their way at once
     PART: int  # vectors in a part, a multiple of LANES * UNROLL
+    PARTS: int = 1  # that a program holds side by side
 
     def parts(self, V: int) -> int:
         return -(-V // (self.K * self.PART))
@@ -100,6 +157,12 @@ def _launch(kernel, programs: int, geometry: Geometry, device: torch.device, *ar
         options["maxnreg"] = REGISTERS
     with on:
         kernel[(programs,)](*args, K=geometry.K, LANES=geometry.LANES, UNROLL=geometry.UNROLL, **constants, **options)
+
+
+def _wide(geometry: Geometry, V: int, lanes: int) -> Geometry:
+    """The geometry of `InPlace.lanes`: as many parts of a row side by side as the lanes are of 512."""
+    beside = lanes // 512 if geometry.parts(V) > 1 else 1
+    return geometry._replace(LANES=geometry.LANES * beside, PARTS=beside)
 
 
 def _layout(x: Tensor) -> tuple[int, int, int, int]:
@@ -169,7 +232,8 @@ def _row_grad(logits, ids, mask, lse, entropy, g, h, inv_temperature, out, softc
     parts = geometry.parts(logits.shape[2])
     _launch(kernels.grad_kernel, ids.numel() * parts, geometry, logits.device, logits, out, ids, mask, lse,
             None if h is None else entropy, g, h, inv_temperature, softcap or None, *_layout(logits), out.stride(0),
-            out.stride(1), parts, geometry.PART, SAME_PHASE=_same_phase(logits, out))  # fmt: skip
+            out.stride(1), parts, geometry.PART, SAME_PHASE=_same_phase(logits, out),
+            INPLACE=out.data_ptr() == logits.data_ptr())  # fmt: skip
 
 
 def token_loss(
@@ -197,7 +261,12 @@ def token_loss(
                 logits, ids, mask, inv_temperature, softcap, rows.advantages, spec.skip_zero, with_entropy, geometry
             )
         inplace = out is not None and not split
-        programs = _rows_in_flight(n, V * logits.element_size(), device) if inplace else n
+        programs = n
+        if inplace:
+            choice = _in_place.get()
+            geometry = _wide(geometry, V, choice.lanes)
+            in_flight = _rows_in_flight(n, V * logits.element_size(), device)
+            programs = min(n, choice.programs) if choice.programs else in_flight
         numbers = [float(x) for x in (spec.kind, spec.clip_low, spec.clip_high, spec.delta, spec.beta,
                    spec.bias_correction, spec.tau_pos, spec.tau_neg)]  # fmt: skip
         by_group = rows.advantages is None
@@ -207,7 +276,7 @@ def token_loss(
             rows.weight, rows.old, rows.ref if spec.beta else None, rows.policy_scale, rows.h, loss, logp, lse,
             entropy if with_entropy else None, kl, ratio, g, *_layout(logits), parts, n, *numbers,
             int(spec.group_size), float(spec.scale_by_std), float(spec.skip_zero), PART=geometry.PART,
-            ENTROPY=with_entropy, INPLACE=inplace,
+            PARTS=geometry.PARTS, ENTROPY=with_entropy, INPLACE=inplace,
             GROUP=triton.next_power_of_2(max(2, int(spec.group_size))) if by_group else 1,
         )  # fmt: skip
         if split and out is not None:
