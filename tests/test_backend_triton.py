@@ -314,6 +314,64 @@ def test_advantages_from_rewards(path):
         assert (loss[3:6] == 0).all()
 
 
+# In bf16 parts are 2048 elements: one part; a pair, the second short; a pair; a pair and a short part.
+@pytest.mark.parametrize("V", [1500, 3000, 4096, 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset, softcap", [(0, 0.0), (3, 20.0)])
+def test_launch_choices_change_no_bit(offset, softcap, V, dtype):
+    advantages = torch.tensor([1.0, -1.0, 0.0, -2.0, 1.0], device=DEVICE)
+    first = None
+    for choice in ({}, dict(programs=2), dict(lanes=1024), dict(lanes=1024, programs=1)):
+        logits, ids, mask, inv_t = make(5, 1, V, dtype, offset=offset, stride_t=V + 9)
+        mask[4] = False
+        logits[0, 0, : V - 200] = -math.inf  # an entropy that takes the second, careful sweep
+        logits[1, 0] += 1e4  # a row that takes it whole
+        rows = rows_of(5, advantages=advantages, h=0.1 * advantages)
+        with backend.using(**choice):
+            got = backend.token_loss(logits, ids, mask, inv_t, True, rows, TokenSpec(skip_zero=1), logits, softcap)
+        got = [x.view(torch.int32) for x in (*got, logits.float())]
+        first = first or got
+        for i, (a, b) in enumerate(zip(first, got, strict=True)):
+            assert torch.equal(a, b), f"result {i} with {choice}"
+
+
+def test_choices_hold_inside_and_reach_the_launch(monkeypatch):
+    launched = []
+    launch = backend._launch
+    monkeypatch.setattr(
+        backend,
+        "_launch",
+        lambda kernel, programs, geometry, *args, **constants: (
+            launched.append((programs, geometry.LANES, geometry.PARTS)),
+            launch(kernel, programs, geometry, *args, **constants),
+        ),
+    )
+
+    def call(V):
+        logits, ids, mask, inv_t = make(5, 1, V, torch.bfloat16)
+        rows = rows_of(5, advantages=torch.ones(5, device=DEVICE))
+        backend.token_loss(logits, ids, mask, inv_t, False, rows, TokenSpec(), logits)
+        return launched.pop()
+
+    outside = call(3000)
+    with backend.using(programs=2) as choice:
+        assert choice == backend.InPlace(512, 2) and call(3000) == (2, 64, 1)
+        with backend.using(lanes=1024):
+            assert call(3000) == (2, 128, 2)
+            assert call(1500) == (2, 64, 1)  # one part: nothing to hold beside it
+        with pytest.raises(KeyError), backend.using(programs=4):
+            raise KeyError
+        assert call(3000) == (2, 64, 1)
+    assert call(3000) == outside
+
+
+@pytest.mark.parametrize("choice, value", [("lanes", 256), ("lanes", None), ("programs", -1), ("programs", 1.5),
+                                           ("warps", 8)])  # fmt: skip
+def test_a_choice_that_does_not_exist(choice, value):
+    with pytest.raises(ValueError, match=f"^{choice}: expected .*"), backend.using(**{choice: value}):
+        pass
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_scale(dtype):
     logits, *_ = make(1, 3, 1003, dtype, offset=1)
@@ -334,6 +392,12 @@ def test_nothing_to_do():
     got = backend.token_loss(logits, ids, mask, none, True, rows, TokenSpec(), logits)
     assert [x.shape for x in got] == [(0,)] * 7
     backend.scale_(logits, torch.tensor(2.0, device=DEVICE))
+
+
+def test_versions_whose_interpreter_fails():
+    assert backend._interpreter_unavailable("3.6.0", "2.3.5") is None
+    assert backend._interpreter_unavailable("3.7.1", "2.5.2") is None
+    assert "numpy < 2.4, and 2.4.0" in backend._interpreter_unavailable("3.6.0", "2.4.0")
 
 
 def test_what_it_takes():

@@ -8,19 +8,22 @@ import triton.language as tl
 from ._triton_rows import (
     INF,
     LOG2E,
+    _afresh,
     _end_elements,
     _ends,
     _expm1,
     _load,
-    _merged_scores,
+    _merged_sums,
     _narrow,
     _part_sums,
     _reference,
     _row,
     _row_grad,
-    _row_scores,
+    _row_sums,
+    _scores,
     _store,
     _target,
+    _totals,
     _zero,
 )
 
@@ -160,12 +163,12 @@ def stats_kernel(logits, partial, ids, mask, inv_temperature, softcap, logp_out,
     if tl.load(mask + row) != 0:
         row_ptr = _row(logits, row, T, stride_b, stride_t)
         inv_t = tl.load(inv_temperature + row)
+        target = _target(row_ptr, tl.load(ids + row), V, softcap)
         if partial is not None:
-            logp, lse, entropy = _merged_scores(partial, row_ptr, row, parts, tl.load(ids + row), V, inv_t, softcap, K,
-                                                LANES, ENTROPY)  # fmt: skip
+            total, weighted = _merged_sums(partial, row, parts)
         else:
-            logp, lse, entropy = _row_scores(row_ptr, tl.load(ids + row), V, inv_t, softcap, K, LANES, UNROLL, PART, 1,
-                                             ENTROPY)  # fmt: skip
+            total, weighted = _row_sums(row_ptr, target, V, inv_t, softcap, K, LANES, UNROLL, PART, 1, ENTROPY)
+        logp, lse, entropy = _scores(row_ptr, target, V, total, weighted, inv_t, softcap, K, LANES, ENTROPY)
     tl.store(logp_out + row, logp)
     tl.store(lse_out + row, lse)
     if ENTROPY:
@@ -191,6 +194,7 @@ def part_kernel(logits, ids, mask, inv_temperature, softcap, advantages, partial
         c = tl.load(inv_temperature + row) * LOG2E
         ref = _reference(_target(row_ptr, tl.load(ids + row), V, softcap), c)
         s, w = _part_sums(row_ptr + start, V - start, c, ref, softcap, K, LANES, UNROLL, PART, 1, ENTROPY)
+        s, w = _totals(s, w)
         sums = partial + pid.to(tl.int64) * 2
         tl.store(sums, s)
         tl.store(sums + 1, w)
@@ -202,7 +206,8 @@ def grad_kernel(logits, out, ids, mask, lse, entropy, g, h, inv_temperature, sof
                 SAME_PHASE: tl.constexpr, INPLACE: tl.constexpr):  # fmt: skip
     """Grid (N * parts,): the gradient of `span` vectors of a row. Reads and writes span * 16 bytes.
 
-    INPLACE: `out` is `logits`. SAME_PHASE: every row of `out` starts at the address of its logits modulo 16, so that stores are 128 bits wide too.
+    INPLACE: `out` is `logits`. SAME_PHASE: every row of `out` starts at the address of its logits modulo 16, so that
+    stores are 128 bits wide too.
     A row with mask False, or with g == 0 and h == 0, is zero-filled without being read.
     """
     pid = tl.program_id(0)
@@ -222,8 +227,9 @@ def grad_kernel(logits, out, ids, mask, lse, entropy, g, h, inv_temperature, sof
         _zero(out_row, V, part * span, span, part == 0, K, LANES, UNROLL)
     else:
         row_ptr = _row(logits, row, T, stride_b, stride_t)
-        _row_grad(row_ptr, out_row, tl.load(ids + row), V, tl.load(lse + row), entropy_row, g_row, h_row,
-                  tl.load(inv_temperature + row), softcap, part * span, span, part == 0, K, LANES, UNROLL,
+        id = tl.load(ids + row)
+        _row_grad(row_ptr, out_row, id, _target(row_ptr, id, V, softcap), V, tl.load(lse + row), entropy_row, g_row,
+                  h_row, tl.load(inv_temperature + row), softcap, part * span, span, part == 0, K, LANES, UNROLL,
                   h is not None, SAME_PHASE, INPLACE)  # fmt: skip
 
 
@@ -242,7 +248,6 @@ def token_kernel(logits, partial, ids, mask, inv_temperature, softcap, advantage
     A row with mask False, or with skip_zero and no advantage, is not read; its outputs and gradient are 0.
     """
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        row_ptr = _row(logits, row, T, stride_b, stride_t)
         wanted = tl.load(mask + row) != 0
         if advantages is not None:
             advantage = tl.load(advantages + row)
@@ -250,21 +255,31 @@ def token_kernel(logits, partial, ids, mask, inv_temperature, softcap, advantage
             advantage = _group_advantage(rewards, tl.load(seq + row), group_size, scale_by_std, GROUP)
         wanted = wanted & ((skip_zero == 0.0) | (advantage != 0.0))
         if wanted:
-            inv_t = tl.load(inv_temperature + row)
             if partial is not None:
-                logp, lse, entropy = _merged_scores(partial, row_ptr, row, parts, tl.load(ids + row), V,
-                                                    inv_t, softcap, K, LANES // PARTS, ENTROPY)  # fmt: skip
+                total, weighted = _merged_sums(partial, row, parts)
             else:
-                logp, lse, entropy = _row_scores(row_ptr, tl.load(ids + row), V, inv_t, softcap, K, LANES, UNROLL,
-                                                 PART, PARTS, ENTROPY)  # fmt: skip
-            g, dentropy = _token(row, logp, entropy, advantage, weight, old, ref, policy_scale, h, loss_out, logp_out,
-                                 lse_out, lse, entropy_out, kl_out, ratio_out, g_out, kind, clip_low, clip_high, delta,
-                                 beta, bias_correction, tau_pos, tau_neg, ENTROPY)  # fmt: skip
+                row_ptr = _row(logits, row, T, stride_b, stride_t)
+                target = _target(row_ptr, tl.load(ids + row), V, softcap)
+                total, weighted = _row_sums(row_ptr, target, V, tl.load(inv_temperature + row), softcap, K, LANES,
+                                            UNROLL, PART, PARTS, ENTROPY)  # fmt: skip
+            # Read once more, after the sweep: what would wait for its end in registers is what spills.
+            again = _afresh(row, total)
+            row_ptr = _row(logits, again, T, stride_b, stride_t)
+            inv_t = tl.load(inv_temperature + again)
+            id = tl.load(ids + again)
+            target = _target(row_ptr, id, V, softcap)
+            if advantages is not None:
+                advantage = tl.load(advantages + again)
+            logp, lse, entropy = _scores(row_ptr, target, V, total, weighted, inv_t, softcap, K, LANES // PARTS,
+                                         ENTROPY)  # fmt: skip
+            g, dentropy = _token(again, logp, entropy, advantage, weight, old, ref, policy_scale, h, loss_out,
+                                 logp_out, lse_out, lse, entropy_out, kl_out, ratio_out, g_out, kind, clip_low,
+                                 clip_high, delta, beta, bias_correction, tau_pos, tau_neg, ENTROPY)  # fmt: skip
             if INPLACE:
                 if (g == 0.0) & (dentropy == 0.0):
                     _zero(row_ptr, V, 0, V, True, K, LANES, UNROLL)
                 else:
-                    _row_grad(row_ptr, row_ptr, tl.load(ids + row), V, lse, entropy, g, dentropy, inv_t, softcap, 0, V,
+                    _row_grad(row_ptr, row_ptr, id, target, V, lse, entropy, g, dentropy, inv_t, softcap, 0, None,
                               True, K, LANES, UNROLL, h is not None, True, True)  # fmt: skip
         else:
             tl.store(loss_out + row, 0.0)
@@ -276,7 +291,7 @@ def token_kernel(logits, partial, ids, mask, inv_temperature, softcap, advantage
             tl.store(ratio_out + row, 0.0)
             tl.store(g_out + row, 0.0)
             if INPLACE:
-                _zero(row_ptr, V, 0, V, True, K, LANES, UNROLL)
+                _zero(_row(logits, row, T, stride_b, stride_t), V, 0, V, True, K, LANES, UNROLL)
 
 
 @_kernel

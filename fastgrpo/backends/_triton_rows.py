@@ -41,6 +41,13 @@ def _row(base, row, T, stride_b, stride_t):
 
 
 @triton.jit
+def _afresh(row, total):
+    """`row`, but no compiler knows it, for T >= 1: addresses from here on are computed anew after a sweep, where they
+    would otherwise sit in registers, or spill, all through it."""
+    return row + (total.to(tl.int32, bitcast=True) >> 31)
+
+
+@triton.jit
 def _ends(row_ptr, V, K: tl.constexpr):
     """(head, n_vec): elements before the first 16-byte boundary, and vectors of K elements from there on."""
     size: tl.constexpr = 16 // K
@@ -58,12 +65,6 @@ def _end_elements(V, head, n_vec, K: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _tile(UNROLL: tl.constexpr, LANES: tl.constexpr):
-    """Vector indices [UNROLL, LANES, 1] of a tile."""
-    return tl.arange(0, UNROLL)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-
-
-@triton.jit
 def _pointers(body, K: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr):
     """Pointers to a tile at `body`, [UNROLL, LANES, K] or, where that gives each thread one lane, [LANES, UNROLL, K].
 
@@ -78,12 +79,17 @@ def _pointers(body, K: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def _mask(left, K: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr):
-    """The mask for `_pointers` of the first `left` vectors."""
+    """The mask for `_pointers` of the first `left` vectors.
+
+    The bound moves, not the index: an index per vector would sit in a register of its own from the first row on.
+    """
+    lane = tl.arange(0, LANES)
     if LANES_FIRST:
-        vec = tl.arange(0, UNROLL)[None, :, None] * LANES + tl.arange(0, LANES)[:, None, None]
-        return tl.broadcast_to(vec < left, [LANES, UNROLL, K])
+        return tl.broadcast_to(lane[:, None, None] < left - tl.arange(0, UNROLL)[None, :, None] * LANES,
+                               [LANES, UNROLL, K])  # fmt: skip
     else:
-        return tl.broadcast_to(_tile(UNROLL, LANES) < left, [UNROLL, LANES, K])
+        return tl.broadcast_to(lane[None, :, None] < left - tl.arange(0, UNROLL)[:, None, None] * LANES,
+                               [UNROLL, LANES, K])  # fmt: skip
 
 
 @triton.jit
@@ -166,13 +172,17 @@ def _lane(LANES: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _apart(body, K: tl.constexpr, LANES: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
-    """`body` for `_pointers`, such that the lanes of each part find their own."""
-    body = tl.multiple_of(body, 16)
-    if PARTS > 1:
+def _base(part_ptr, K: tl.constexpr, LANES: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
+    """The last 16-byte boundary of a part, to add a lane's offset to; with PARTS > 1 [LANES, 1], each lane its part's.
+
+    Rounded down rather than subtracted from, so that no pointer of a lane can be computed ahead of the rows and kept.
+    """
+    if PARTS == 1:
+        return tl.multiple_of((part_ptr.to(tl.int64) & -16).to(part_ptr.dtype), 16)
+    else:
         lanes: tl.constexpr = LANES // PARTS
-        body += tl.arange(0, LANES)[:, None] // lanes * ((PART - lanes) * K)
-    return body
+        hop = tl.arange(0, LANES)[:, None] // lanes * ((PART - lanes) * K)
+        return tl.multiple_of(((part_ptr + hop).to(tl.int64) & -16).to(part_ptr.dtype), [16, 16])
 
 
 @triton.jit
@@ -188,10 +198,10 @@ def _max_of_pairs(a0, a1, b0, b1):
 
 @triton.jit
 def _max_over_classes(x, y):
-    """The maxima, [PARTS] or scalars, of a pair of tiles [PARTS, LANES, K]; within a thread first, then once between them."""
+    """The maxima of a pair of tiles [1, LANES, K]; within a thread first, then once between them."""
     x, y = tl.reduce((x, y), 2, _max_of_pairs)
     x, y = tl.reduce((x, y), 1, _max_of_pairs)
-    return (x, y) if x.shape[0] > 1 else tl.reduce((x, y), 0, _max_of_pairs)
+    return tl.reduce((x, y), 0, _max_of_pairs)
 
 
 @triton.jit
@@ -207,13 +217,17 @@ def _add(x, s, w, c, ref, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def _add_some(base, lane, lead, end, s, w, c, ref, softcap, K: tl.constexpr, ENTROPY: tl.constexpr):
+def _add_some(base, lane, lead, end, s, w, c, ref, softcap, K: tl.constexpr, LANES: tl.constexpr,
+              ENTROPY: tl.constexpr):  # fmt: skip
     """`_add` for the elements [lead, end) of the tile at `base`; the others add 0 and are not read."""
+    if base.type.is_block():
+        base = base[None, :, :]
+    base += tl.arange(0, LANES)[None, :, None] * K
     lane *= K
     k = tl.arange(0, K)[None, None, :]
     # bounds per lane beside a constant k: 2 registers, where an index per element would take K
     inside = (k >= lead - lane) & (k < end - lane)
-    x = tl.load((base + lane) + k, mask=inside, other=-INF).to(tl.float32)
+    x = tl.load(base + k, mask=inside, other=-INF).to(tl.float32)
     if softcap is not None:
         x = tl.where(inside, _capped(x, softcap), -INF)
     return _add(x, s, w, c, ref, ENTROPY)
@@ -227,27 +241,20 @@ def _power_of_two(top):
 
 
 @triton.jit
-def _sum_of_classes(x, up):
-    if up.type.is_block():
-        up = up[:, None, None]
-    x = tl.sum(tl.sum((x * up).to(tl.int64), axis=2), axis=1)
-    return x if up.type.is_block() else tl.sum(x, axis=0)
+def _sum(x):
+    """The sum of a tile; within a thread first."""
+    return tl.sum(tl.sum(tl.sum(x, axis=2), axis=1), axis=0)
 
 
 @triton.jit
-def _totals(s, w, PARTS: tl.constexpr):
-    """Sums over the classes [1, LANES, K], in 64-bit integers, for which order is nothing; inf where one is NaN.
-
-    Scalars, or [PARTS].
-    """
-    s = tl.reshape(s, [PARTS, s.shape[1] // PARTS, s.shape[2]])
-    w = tl.reshape(w, s.shape)
+def _totals(s, w):
+    """Sums over the classes [1, LANES, K], in 64-bit integers, for which order is nothing. inf where one is NaN."""
     s_top, w_top = _max_over_classes(tl.where(s == s, s, INF), tl.where(w == w, tl.abs(w), INF))
     s_up, s_down = _power_of_two(s_top)
     w_up, w_down = _power_of_two(w_top)
     # one after the other: together they would hold twice the registers
-    s_sum = _sum_of_classes(s, s_up)
-    w_sum = _sum_of_classes(w, w_up)
+    s_sum = _sum((s * s_up).to(tl.int64))
+    w_sum = _sum((w * w_up).to(tl.int64))
     s_sum = tl.where(s_top < INF, s_sum.to(tl.float32) * s_down, INF)
     return s_sum, tl.where(w_top < INF, w_sum.to(tl.float32) * w_down, INF)
 
@@ -255,48 +262,49 @@ def _totals(s, w, PARTS: tl.constexpr):
 @triton.jit
 def _part_sums(part_ptr, count, c, ref, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
                PART: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
-    """(Σe, Σe·t), scalars or [PARTS], of the parts from part_ptr on, where `count` logits of the row are left.
+    """(Σe, Σe·t) of each class [1, LANES, K], over PARTS parts from part_ptr on; `count` logits of the row are left.
 
     The first loop is the hot one: no mask, no barrier, no running maximum.
     """
     TILE: tl.constexpr = LANES // PARTS * K
     lead = (part_ptr.to(tl.int64) & 15).to(tl.int32) // (16 // K)  # elements since the last 16-byte boundary
-    base = tl.multiple_of(part_ptr - lead, 16)
+    base = _base(part_ptr, K, LANES, PART, PARTS)
     lane, part = _lane(LANES, PARTS)
-    origin = base + part * (PART * K)
     end = lead + tl.minimum(tl.maximum(count - part * (PART * K), 0), PART * K)
     full = end // TILE
-    # The first part is the longest and the last the shortest.
-    longest = (lead + tl.minimum(count, PART * K)) // TILE
-    shortest = (lead + tl.minimum(tl.maximum(count - (PARTS - 1) * (PART * K), 0), PART * K)) // TILE
+    longest = full
+    shortest = full
+    if PARTS > 1:  # the first part is the longest and the last the shortest
+        longest = (lead + tl.minimum(count, PART * K)) // TILE
+        shortest = (lead + tl.minimum(tl.maximum(count - (PARTS - 1) * (PART * K), 0), PART * K)) // TILE
     s, w = _no_sums(LANES, K)
     first = 0
     if lead > 0:
-        s, w = _add_some(origin, lane, lead, end, s, w, c, ref, softcap, K, ENTROPY)
+        s, w = _add_some(base, lane, lead, end, s, w, c, ref, softcap, K, LANES, ENTROPY)
         first = 1
-    unrolled = tl.maximum(shortest - first, 0) // (2 * UNROLL)
-    for i in range(unrolled):
-        tiles = base + (first + i * (2 * UNROLL)) * TILE
+    rest = first + tl.maximum(shortest - first, 0) // (2 * UNROLL) * (2 * UNROLL)
+    for i in range(first, rest, 2 * UNROLL):
         for u in tl.static_range(2 * UNROLL):
-            x = _load(_apart(tiles + u * TILE, K, LANES, PART, PARTS), None, 1, LANES, K, "")
+            x = _load(base + (i + u) * TILE, None, 1, LANES, K, "")
             s, w = _add(_capped(x, softcap), s, w, c, ref, ENTROPY)
-    for i in range(first + unrolled * (2 * UNROLL), longest):
-        body = _apart(base + i * TILE, K, LANES, PART, PARTS)
+    for i in range(rest, longest):
         if PARTS == 1:
-            x = _capped(_load(body, None, 1, LANES, K, ""), softcap)
+            x = _capped(_load(base + i * TILE, None, 1, LANES, K, ""), softcap)
         else:
             inside = i < full
             left = tl.where(inside, LANES, 0)
-            x = _load(body, tl.permute(left, (1, 0, 2)) if LANES_FIRST else left, 1, LANES, K, "")
+            x = _load(base + i * TILE, tl.permute(left, (1, 0, 2)) if LANES_FIRST else left, 1, LANES, K, "")
             x = tl.where(inside, _capped(x, softcap), -INF)
         s, w = _add(x, s, w, c, ref, ENTROPY)
     if PARTS == 1:
         if (full * TILE < end) & (full >= first):
-            s, w = _add_some(base + full * TILE, lane, 0, end - full * TILE, s, w, c, ref, softcap, K, ENTROPY)
+            s, w = _add_some(base + full * TILE, lane, 0, end - full * TILE, s, w, c, ref, softcap, K, LANES,
+                             ENTROPY)  # fmt: skip
     else:
         end = tl.where(full >= first, end - full * TILE, 0)
-        s, w = _add_some(origin + full * TILE, lane, 0, end, s, w, c, ref, softcap, K, ENTROPY)
-    return _totals(s, w, PARTS)
+        tail = base + tl.reshape(full, [LANES, 1]) * TILE
+        s, w = _add_some(tail, lane, 0, end, s, w, c, ref, softcap, K, LANES, ENTROPY)
+    return s, w
 
 
 @triton.jit
@@ -314,16 +322,17 @@ def _careful_row(row_ptr, V, c, softcap, K: tl.constexpr, LANES: tl.constexpr):
     Here too the sums are of integers: 0 <= e <= 1 and |e·t| < 1, so that 2^13 of them times 2^49 stay below 2^63.
     """
     UP: tl.constexpr = 2.0**49
-    BLOCK: tl.constexpr = LANES * K
-    j = tl.arange(0, BLOCK)
+    lane = tl.arange(0, LANES)[None, :, None] * K
+    k = tl.arange(0, K)[None, None, :]
     top = LOWEST
     s = 0.0
     w = 0.0
-    for start in range(0, V, BLOCK):
-        x = tl.load(row_ptr + start + j, mask=j < V - start, other=-INF).to(tl.float32)
+    for start in range(0, V, LANES * K):
+        inside = k < V - start - lane
+        x = tl.load((row_ptr + start + lane) + k, mask=inside, other=-INF).to(tl.float32)
         if softcap is not None:
-            x = tl.where(j < V - start, _capped(x, softcap), -INF)
-        new = tl.maximum(top, tl.max(tl.where(x == x, x, INF), axis=0))
+            x = tl.where(inside, _capped(x, softcap), -INF)
+        new = tl.maximum(top, tl.max(tl.max(tl.max(tl.where(x == x, x, INF), axis=2), axis=1), axis=0))
         # Bounded, because 0 * (an overflowed difference) would be NaN.
         drop = tl.maximum((top - new) * c, -RANGE)
         t = (x - new) * c
@@ -331,8 +340,8 @@ def _careful_row(row_ptr, V, c, softcap, K: tl.constexpr, LANES: tl.constexpr):
         e = tl.where(sound, tl.exp2(t), 0.0)
         scale = tl.where(sound, tl.exp2(drop), float("nan"))
         et = tl.where(e == 0.0, 0.0, e * t)
-        w = tl.fma(s, drop, w) * scale + tl.sum((et * UP).to(tl.int64), axis=0).to(tl.float32) / UP
-        s = s * scale + tl.sum((e * UP).to(tl.int64), axis=0).to(tl.float32) / UP
+        w = tl.fma(s, drop, w) * scale + _sum((et * UP).to(tl.int64)).to(tl.float32) / UP
+        s = s * scale + _sum((e * UP).to(tl.int64)).to(tl.float32) / UP
         top = new
     return top, tl.log2(s), w / s
 
@@ -346,9 +355,10 @@ def _target(row_ptr, id, V, softcap):
 
 
 @triton.jit
-def _scores(row_ptr, target, V, total, weighted, c, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr,
+def _scores(row_ptr, target, V, total, weighted, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr,
             ENTROPY: tl.constexpr):  # fmt: skip
     """(logp, lse, entropy) of a row from its Σe and Σe·t."""
+    c = inv_temperature * LOG2E
     ref = target * c
     log_total = tl.log2(total)
     logp = (tl.fma(target, c, -ref) - log_total) * LN2
@@ -369,40 +379,38 @@ def _scores(row_ptr, target, V, total, weighted, c, inv_temperature, softcap, K:
 
 
 @triton.jit
-def _row_scores(row_ptr, id, V, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-                PART: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
-    """(logp, lse, entropy) of one whole row by one program."""
+def _row_sums(row_ptr, target, V, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+              PART: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
+    """(Σe, Σe·t) of one whole row by one program."""
     c = inv_temperature * LOG2E
-    target = _target(row_ptr, id, V, softcap)
     ref = _reference(target, c)
     total = 0.0
     weighted = 0.0
     for start in range(0, V, PARTS * PART * K):
         s, w = _part_sums(row_ptr + start, V - start, c, ref, softcap, K, LANES, UNROLL, PART, PARTS, ENTROPY)
         if PARTS == 1:
+            s, w = _totals(s, w)
             total += s
             weighted += w
         else:
-            for part in tl.static_range(PARTS):
-                here = tl.arange(0, PARTS) == part
-                total += tl.sum(tl.where(here, s, 0.0), axis=0)
-                weighted += tl.sum(tl.where(here, w, 0.0), axis=0)
-    return _scores(row_ptr, target, V, total, weighted, c, inv_temperature, softcap, K, LANES // PARTS, ENTROPY)
+            _, part = _lane(LANES, PARTS)
+            for i in range(PARTS):
+                s_sum, w_sum = _totals(tl.where(part == i, s, 0.0), tl.where(part == i, w, 0.0))
+                total += s_sum
+                weighted += w_sum
+    return total, weighted
 
 
 @triton.jit
-def _merged_scores(partial, row_ptr, row, parts, id, V, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr,
-                   ENTROPY: tl.constexpr):  # fmt: skip
-    """(logp, lse, entropy) of one row from the partial sums that `part_kernel` left; the bits of `_row_scores`."""
+def _merged_sums(partial, row, parts):
+    """The bits of `_row_sums`, from the partial sums that `part_kernel` left."""
     sums = partial + parts.to(tl.int64) * 2 * row
     total = 0.0
     weighted = 0.0
     for part in range(parts):
         total += tl.load(sums + 2 * part)
         weighted += tl.load(sums + 2 * part + 1)
-    target = _target(row_ptr, id, V, softcap)
-    return _scores(row_ptr, target, V, total, weighted, inv_temperature * LOG2E, inv_temperature, softcap, K, LANES,
-                   ENTROPY)  # fmt: skip
+    return total, weighted
 
 
 # ---- gradient
@@ -486,14 +494,20 @@ def _zero(out, V, first, n_max, with_ends, K: tl.constexpr, LANES: tl.constexpr,
 
 
 @triton.jit
-def _row_grad(row_ptr, out, id, V, lse, entropy, g, h, inv_temperature, softcap, first, n_max, with_ends,
+def _row_grad(row_ptr, out, id, target, V, lse, entropy, g, h, inv_temperature, softcap, first, n_max, with_ends,
               K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, HAS_H: tl.constexpr,
               SAME_PHASE: tl.constexpr, INPLACE: tl.constexpr):  # fmt: skip
-    """Gradient of the vectors [first, first + n_max) of a row, and of its ends if asked. INPLACE: out is row_ptr.
+    """Gradient of the vectors [first, first + n_max) of a row, and of its ends if asked, with `_target`'s target.
+
+    All of the row: first 0, n_max None, with_ends True. INPLACE: out is row_ptr.
 
     out_j = inv_temperature * (g * (1[j == id] - p_j) - h * p_j * (log p_j + entropy)); off the target that is
     p_j * (a + b * log2 p_j).
     """
+    if INPLACE:
+        # The race: every warp reads the target's logit, and the warp that owns it writes a gradient there; all must
+        # have read before one writes.
+        tl.debug_barrier()
     c = inv_temperature * LOG2E
     shift = lse * LOG2E
     # What rounding took from the shift goes into the factor: p = 2^(x*c - shift) * 2^-low.
@@ -509,11 +523,6 @@ def _row_grad(row_ptr, out, id, V, lse, entropy, g, h, inv_temperature, softcap,
     head, n_vec = _ends(row_ptr, V, K)
     known = (id >= 0) & (id < V)
     at = tl.where(known, id, 0).to(tl.int32)
-    target = _target(row_ptr, id, V, softcap)
-    if INPLACE:
-        # The race: every warp reads the target's logit, and the warp that owns it writes a gradient there; all must
-        # have read before one writes.
-        tl.debug_barrier()
 
     # Gradient of the target element, from log p and expm1, so that nothing cancels when p is near 1.
     logp = tl.where(careful, target * inv_temperature - lse, (tl.fma(target, c, -shift) - low) * LN2)
@@ -537,7 +546,7 @@ def _row_grad(row_ptr, out, id, V, lse, entropy, g, h, inv_temperature, softcap,
         tl.store(out + j, _narrow(y, out.dtype.element_ty), mask=inside)
     body = row_ptr + head + first * K
     sink = out + head + first * K
-    n_here = tl.minimum(n_vec - first, n_max)
+    n_here = n_vec - first if n_max is None else tl.minimum(n_vec - first, n_max)
     if careful:
         _grad_body(
             body, sink, n_here, c, shift, inv_temperature, lse, a, b, softcap, K, LANES, 1, HAS_H, True, SAME_PHASE
@@ -545,9 +554,11 @@ def _row_grad(row_ptr, out, id, V, lse, entropy, g, h, inv_temperature, softcap,
     else:
         _grad_body(body, sink, n_here, c, shift, inv_temperature, lse, a, b, softcap, K, LANES, 2 * UNROLL, HAS_H,
                    False, SAME_PHASE)  # fmt: skip
-    at_end = (at < head) | (at >= head + n_vec * K)
-    here = (at >= head + first * K) & (at < head + (first + n_here) * K)
+    if n_max is not None:
+        at_end = (at < head) | (at >= head + n_vec * K)
+        here = (at >= head + first * K) & (at < head + (first + n_here) * K)
+        known = known & (here | (at_end & with_ends))
     # The race: the sweep's thread that owns the target's vector also writes this element, with the value of a
     # non-target; that store must come first.
     tl.debug_barrier()
-    tl.store(out + at, _narrow(at_target, out.dtype.element_ty), mask=known & (here | (at_end & with_ends)))
+    tl.store(out + at, _narrow(at_target, out.dtype.element_ty), mask=known)

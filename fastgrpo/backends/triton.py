@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import importlib.metadata
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,9 +36,18 @@ def unavailable() -> str | None:
     """None when this backend can run on this machine, else why not."""
     if kernels is None:
         return _missing
+    if _INTERPRETED and (why := _interpreter_unavailable(triton.__version__, importlib.metadata.version("numpy"))):
+        return why
     if _INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
         return None
     return "there is no GPU (Triton's interpreter runs the kernels on a CPU when TRITON_INTERPRET=1 is set first)"
+
+
+def _interpreter_unavailable(of_triton: str, of_numpy: str) -> str | None:
+    older, newer = (tuple(int(n) for n in version.split(".")[:2]) for version in (of_triton, of_numpy))
+    if older < (3, 7) and newer >= (2, 4):
+        return f"the interpreter of Triton {of_triton} needs numpy < 2.4, and {of_numpy} is installed"
+    return None
 
 
 def supports(device_type: str, dtype: torch.dtype) -> str | None:
@@ -70,7 +80,8 @@ class InPlace:
             raise ValueError(f"programs: expected a whole number, 0 for the device's own, got {self.programs!r}")
 
 
-_in_place = contextvars.ContextVar("in_place", default=InPlace())
+_AS_EVER = InPlace()
+_in_place = contextvars.ContextVar("in_place", default=_AS_EVER)
 
 
 @contextlib.contextmanager
