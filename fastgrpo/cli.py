@@ -7,6 +7,8 @@ import importlib.metadata
 import platform
 import sys
 
+from fastgrpo._extras import MissingPackage, require
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -16,7 +18,11 @@ def main(argv: list[str] | None = None) -> int:
     _add_bench(commands)
     _add_train(commands)
     options = parser.parse_args(argv)
-    return options.run(options) or 0
+    try:
+        return options.run(options) or 0
+    except MissingPackage as error:
+        print(f"fastgrpo {options.command}: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _env(_: argparse.Namespace) -> None:
@@ -127,6 +133,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    require("fastgrpo train", "train", "accelerate", "datasets", "matplotlib", "transformers")
     from fastgrpo.trainer.recipe_run import run_recipe
     from fastgrpo.trainer.run import UsageError, run
 

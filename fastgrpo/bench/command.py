@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from fastgrpo._extras import require
 from fastgrpo.bench import cases, implementations, measure, targets, trainer_step  # noqa: F401 (registers its own)
 from fastgrpo.bench.cases import Case
 from fastgrpo.bench.implementations import REGISTRY, Implementation, label
@@ -51,6 +52,9 @@ class UsageError(ValueError):
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is asked for; rows go to `--json` as they are made."""
+    for name, value in (("--report", options.report), ("--plot", options.plot)):
+        if value:
+            require(f"fastgrpo bench {name}", "bench", "matplotlib")
     if options.report:
         from fastgrpo.bench.report import write_report
 

@@ -7,16 +7,26 @@ scores tokens through it (GRPO, RLOO, DPO, KTO, SFT, AsyncGRPO) computes the sam
 
     fastgrpo.integrations.trl.patch()      # until unpatch(), or as a context manager
 
+`python -m fastgrpo.integrations.trl SCRIPT ARGS...` does so for a script, or for TRL's own command, as it is.
 `GRPOTrainer` is TRL's with its loss made where the hidden states are, gradients in the forward pass: less work still.
 """
 
 from __future__ import annotations
 
+import sys
+
+from fastgrpo._extras import require
+
+if __name__ == "__main__":  # python -m fastgrpo.integrations.trl
+    from fastgrpo.integrations._trl_script import main
+
+    sys.exit(main(sys.argv[1:]))
+require("fastgrpo.integrations.trl", "trl", "trl")
+
 import contextlib
 import functools
 import importlib
 import inspect
-import sys
 import threading
 import warnings
 from importlib.metadata import version
@@ -175,7 +185,8 @@ def _put(scorer) -> list[tuple[object, str, object]]:
     if _chunked():
         places = [(_seam(), _CHUNKED, scorer)]
     else:
-        places = [(owner, _SCORE, _score_at_head(owner, scorer)) for owner in (trl.GRPOTrainer, trl.RLOOTrainer)]
+        owners = (GRPOTrainer.__base__, trl.RLOOTrainer)  # trl.GRPOTrainer may be the subclass by now
+        places = [(owner, _SCORE, _score_at_head(owner, scorer)) for owner in owners]
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in places]
     for place in places:
         setattr(*place)

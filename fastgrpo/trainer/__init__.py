@@ -1,5 +1,9 @@
 """GRPO training of Hugging Face models with the fused loss."""
 
+from fastgrpo._extras import require
+
+require("fastgrpo.trainer", "train", "accelerate", "datasets", "transformers")
+
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.grpo_trainer import GRPOTrainer
 

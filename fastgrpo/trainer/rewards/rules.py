@@ -141,7 +141,7 @@ def _line_counter(target: str) -> Callable[[str], tuple[int, int]]:
 
         known = sorted({*known, *(label for label, _ in py3langid.rank(""))})
     if target not in known:
-        more = "" if installed else " (others need the package py3langid)"
+        more = "" if installed else " (others need py3langid: pip install 'fastgrpo[rewards]')"
         raise ValueError(f"target: expected one of {', '.join(known)}{more}, got {target!r}")
 
     def count(text: str) -> tuple[int, int]:
