@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from fastgrpo.trainer.rewards import RewardFunc, call_reward_func, completion_text
 from fastgrpo.trainer.rollout import decode_completions, generate_completions, is_conversation, pad, tokenize_prompts
 from fastgrpo.trainer.setup import end_tokens
+from fastgrpo.trainer.terminal import track
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def sample(
     scores: dict[str, list[float]] = {name: [] for name in reward_funcs}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for start in range(0, len(rows), batch_size):
+        for start in track("sampling", range(0, len(rows), batch_size)):
             part = rows[start : start + batch_size]
             prompts = [row["prompt"] for row in part]
             ids, mask = pad(tokenize_prompts(tokenizer, prompts), tokenizer.pad_token_id, "left", model.device)
