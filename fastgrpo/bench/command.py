@@ -87,20 +87,24 @@ def run(options: argparse.Namespace) -> None:
     print("\n" + targets.table(rows))
     print("\n" + summary.table(rows))
     if not options.no_plot:
-        print("\n" + _draw(rows, Path(options.plot or PLOT)))
+        print("\n" + _draw(rows, options.plot))
     print(f"{time.monotonic() - started:.0f} s in all")
 
 
-def _draw(rows: list[dict], path: Path) -> str:
-    """Draw the rows; returns the line that says where, or why not."""
+def _draw(rows: list[dict], given: str | None) -> str:
+    """Draw the rows to the file given, or else to `PLOT`; returns the line that says where, or why not."""
+    path = Path(given or PLOT)
     try:
         require("the plot of the times", "bench", "matplotlib")
     except MissingPackage as missing:
         return f"nothing drawn: {missing}"
     try:
         summary.draw(rows, path)
-    except OSError as error:  # where nobody asked for a file, the folder may be one that cannot be written to
-        return f"nothing drawn: {path} cannot be written: {error.strerror}"
+    except OSError as error:
+        problem = f"{path} cannot be written: {error.strerror}"
+        if given:
+            raise UsageError(f"--plot: {problem}") from error
+        return f"nothing drawn: {problem}"
     return f"{path} shows the times"
 
 
@@ -311,15 +315,19 @@ def print_table(rows: list[dict]) -> None:
     timed = sorted((row for row in rows if row["ms_p50"] is not None), key=lambda row: row["ms_p50"])
     ours = [row["ms_p50"] for row in timed if row["impl"] == "fastgrpo"]
     if timed:
-        names = ("median ms", "20% to 80%", "times", "MiB", "of roof", "error")
-        print(f"  {'':38} {names[0]:>9}  {names[1]:17} {names[2]:>7} {names[3]:>6} {names[4]:>7} {names[5]:>7}")
+        names = ("median ms", "20% to 80%", "times", "MiB", "roof", "error")
+        print("  {:38} {:>9}  {:18} {:>7} {:>6} {:>6} {:>7}".format("", *names))
     for row in timed:
-        times = "" if not ours else f"{row['ms_p50'] / min(ours):.2f}x"
-        share = "" if row["roof_share"] is None else f"{row['roof_share']:.0%}"
+        times = "" if not ours else summary.multiple(row["ms_p50"] / min(ours))
+        share = "" if row["roof_share"] is None else f"{row['roof_share']:.0%}" if row["roof_share"] < 10 else ">999%"
         memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
         error = "floor" if row["rel_err"] is None else f"{row['rel_err']:.1e}"
-        spread = f"{row['ms_p20']:.3g} to {row['ms_p80']:.3g}"
-        print(f"  {label(row):38} {row['ms_p50']:9.3f}  {spread:17} {times:>7} {memory:>6} {share:>7} {error:>7}")
+        median = f"{row['ms_p50']:.{3 if row['ms_p50'] < 1e5 else 0}f}"
+        spread = " to ".join(
+            f"{ms:.3f}" if ms < 0.1 else f"{ms:.3g}" if ms < 999 else f"{ms:.0f}"
+            for ms in (row["ms_p20"], row["ms_p80"])
+        )
+        print(f"  {label(row):38} {median:>9}  {spread:18} {times:>7} {memory:>6} {share:>6} {error:>7}")
     for row in rows:
         if row["ms_p50"] is None:
             line = f"{label(row)}: not measured: {row['reason']}"

@@ -35,10 +35,15 @@ def _time(ms: float) -> str:
     return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
 
 
+def multiple(ratio: float) -> str:
+    """Three digits or more, and at most seven characters up to a million."""
+    return f"{ratio:.{2 if ratio < 9.995 else 1 if ratio < 99.95 else 0}f}x"
+
+
 def table(rows: Rows) -> str:
     """The time of fastgrpo in every case, and that of the others as a multiple of it."""
     name_width = LINE - _TIME - _WIDTH * len(_SIDES)
-    head = "all sizes; of the others: their time over fastgrpo's"
+    head = "in all; the others as multiples of fastgrpo"
     lines = [f"{head:{name_width}}{'fastgrpo':>{_TIME}}" + "".join(f"{side:>{_WIDTH}}" for side in _SIDES)]
     for case, found in _cases(rows).items():
         best: dict[str, float] = {}
@@ -48,7 +53,7 @@ def table(rows: Rows) -> str:
         cells = f"{'-' if ours is None else _time(ours):>{_TIME}}"
         for impls in _SIDES.values():
             times = [best[impl] for impl in impls if impl in best]
-            cells += f"{f'{min(times) / ours:.2f}x' if ours and times else '-':>{_WIDTH}}"
+            cells += f"{multiple(min(times) / ours) if ours and times else '-':>{_WIDTH}}"
         first, *more = textwrap.wrap(case, name_width - 2, subsequent_indent="  ")
         lines += [f"  {first:{name_width - 2}}{cells}", *(f"  {line}" for line in more)]
     return "\n".join(lines)

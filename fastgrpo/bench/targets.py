@@ -169,8 +169,7 @@ def table(rows: Rows) -> str:
         if verdict == "not measured" and what.startswith("GPU") and "cuda" not in here:
             elsewhere += 1
             continue
-        line = f"  {verdict:12} {what}: {numbers}"
-        lines += textwrap.wrap(line, LINE, initial_indent="  ", subsequent_indent=" " * 15)
+        lines += textwrap.wrap(f"  {verdict:12} {what}: {numbers}", LINE, subsequent_indent=" " * 15)
     if elsewhere:
         lines.append(f"  not measured {elsewhere} targets of GPUs")
     return "\n".join(lines)
