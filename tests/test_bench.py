@@ -180,27 +180,12 @@ def test_old_logps_keep_away_from_the_clip_edges():
     assert ((ratio < 0.8) | (ratio > 1.2)).float().mean() > 0.01  # and some are clipped
 
 
+SMALL = "bench --op logps --shape B=8,T=4,V=300 --dtype bf16 --seconds 0.01 --impl fastgrpo --impl eager --backend cpu"
+
+
 def test_the_command_writes_rows(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
-    arguments = ["bench", "--op", "logps", "--shape", "B=8,T=4,V=300", "--dtype", "bf16", "--seconds", "0.01"]
-    assert (
-        main(
-            [
-                *arguments,
-                "--impl",
-                "fastgrpo",
-                "--impl",
-                "eager",
-                "--backend",
-                "cpu",
-                "--device",
-                "cpu",
-                "--json",
-                str(file),
-            ]
-        )
-        == 0
-    )
+    assert main([*SMALL.split(), "--device", "cpu", "--no-plot", "--json", str(file)]) == 0
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(FIELDS <= row.keys() for row in rows)
     assert {row["impl"] for row in rows} == {"fastgrpo", "eager", "copy"}
@@ -209,6 +194,83 @@ def test_the_command_writes_rows(tmp_path, capsys):
     assert 0 < measured["ms_p20"] <= measured["ms_p50"] <= measured["ms_p80"] and measured["peak_mb"] >= 0
     printed = capsys.readouterr().out
     assert "targets:" in printed and "of GPUs" in printed and "s in all" in printed
+    assert ".png" not in printed
+
+
+def test_the_command_ends_with_a_table_and_a_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "peak", lambda *_: 1.0)
+    assert main([*SMALL.split(), "--device", "cpu", "--op", "linear", "--shape", "B=8,T=4,V=300,H=16"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    *_, table, end = printed.split("\n\n")
+    head, *lines = table.splitlines()
+    assert head.split()[-6:] == ["fastgrpo", "eager", "compile", "trl", "liger", "floor"]
+    assert [line.split(",")[0].strip() for line in lines] == ["logps", "linear", "linear"]
+    assert all(re.search(r"bf16 +[\d.]+ ms +[\d.]+x +- +- +- +[\d.]+x$", line) for line in lines)
+    assert re.fullmatch(r"fastgrpo-bench.png shows the times\n\d+ s in all\n", end)
+    assert (tmp_path / "fastgrpo-bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_line_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastgrpo._extras._is_installed", lambda package: package != "matplotlib")
+    assert main([*SMALL.split(), "--device", "cpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "matplotlib" in line]
+    assert lines == [
+        "nothing drawn: the plot of the times needs matplotlib, not installed here: pip install 'fastgrpo[bench]'"
+    ]
+    assert not list(tmp_path.iterdir())
+    assert main([*SMALL.split(), "--device", "cpu", "--plot", "x.png"]) == 2
+    assert "fastgrpo bench --plot needs matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [[], ["--plot", "x.png"]])
+def test_a_picture_that_cannot_be_written(given, tmp_path, capsys, monkeypatch):
+    """After the measurements: they are shown, and only who asked for the picture gets an error."""
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command.summary, "draw", fails)
+    assert main([*SMALL.split(), "--device", "cpu", *given]) == (2 if given else 0)
+    captured = capsys.readouterr()
+    assert "in all" in captured.out
+    expected = (
+        "--plot: x.png cannot be written: No space left" if given else "nothing drawn: fastgrpo-bench.png cannot"
+    )
+    assert expected in (captured.err if given else captured.out)
+
+
+@pytest.mark.parametrize("ms", [1.234e-3, 0.0456, 1.0, 999.6, 12_345.6])
+def test_tables_fit_100_columns(ms, capsys):
+    """Whatever the times, for everyone who is measured, at the largest sizes."""
+    rows = []
+    for inactive, softcap in ((0.0, None), (0.5, 30.0)):
+        case = Case("linear", 1024, 4096, 256_000, 16_384, inactive=inactive, softcap=softcap)
+        for each in {str(each): each for each in REGISTRY}.values():
+            median = ms * (1, 5, 37, 137)[len(rows) % 4]
+            rows.append(row_of(each.name, median, ms_p20=0.95 * median, ms_p80=1.05 * median, case=str(case),
+                               on="cuda", backend=each.backend, mode=each.mode, roof_share=42.5, peak_mb=123_456,
+                               inactive=inactive))  # fmt: skip
+        rows.append(row_of("trl", None, reason="a reason " * 30, case=str(case)))
+        command.print_table([row for row in rows if row["case"] == str(case)])
+    print(command.summary.table(rows))
+    print(targets.table(rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if len(line) > 100 or line != line.rstrip()], lines
+    assert sum("x " in line for line in lines) > 20
+
+
+def test_the_picture_of_a_sweep_has_its_sizes_as_axis(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "plot", lambda rows, path: drawn.append(path))
+    sweep = [row_of("fastgrpo", 1.0 * T, case=f"{T}", shape=dict(B=1, T=T, V=1000, H=10)) for T in (16, 32, 64)]
+    command.summary.draw(sweep, tmp_path / "sweep.svg")
+    assert drawn == [tmp_path / "sweep.svg"]
+    command.summary.draw([*sweep[:1], row_of("GEMMs alone", 2.0), row_of("trl", None)], tmp_path / "bars.svg")
+    assert len(drawn) == 1 and "GEMMs alone" in (tmp_path / "bars.svg").read_text()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,12 @@ from types import SimpleNamespace
 
 import torch
 
-from fastgrpo._extras import require
-from fastgrpo.bench import cases, implementations, measure, targets, trainer_step  # noqa: F401 (registers its own)
+from fastgrpo._extras import MissingPackage, require
+from fastgrpo.bench import cases, implementations, measure, summary, targets, trainer_step  # noqa: F401 (registers its own)
 from fastgrpo.bench.cases import Case
 from fastgrpo.bench.implementations import REGISTRY, Implementation, label
+from fastgrpo.commands.bench import PLOT
+from fastgrpo.commands.errors import UsageError, check_new_file
 
 QUICK = [
     Case("advantages", 65_536, 1, 1, dtype="fp32"),
@@ -49,10 +52,6 @@ TURNS = 2  # of each side
 _SLOW_TO_COMPILE = "left out of a quick run: compiling takes longer than all the rest"
 
 
-class UsageError(ValueError):
-    """A mistake in the command's arguments: shown without a traceback."""
-
-
 def run(options: argparse.Namespace) -> None:
     """Measure what is asked for; rows go to `--json` as they are made."""
     for name, value in (("--report", options.report), ("--plot", options.plot)):
@@ -71,8 +70,8 @@ def run(options: argparse.Namespace) -> None:
     chosen_ones = _chosen_implementations(options)
     quick = options.quick or not (options.op or options.model or options.shape or options.growth or options.full)
     for name, file in (("--json", options.json), ("--plot", options.plot)):
-        if file and not Path(file).resolve().parent.is_dir():
-            raise UsageError(f"{name}: no such folder: {Path(file).parent}")
+        if file:
+            check_new_file(name, Path(file))
     if options.plot and Path(options.plot).suffix not in (".svg", ".png"):
         raise UsageError(f"--plot: expected a file that ends in .svg or .png, got {options.plot}")
     origin = facts(chosen[0].device)
@@ -90,12 +89,27 @@ def run(options: argparse.Namespace) -> None:
             print_table(list(measured.values()))
             rows += measured.values()
     print("\n" + targets.table(rows))
-    if options.plot:
-        from fastgrpo.bench.report import plot
+    print("\n" + summary.table(rows))
+    if not options.no_plot:
+        print("\n" + _draw(rows, options.plot))
+    print(f"{time.monotonic() - started:.0f} s in all")
 
-        plot(rows, Path(options.plot))
-        print(f"\n{options.plot} shows time and memory")
-    print(f"\n{time.monotonic() - started:.0f} s in all")
+
+def _draw(rows: list[dict], given: str | None) -> str:
+    """Draw the rows to the file given, or else to `PLOT`; returns the line that says where, or why not."""
+    path = Path(given or PLOT)
+    try:
+        require("the plot of the times", "bench", "matplotlib")
+    except MissingPackage as missing:
+        return f"nothing drawn: {missing}"
+    try:
+        summary.draw(rows, path)
+    except OSError as error:
+        problem = f"{path} cannot be written: {error.strerror}"
+        if given:
+            raise UsageError(f"--plot: {problem}") from error
+        return f"nothing drawn: {problem}"
+    return f"{path} shows the times"
 
 
 def _chosen_implementations(options: argparse.Namespace) -> list[Implementation]:
@@ -314,16 +328,24 @@ def print_table(rows: list[dict]) -> None:
     """The rows of one case, the fastest first; then who was not measured, and why."""
     timed = sorted((row for row in rows if row["ms_p50"] is not None), key=lambda row: row["ms_p50"])
     ours = [row["ms_p50"] for row in timed if row["impl"] == "fastgrpo"]
+    if timed:
+        names = ("median ms", "20% to 80%", "times", "MiB", "roof", "error")
+        print("  {:38} {:>9}  {:18} {:>7} {:>6} {:>6} {:>7}".format("", *names))
     for row in timed:
-        times = "" if not ours else f"{row['ms_p50'] / min(ours):7.2f}x"
-        share = "" if row["roof_share"] is None else f"{row['roof_share']:6.0%} of roof"
-        memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:8.0f} MiB"
-        error = "floor, not checked" if row["rel_err"] is None else f"error {row['rel_err']:.1e}"
-        spread = f"({row['ms_p20']:.3g} to {row['ms_p80']:.3g})"
-        print(f"  {label(row):38} {row['ms_p50']:9.3f} ms {spread:22} {times:9} {memory:13} {share:14} {error}")
+        times = "" if not ours else summary.multiple(row["ms_p50"] / min(ours))
+        share = "" if row["roof_share"] is None else f"{row['roof_share']:.0%}" if row["roof_share"] < 10 else ">999%"
+        memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+        error = "floor" if row["rel_err"] is None else f"{row['rel_err']:.1e}"
+        median = f"{row['ms_p50']:.{3 if row['ms_p50'] < 1e5 else 0}f}"
+        spread = " to ".join(
+            f"{ms:.3f}" if ms < 0.1 else f"{ms:.3g}" if ms < 999 else f"{ms:.0f}"
+            for ms in (row["ms_p20"], row["ms_p80"])
+        )
+        print(f"  {label(row):38} {median:>9}  {spread:18} {times:>7} {memory:>6} {share:>6} {error:>7}")
     for row in rows:
         if row["ms_p50"] is None:
-            print(f"  {label(row):38} not measured: {row['reason']}")
+            line = f"{label(row)}: not measured: {row['reason']}"
+            print(textwrap.fill(line, summary.LINE, initial_indent="  ", subsequent_indent="    "))
     sys.stdout.flush()
 
 

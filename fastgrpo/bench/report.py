@@ -37,10 +37,13 @@ def load(folder: Path) -> tuple[Rows, Rows]:
     """
     committed, others = {}, {}
     for file in sorted(folder.glob("*.jsonl")):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            if row["op"] not in OPS:
-                continue
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                if row["op"] not in OPS:
+                    continue
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}, line {number}: expected a row of the bench, got {line[:60]!r}") from error
             rows = committed if row["commit"] and not row["commit"].endswith("+changes") else others
             rows[row["case"], row["on"], row["impl"], row["backend"], row["mode"]] = row
     return list(committed.values()), [row for key, row in others.items() if key not in committed]
@@ -245,7 +248,7 @@ def plot(rows: Rows, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row["op"] == "linear" and row["ms_p50"] is not None and not row["inactive"]]
+    rows = _swept(rows)
     with pyplot.rc_context({"svg.hashsalt": "fastgrpo", "font.size": 9}):  # the same file from the same rows
         figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained")
         for column, (size, vary, fixed) in enumerate((("tokens", "N", "V"), ("vocabulary", "V", "N"))):
@@ -266,6 +269,16 @@ def plot(rows: Rows, path: Path) -> None:
         axes[0][0].legend(fontsize=7)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         pyplot.close(figure)
+
+
+def is_sweep(rows: Rows) -> bool:
+    """Whether `plot` has more than a point to draw."""
+    found = [_longest_sweep(_swept(rows), *axes) for axes in (("N", "V"), ("V", "N"))]
+    return any(len({json.dumps(row["shape"]) for row in each}) > 2 for each in found)
+
+
+def _swept(rows: Rows) -> Rows:
+    return [row for row in rows if row["op"] == "linear" and row["ms_p50"] is not None and not row["inactive"]]
 
 
 def _xs(row: dict) -> dict[str, int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastgrpo.bench.cases import DTYPES
+from fastgrpo.bench.summary import LINE
 
 Rows = list[dict]
 
@@ -167,7 +169,7 @@ def table(rows: Rows) -> str:
         if verdict == "not measured" and what.startswith("GPU") and "cuda" not in here:
             elsewhere += 1
             continue
-        lines.append(f"  {verdict:12} {what}: {numbers}")
+        lines += textwrap.wrap(f"  {verdict:12} {what}: {numbers}", LINE, subsequent_indent=" " * 15)
     if elsewhere:
         lines.append(f"  not measured {elsewhere} targets of GPUs")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from fastgrpo import _defaults
 from fastgrpo.advantages import SCALE_REWARDS
 from fastgrpo.objective import Objective
 
@@ -76,12 +77,12 @@ class GRPOConfig(TrainingArguments):
     # data and sampling
     remove_unused_columns: bool | None = False
     shuffle_dataset: bool = True
-    num_generations: int = 8
+    num_generations: int = _defaults.NUM_GENERATIONS
     num_generations_eval: int | None = None
     max_completion_length: int = 512
     steps_per_generation: int | None = None
     generation_batch_size: int | None = None
-    temperature: float = 1.0
+    temperature: float = _defaults.TEMPERATURE
     top_p: float = 1.0
     top_k: int = 0
     min_p: float | None = None
@@ -96,7 +97,7 @@ class GRPOConfig(TrainingArguments):
     scale_rewards: str = "group"
 
     # objective
-    num_iterations: int = 1
+    num_iterations: int = _defaults.NUM_ITERATIONS
     mask_truncated_completions: bool = False
     loss_type: str = _DEFAULT.loss_type
     importance_sampling_level: str = _DEFAULT.importance_sampling_level
@@ -115,7 +116,7 @@ class GRPOConfig(TrainingArguments):
     vespo_k_neg: float = _DEFAULT.vespo_k_neg
     vespo_lambda_neg: float = _DEFAULT.vespo_lambda_neg
     chunk_size: int | None = None
-    backend: str = "auto"
+    backend: str = _defaults.BACKEND
 
     # training arguments with another default
     learning_rate: float = 1e-6

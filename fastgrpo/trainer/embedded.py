@@ -13,15 +13,15 @@ import random
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fastgrpo._defaults import SUMS
+from fastgrpo.trainer import terminal
 from fastgrpo.trainer.evaluate import sampled_accuracy
 from fastgrpo.trainer.rewards import exact
 
 CHARACTERS = "0123456789+="
-HELD_OUT = 200  # of the 1000 questions
-MAX_COMPLETION_LENGTH = 4  # the largest sum, 27, one character too many, and the end token
+HELD_OUT, MAX_COMPLETION_LENGTH = SUMS.held_out, SUMS.max_completion_length
 WARM_START_ACCURACY = 0.44  # where the warm start stops, on questions of the training part
 WARM_START_MAX_STEPS = 400
 
@@ -70,23 +70,23 @@ def warm_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, trai
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
     sample = train.select(range(400))
     rows, accuracy = train.to_list(), 0.0
-    with tqdm(total=WARM_START_MAX_STEPS, desc="warm start", unit="step") as bar:
-        for step in range(1, WARM_START_MAX_STEPS + 1):
-            model.train()
-            batch = [_demonstration(rng, row) for row in rng.choices(rows, k=192)]
-            loss = model(**_supervised_batch(tokenizer, batch, model.device)).loss
-            optimizer.zero_grad()
-            loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = 3e-3 * min(1.0, step / 30)
-            optimizer.step()
-            if step % 20 == 0:
-                accuracy = sampled_accuracy(model, tokenizer, sample, exact, MAX_COMPLETION_LENGTH, seed=seed + step)
-            bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{accuracy:.2f}", refresh=False)
-            bar.update()
-            if accuracy >= WARM_START_ACCURACY:
-                bar.total = step  # done: the bar should say so
-                break
+    bar = terminal.start("warm start", WARM_START_MAX_STEPS)
+    for step in range(1, WARM_START_MAX_STEPS + 1):
+        model.train()
+        batch = [_demonstration(rng, row) for row in rng.choices(rows, k=192)]
+        loss = model(**_supervised_batch(tokenizer, batch, model.device)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, step / 30)
+        optimizer.step()
+        if step % 20 == 0:
+            accuracy = sampled_accuracy(model, tokenizer, sample, exact, MAX_COMPLETION_LENGTH, seed=seed + step)
+        bar.set_postfix({"loss": f"{loss.item():.2f}", "accuracy": f"{accuracy:.2f}"})
+        bar.update()
+        if accuracy >= WARM_START_ACCURACY:
+            break
+    bar.finish()
     model.zero_grad(set_to_none=True)
 
 

@@ -19,6 +19,7 @@ from fastgrpo.trainer.rollout import (
     tokenize_prompts,
 )
 from fastgrpo.trainer.setup import end_tokens
+from fastgrpo.trainer.terminal import track
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def sample(
     scores: dict[str, list[float]] = {name: [] for name in reward_funcs}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for start in range(0, len(rows), batch_size):
+        for start in track("sampling", range(0, len(rows), batch_size)):
             part = rows[start : start + batch_size]
             prompts = [row["prompt"] for row in part]
             prompt_tokens = tokenize_prompts(tokenizer, prompts)

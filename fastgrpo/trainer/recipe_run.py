@@ -20,16 +20,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastgrpo.trainer import recipe, word_problems
+from fastgrpo import _defaults
+from fastgrpo.commands.errors import UsageError, check_folder
+from fastgrpo.trainer import recipe, terminal, word_problems
 from fastgrpo.trainer.checkpoints import append_whole, whole_folder, write_whole
 from fastgrpo.trainer.config import CHECKPOINTING, GRPOConfig
 from fastgrpo.trainer.evaluate import sample
 from fastgrpo.trainer.rewards import RewardFunc, model_reward
 from fastgrpo.trainer.rollout import is_conversation
 from fastgrpo.trainer.run import (
-    DEFAULTS,
     RunLog,
-    UsageError,
+    check_backend,
+    check_round,
+    check_texts,
     checked,
     load_model,
     load_rows,
@@ -41,13 +44,6 @@ from fastgrpo.trainer.run import (
 )
 from fastgrpo.trainer.template import R1_ZERO_CHAT_TEMPLATE
 
-_EMBEDDED = {
-    "max_completion_length": word_problems.MAX_COMPLETION_LENGTH,
-    "max_steps": 80,  # of each stage of reinforcement learning
-    "learning_rate": 5e-4,
-    "warmup_steps": 5,
-    "per_device_train_batch_size": 256,
-}
 # the supervised stages of the embedded task; a constant rate and a short memory find the sums soonest
 _WARM_START = {
     "learning_rate": 5e-3,
@@ -91,11 +87,15 @@ class Recipe:
     def __init__(self, options: argparse.Namespace):
         self.options, self.output = options, Path(options.output_dir)
         embedded = options.model is None
-        self.config = checked(make_config, options, self.output, _EMBEDDED if embedded else DEFAULTS, embedded)
+        self.defaults = _defaults.WORD_PROBLEMS if embedded else _defaults.MODEL
+        self.config = checked(make_config, options, self.output, self.defaults, embedded)
         if self.config.world_size > 1:
             raise UsageError(f"--recipe: expected one process, got {self.config.world_size}")
         self.task = _embedded_task(options) if embedded else _task_of_files(options)
         checked(recipe.reasoning_rewards, self.task.questions)  # so that an unknown language is found out now
+        check_round(self.config, len(self.task.questions))
+        check_backend(self.config)
+        check_folder("--output-dir", self.output)
         self.model, self.tokenizer = self._load()
 
     def _load(self) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
@@ -201,8 +201,7 @@ class Recipe:
         recipe.supervised(self.model, self.tokenizer, examples, args, backend=options.backend, log=log, resume=resume)
 
     def _rl_args(self, folder: Path) -> GRPOConfig:
-        defaults = _EMBEDDED if self.task.is_embedded else DEFAULTS
-        return make_config(self.options, folder, defaults, self.task.is_embedded)
+        return make_config(self.options, folder, self.defaults, self.task.is_embedded)
 
     # Measuring
 
@@ -262,6 +261,7 @@ class Recipe:
             print(
                 f"after {stage.name}: " + ", ".join(f"{k} {v:.2f}" for k, v in table[stage.name].items()), flush=True
             )
+        terminal.close()
         plot(path, self.output / "recipe.png")
         print(format_table(table))
         print(f"models, metrics.jsonl, samples.txt and recipe.png are in {self.output}")
@@ -300,6 +300,9 @@ def run_recipe(options: argparse.Namespace) -> None:
     """Run `fastgrpo train --recipe`."""
     if options.reward is not None:
         raise UsageError("--reward: a recipe has its own rewards")
+    for name in ("cold_start", "general", "reward_model"):
+        if options.recipe == "r1-zero" and getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} needs --recipe r1")
     with mistakes_are_shown(options.output_dir):
         Recipe(options).run()
 
@@ -340,6 +343,7 @@ def _task_of_files(options: argparse.Namespace) -> Task:
         tables[argument] = load_table(argument, name)
         for column in ("prompt", "completion"):
             require_column(tables[argument], argument, name, column)
+            check_texts(tables[argument], argument, name, column)
     if options.reward_model is None:
         raise UsageError("--recipe r1 with --model needs --reward-model, a classifier for the general prompts")
     general = _as_conversations(tables["--general"])

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,7 +24,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from fastgrpo.trainer import embedded, rewards
+from fastgrpo import _defaults, backends
+from fastgrpo.commands.errors import UsageError, check_folder
+from fastgrpo.trainer import embedded, rewards, terminal
 from fastgrpo.trainer.checkpoints import (
     ResumeError,
     append_whole,
@@ -37,28 +38,10 @@ from fastgrpo.trainer.checkpoints import (
 from fastgrpo.trainer.config import CHECKPOINTING, GRPOConfig
 from fastgrpo.trainer.evaluate import sampled_accuracy
 from fastgrpo.trainer.grpo_trainer import GRPOTrainer
+from fastgrpo.trainer.rollout import is_conversation
 
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-# what `fastgrpo train` takes for options that are not given: for a model of the user's, and for the embedded task
-DEFAULTS = {
-    "max_completion_length": 256,
-    "max_steps": 100,
-    "learning_rate": 1e-6,
-    "warmup_steps": 0,
-    "per_device_train_batch_size": 8,
-}
-_EMBEDDED = {
-    "max_completion_length": embedded.MAX_COMPLETION_LENGTH,
-    "max_steps": 120,
-    "learning_rate": 3e-4,
-    "warmup_steps": 5,
-    "per_device_train_batch_size": 512,
-}
-
-
-class UsageError(ValueError):
-    """A mistake in the command's arguments or files: shown without a traceback."""
+_KINDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
 
 @contextlib.contextmanager
@@ -91,12 +74,12 @@ def _run(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} needs --recipe r1")
     is_embedded = options.model is None
-    reward_name = options.reward or "exact"
+    reward_name = options.reward or _defaults.REWARD
     reward_func = checked(rewards.resolve, reward_name)
     if is_embedded and options.dataset is not None:
         raise UsageError("--dataset needs --model: the model of the embedded task knows digits only")
     output = Path(options.output_dir)
-    args = checked(make_config, options, output, _EMBEDDED if is_embedded else DEFAULTS, is_embedded)
+    args = checked(make_config, options, output, _defaults.SUMS if is_embedded else _defaults.MODEL, is_embedded)
     checkpoint = None
     if options.resume:
         checkpoint = last_whole_checkpoint(output, GRPOTrainer.files_of_process(args.process_index))
@@ -114,6 +97,9 @@ def _run(options: argparse.Namespace) -> None:
     else:
         data = load_rows(options, needed, f"--reward {reward_name}")
         train_set, held_out = split(data, options.held_out, options.seed)
+    check_round(args, len(train_set))
+    check_backend(args)
+    check_folder("--output-dir", output)
     if is_embedded:
         if args.device.type == "cpu":
             # a second thread saves a model this small nothing, and costs a lot where other work shares the cores
@@ -139,16 +125,19 @@ def _run(options: argparse.Namespace) -> None:
         )
 
     what = "accuracy" if "answer" in needed else "reward"
-    before = measure()
-    print(f"{what} before, on {len(held_out)} held-out prompts: {before:.2f}", flush=True)
+    # a built-in reward's complaint is about the columns; a function of the user's own keeps its traceback
+    before = checked(measure) if reward_name in rewards.BUILT_IN else measure()
+    if args.process_index == 0:
+        print(f"{what} before, on {len(held_out)} held-out prompts: {before:.2f}", flush=True)
 
-    trainer = GRPOTrainer(model, reward_func, args, train_set, processing_class=tokenizer)
+    trainer = checked(lambda: GRPOTrainer(model, reward_func, args, train_set, processing_class=tokenizer))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     log = RunLog(output / "metrics.jsonl")
     trainer.add_callback(log)
     trainer.train(checkpoint)
     after = measure()
+    terminal.close()
 
     processes = (trainer.accelerator.wait_for_everyone, args.should_save, trainer.is_local_process_zero())
     with whole_folder(output / "model", *processes) as folder:
@@ -176,15 +165,12 @@ def checked(function, *args: Any) -> Any:
         raise UsageError(str(error)) from error
 
 
-def make_config(options: argparse.Namespace, output_dir: Path, defaults: dict[str, Any], is_tiny: bool) -> GRPOConfig:
+def make_config(options: argparse.Namespace, output_dir: Path, defaults: _defaults.Sizes, is_tiny: bool) -> GRPOConfig:
     """The options, and where they are None the defaults; a tiny model gains nothing from saving memory."""
     on_gpu = torch.cuda.is_available()
-    given = {
-        "max_completion_length": options.max_completion_length,
-        "max_steps": options.steps,
-        "learning_rate": options.learning_rate,
-        "per_device_train_batch_size": options.batch_size,
-    }
+    names = ("max_completion_length", "steps", "learning_rate", "batch_size")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    sizes = defaults._replace(**given)
     return GRPOConfig(
         output_dir=str(output_dir),
         use_cpu=not on_gpu,
@@ -204,8 +190,33 @@ def make_config(options: argparse.Namespace, output_dir: Path, defaults: dict[st
         backend=options.backend,
         dataloader_pin_memory=on_gpu,
         **{CHECKPOINTING: on_gpu and not is_tiny},
-        **{**defaults, **{name: value for name, value in given.items() if value is not None}},
+        max_completion_length=sizes.max_completion_length,
+        max_steps=sizes.steps,
+        learning_rate=sizes.learning_rate,
+        warmup_steps=sizes.warmup_steps,
+        per_device_train_batch_size=sizes.batch_size,
     )
+
+
+def check_backend(args: GRPOConfig) -> None:
+    """Raise a UsageError unless the backend asked for can run here."""
+    if args.backend == "auto":
+        return
+    backend = backends.get(args.backend)
+    why = backend.unavailable() or backend.supports(args.device.type, torch.bfloat16 if args.bf16 else torch.float32)
+    if why is not None:
+        raise UsageError(f"--backend: {args.backend} cannot be used here: {why}")
+
+
+def check_round(args: GRPOConfig, count: int) -> None:
+    """Raise a UsageError unless `count` training prompts are enough for a round of sampling."""
+    prompts = args.generation_batch_size // args.num_generations
+    if count < prompts:
+        raise UsageError(
+            f"--batch-size: expected no more completions in a round than {count} training prompts have with "
+            f"--num-generations {args.num_generations}, got {args.generation_batch_size} (--batch-size times "
+            "--gradient-accumulation-steps times processes)"
+        )
 
 
 def load_rows(options: argparse.Namespace, needed: list[str], wanted_by: str) -> Dataset:
@@ -217,6 +228,7 @@ def load_rows(options: argparse.Namespace, needed: list[str], wanted_by: str) ->
             data = data if column == wanted else data.rename_column(column, wanted)
         elif wanted in columns:
             require_column(data, "--dataset", options.dataset, column, "" if wanted == "prompt" else wanted_by)
+    check_texts(data, "--dataset", options.dataset)
     return data
 
 
@@ -224,14 +236,82 @@ def load_table(argument: str, name: str, config: str | None = None, split: str =
     """A JSONL or Parquet file, or a dataset of the hub."""
     path = Path(name)
     kind = _FILE_TYPES.get(path.suffix)
-    if kind is not None and not path.is_file():
+    if kind is None and path.is_file():
+        raise UsageError(f"{argument}: expected a file that ends in {', '.join(_FILE_TYPES)}, got {name}")
+    if not path.exists() and (kind is not None or name.startswith((".", "/", "~"))):
         raise UsageError(f"{argument}: no such file: {name}")
+    if path.is_file() and (config is not None or split != _defaults.SPLIT):
+        option = "--split" if config is None else "--dataset-config"
+        raise UsageError(f"{option}: expected a hub dataset, got the file {name}")
+    if path.is_file() and kind == "json":
+        check_json(argument, path)
     try:
         if kind is not None:
             return load_dataset(kind, data_files=str(path), split="train")
         return load_dataset(name, config, split=split)
     except Exception as error:  # of many types: a broken file, an unknown id, no network
-        raise UsageError(f"{argument}: {name} cannot be loaded: {error}") from error
+        raise UsageError(f"{argument}: {name} cannot be loaded: {error.__cause__ or error}") from error
+
+
+def check_json(argument: str, path: Path) -> None:
+    """Raise a UsageError with the line's number unless each line of a file is an object, or the file a list of them.
+
+    A column has to have values of one kind, or null.
+    """
+
+    def wrong(number: int, problem: str) -> UsageError:
+        return UsageError(f"{argument}: {path}, line {number}: {problem}")
+
+    kinds: dict[str, tuple[str, int]] = {}
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".json" and file.read(1) == b"[":
+                json.loads(path.read_bytes())
+                return
+            file.seek(0)
+            number = 0
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except UnicodeDecodeError as error:
+                    raise wrong(number, "expected UTF-8 text") from error
+                except json.JSONDecodeError as error:
+                    raise wrong(number, f"expected a JSON object, got {_shortened(line)}") from error
+                if not isinstance(row, dict):
+                    raise wrong(number, f"expected a JSON object, got {_shortened(line)}")
+                for name, value in row.items():
+                    if value is None:
+                        continue
+                    kind = _KINDS[type(value)]
+                    known, first = kinds.setdefault(name, (kind, number))
+                    if kind != known:
+                        raise wrong(number, f"expected {name!r} to be {known} as in line {first}, got {kind}")
+    except json.JSONDecodeError as error:  # of a list of objects
+        raise wrong(error.lineno, f"expected JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{argument}: {path}: expected UTF-8 text") from error
+    except OSError as error:
+        raise UsageError(f"{argument}: {path} cannot be read: {error.strerror}") from error
+    if not kinds:
+        raise UsageError(f"{argument}: expected rows in {path}, found none")
+
+
+def _shortened(line: bytes) -> str:
+    text = line.decode().strip()
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def check_texts(data: Dataset, argument: str, name: str, column: str = "prompt") -> None:
+    """Raise a UsageError with the row's number unless a column has texts alone, or lists of messages alone."""
+    first = None
+    for number, value in enumerate(data[column], 1):
+        kind = "a text" if isinstance(value, str) else "a list of messages" if is_conversation(value) else None
+        first = first or kind
+        if kind is None or kind != first:
+            expected = first or "a text or a list of messages"
+            raise UsageError(f"{argument}: {name}, row {number}: expected {expected} as {column}, got {value!r}")
 
 
 def require_column(data: Dataset, argument: str, name: str, column: str, wanted_by: str = "") -> None:
@@ -245,7 +325,9 @@ def require_column(data: Dataset, argument: str, name: str, column: str, wanted_
 
 def split(data: Dataset, held_out: int | None, seed: int) -> tuple[Dataset, Dataset]:
     """(training rows, held-out rows), drawn at random."""
-    count = min(128, len(data) // 10) if held_out is None else held_out
+    if len(data) < 2:
+        raise UsageError(f"--dataset: expected at least 2 rows, one of them to be held out, got {len(data)}")
+    count = max(1, min(_defaults.MOST_HELD_OUT, len(data) // 10)) if held_out is None else held_out
     if not 0 < count < len(data):
         raise UsageError(f"--held-out: expected between 1 and {len(data) - 1} of the dataset's rows, got {count}")
     order = random.Random(seed).sample(range(len(data)), len(data))
@@ -268,7 +350,7 @@ def load_model(
         model = kind.from_pretrained(name, dtype=torch.float32)
         side = {"padding_side": "left"} if kind is AutoModelForCausalLM else {}
         tokenizer = AutoTokenizer.from_pretrained(name, **side)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many types: an unknown id, no network, a broken file of weights, a missing package
         raise UsageError(f"{argument}: {name} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -276,10 +358,10 @@ def load_model(
 
 
 class RunLog(TrainerCallback):
-    """A progress bar with the reward or the loss, and every logged step as a line of metrics.jsonl.
+    """The run's progress bar with the reward or the loss, and every logged step as a line of metrics.jsonl.
 
-    The file is the run's own; a `stage` is the bar's name and a field of each line instead, which go behind what the
-    file holds already.
+    Without a `stage`, the file is written afresh. With one, lines are appended, each with a field for the stage, and
+    the bar has its name.
     """
 
     def __init__(self, path: Path, stage: str | None = None):
@@ -295,7 +377,7 @@ class RunLog(TrainerCallback):
             write = write_whole if self.stage is None else append_whole
             write(self.path, "".join(map(self._line, state.log_history)))
             name = self.stage or "GRPO"
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=name, unit="step")
+            self.bar = terminal.start(name, state.max_steps, state.global_step)
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if self.bar is None:
@@ -311,7 +393,7 @@ class RunLog(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_) -> None:
         if self.bar is not None:
-            self.bar.close()
+            self.bar.finish()
 
 
 def plot_rewards(history: list[dict], path: Path, what: str, before: float, after: float) -> None:

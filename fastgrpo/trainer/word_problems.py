@@ -19,10 +19,10 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from fastgrpo._defaults import WORD_PROBLEMS
 from fastgrpo.trainer.rewards.text import TAGS, completion_text
 
-MAX_COMPLETION_LENGTH = 24  # tokens; a solution with both steps and two-digit numbers takes 23 in English
-HELD_OUT = 100  # questions, half of them in each language
+MAX_COMPLETION_LENGTH, HELD_OUT = WORD_PROBLEMS.max_completion_length, WORD_PROBLEMS.held_out
 
 NAMES = {
     "en": ("Tom", "Ann", "Bob", "Eve", "Max", "Sue", "Kim", "Leo", "Ida", "Ned"),

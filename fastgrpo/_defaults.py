@@ -1,0 +1,46 @@
+"""The defaults of `fastgrpo train`, each written once: the help, the run and `GRPOConfig` read them here.
+
+Reading them imports nothing, so `--help` is quick and works where the packages of the trainer are missing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+NUM_GENERATIONS = 8
+NUM_ITERATIONS = 1
+TEMPERATURE = 1.0
+BACKEND = "auto"
+SPLIT = "train"  # of a hub dataset
+REWARD = "exact"  # of a run without a recipe
+MOST_HELD_OUT = 128  # rows of a dataset of the user's; of a small dataset, a tenth
+
+
+class Sizes(NamedTuple):
+    """The defaults that depend on what is trained."""
+
+    max_completion_length: int
+    steps: int  # under a recipe, of each stage of reinforcement learning
+    learning_rate: float
+    warmup_steps: int
+    batch_size: int
+    held_out: int | str
+
+
+MODEL = Sizes(256, 100, 1e-6, 0, 8, f"a tenth, at most {MOST_HELD_OUT}")  # a model of the user's
+SUMS = Sizes(
+    max_completion_length=4,  # the largest sum, 27, one character too many, and the end token
+    steps=120,
+    learning_rate=3e-4,
+    warmup_steps=5,
+    batch_size=512,
+    held_out=200,  # of the 1000 questions
+)
+WORD_PROBLEMS = Sizes(
+    max_completion_length=24,  # a solution with both steps and two-digit numbers takes 23 tokens in English
+    steps=80,
+    learning_rate=5e-4,
+    warmup_steps=5,
+    batch_size=256,
+    held_out=100,  # questions, half of them in each language
+)

@@ -1,0 +1,1 @@
+"""The command `fastgrpo`: one file for each sub-command, with its options."""

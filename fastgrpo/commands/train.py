@@ -1,0 +1,90 @@
+"""`fastgrpo train`: its options."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastgrpo import _defaults as defaults
+from fastgrpo import backends
+from fastgrpo._extras import require
+from fastgrpo.commands.options import number, whole
+from fastgrpo.objective import LOSS_TYPES, Objective
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Add the command and its options."""
+    train = commands.add_parser(
+        "train",
+        help="train a model with GRPO; without arguments, a small one on an arithmetic task made here",
+        description="Train a model with GRPO. Without --model, a small random model learns sums of three digits: a "
+        "short supervised warm start, then GRPO. The last line shows the accuracy on held-out questions before and "
+        "after; the output folder gets metrics.jsonl, reward.png and the model.",
+        usage="fastgrpo train [OPTION ...]",
+        epilog="Defaults in brackets are those of the small models that are made here: for sums, and with --recipe "
+        "for word problems.",
+    )
+    train.set_defaults(run=run)
+
+    add = train.add_argument_group("model and data").add_argument
+    add("--model", help="hub id or folder of a causal language model; without it, a small one is made here")
+    add("--dataset", help="hub id, or a JSONL or Parquet file, with the columns prompt and answer; needs --model")
+    add("--dataset-config", help="configuration of a hub dataset")
+    add("--split", default=defaults.SPLIT, help="split of a hub dataset")
+    add("--prompt-column", default="prompt", help="column with the prompts")
+    add("--answer-column", default="answer", help="column with the answers")
+    add("--held-out", type=whole(1), help=f"rows kept for the accuracy {_by_task('held_out')}")
+
+    add = train.add_argument_group("reward and loss").add_argument
+    add("--reward", help=f"exact, numeric, contains, accuracy, format, ..., or module:function (default: "
+        f"{defaults.REWARD})")  # fmt: skip
+    add("--loss-type", default=Objective.loss_type, help=f"one of {', '.join(LOSS_TYPES)}")
+    add("--beta", type=number(least=0), default=Objective.beta, help="coefficient of the KL to the first model")
+    add("--num-iterations", type=whole(1), default=defaults.NUM_ITERATIONS, help="passes over each batch")
+    add("--backend", choices=("auto", *backends.NAMES), default=defaults.BACKEND, help="of the loss")
+
+    add = train.add_argument_group("sampling").add_argument
+    add("--num-generations", type=whole(2), default=defaults.NUM_GENERATIONS, help="completions per prompt")
+    add("--max-completion-length", type=whole(1),
+        help=f"tokens per completion at most {_by_task('max_completion_length')}")  # fmt: skip
+    add("--temperature", type=number(above=0), default=defaults.TEMPERATURE, help="of sampling")
+
+    add = train.add_argument_group("optimisation").add_argument
+    add("--steps", type=whole(1), help=f"optimiser steps {_by_task('steps')}")
+    add("--learning-rate", type=number(least=0), help=_by_task("learning_rate", "g"))
+    add("--batch-size", type=whole(1), help=f"completions per micro-batch and process {_by_task('batch_size')}")
+    add("--gradient-accumulation-steps", type=whole(1), default=1, help="micro-batches per step")
+    add("--seed", type=whole(0), default=0, help="of all that is random")
+
+    add = train.add_argument_group("output").add_argument
+    add("--output-dir", default="fastgrpo-train", help="folder for the metrics, the model and checkpoints")
+    add("--save-steps", type=whole(0), default=50, help="steps between checkpoints, 0: none")
+    add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+
+    add = train.add_argument_group(
+        "DeepSeek-R1's stages, instead of one run of GRPO",
+        "--steps, --learning-rate and --batch-size are then those of each stage of reinforcement learning",
+    ).add_argument
+    add("--recipe", choices=("r1-zero", "r1"), help="r1-zero: RL alone; r1: cold start, RL, rejection sampling, RL")
+    add("--cold-start", help="r1 with --model: long-form solutions, a file with the columns prompt and completion")
+    add("--general", help="r1 with --model: samples of everything else, a file with the columns prompt and completion")
+    add("--reward-model", help="r1 with --model: a sequence classifier that scores replies to the general prompts")
+    add("--sft-learning-rate", type=number(least=0), default=1e-5, help="of supervised stages, with --model")
+
+
+def _by_task(name: str, form: str = "") -> str:
+    model, *small = (format(getattr(sizes, name), form) for sizes in _TASKS)
+    return f"(default: {model} [{', '.join(small)}])"
+
+
+_TASKS = (defaults.MODEL, defaults.SUMS, defaults.WORD_PROBLEMS)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the command."""
+    require("fastgrpo train", "train", "accelerate", "datasets", "matplotlib", "transformers")
+    from fastgrpo.trainer.recipe_run import run_recipe
+    from fastgrpo.trainer.run import run
+    from fastgrpo.trainer.terminal import one_bar
+
+    with one_bar():
+        (run if options.recipe is None else run_recipe)(options)
