@@ -179,11 +179,17 @@ def loops(code, labels, branch, *, exp, load, store, wide, pause, ignore) -> lis
 def may_spill(target: str, kernel: str) -> int:
     """Bytes of stack and accesses to it, together, for values of a row or a program; in a loop over logits: none.
 
-    A thread executes about 10,000 instructions for a row with a softcap, so that these are less than 1% of them.
+    A thread executes about 5,000 instructions for a row, with a softcap 10,000, so that on NVIDIA these are less than
+    1% of them. A program of 1024 threads leaves each of them 64 registers on NVIDIA, and 128 on AMD.
     """
-    recent = tuple(int(n) for n in importlib.metadata.version("triton").split(".")[:2]) >= (3, 8)
-    if target == "sm_100" and recent and ("softcap" in kernel or "wide" in kernel):
-        return 48
+    version = tuple(int(n) for n in importlib.metadata.version("triton").split(".")[:2])
+    if target == "gfx942" and "wide" in kernel:
+        return 170
+    if target == "sm_100" and "token" in kernel:
+        if version >= (3, 8) and kernel != "token":
+            return 48
+        if version < (3, 7):
+            return 16
     return 16 if "softcap" in kernel else 0
 
 
@@ -248,7 +254,8 @@ def test_machine_code(case, machine_code):
 @pytest.mark.parametrize("case", [c for c in CASES if c[0] == "sm_90" and c[2] not in STATS], ids="-".join)
 def test_no_gradient_before_every_warp_has_the_target(case, machine_code):
     found = machine_code[case]["unfenced"]
-    assert found == {"sweeps": 2, "loads": 1, "stores": 1}, found  # the sweeps: the hot one and the careful one
+    assert found["sweeps"] >= 2, found  # the hot one, the careful one, and what unrolling may leave
+    assert (found["loads"], found["stores"]) == (1, 1), found
 
 
 if __name__ == "__main__":

@@ -168,6 +168,9 @@ def stats_kernel(logits, partial, ids, mask, inv_temperature, softcap, logp_out,
             total, weighted = _merged_sums(partial, row, parts)
         else:
             total, weighted = _row_sums(row_ptr, target, V, inv_t, softcap, K, LANES, UNROLL, PART, 1, ENTROPY)
+        again = _afresh(row, total)
+        row_ptr = _row(logits, again, T, stride_b, stride_t)
+        inv_t = tl.load(inv_temperature + again)
         logp, lse, entropy = _scores(row_ptr, target, V, total, weighted, inv_t, softcap, K, LANES, ENTROPY)
     tl.store(logp_out + row, logp)
     tl.store(lse_out + row, lse)

@@ -66,8 +66,11 @@ def supports(device_type: str, dtype: torch.dtype) -> str | None:
 class InPlace:
     """How the token kernel is launched where it writes the gradient over the logits; no choice changes a bit.
 
+    (A GPU adds up the rewards of a group of more than 512 in an order that depends on lanes.)
+
     lanes: threads of a program, 512, or 1024, which hold two parts of a row side by side (a row of one part, of at
     most 128 KB, keeps the threads that it has). programs: how many there are at most; 0 leaves it to the device.
+    On AMD 1024 lanes leave a thread 128 registers, and some of its values wait in memory.
     """
 
     lanes: int = 512
@@ -80,8 +83,8 @@ class InPlace:
             raise ValueError(f"programs: expected a whole number, 0 for the device's own, got {self.programs!r}")
 
 
-_AS_EVER = InPlace()
-_in_place = contextvars.ContextVar("in_place", default=_AS_EVER)
+_DEFAULT = InPlace()
+_in_place = contextvars.ContextVar("in_place", default=_DEFAULT)
 
 
 @contextlib.contextmanager
