@@ -1,6 +1,7 @@
 """The command: mistakes take one line, the help shows each default once, a run has one bar, env says what to do."""
 
 import errno
+import importlib.metadata
 import io
 import json
 import logging
@@ -15,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from fastgrpo import cli
+from fastgrpo import backends, cli
 from fastgrpo.cli import main
 from fastgrpo.commands import errors
 from fastgrpo.trainer import embedded, terminal
@@ -122,6 +123,9 @@ MISTAKES = [
     (["train", "--held-out", "501"], "--held-out: expected between 1 and 500"),
     (["train", "--reward", "nothing"], "reward: expected one of"),
     (["train", "--reward", "json:nothing"], "cannot be imported"),
+    (["train", "--reward", "no.such.module:f"], "cannot be imported"),
+    (["train", "--reward", "code"], "--reward code needs a --dataset with the column test_cases"),
+    (["train", "--reward-model", "x"], "--reward-model needs --recipe r1"),
     (["train", "--resume"], "--resume: no checkpoint"),
     (["train", "--dataset", "{files}/rows.jsonl"], "--dataset needs --model"),
     (["train", "--output-dir", "{files}/rows.jsonl"], "--output-dir: .*rows.jsonl cannot be made: File exists"),
@@ -159,6 +163,8 @@ MISTAKES = [
     ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--dataset-config", "x"], "--dataset-config: expected a hub"),
     ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--split", "test"], "--split: expected a hub dataset"),
     ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--answer-column", "x"], "no column 'x'"),
+    ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--prompt-column", "q"], "no column 'q'"),
+    ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--reward", "code"], "no column 'test_cases'"),
     ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--held-out", "40"], "--held-out: expected between 1 and 39"),
     ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--batch-size", "512"], "than 36 training prompts"),
     (["bench", "--op", "nothing"], "argument --op: invalid choice"),
@@ -313,13 +319,13 @@ def terminal_of(monkeypatch):
     """Runs a function with stdout and stderr on a pseudo-terminal; returns what it showed."""
     pty = pytest.importorskip("pty", reason="pseudo-terminals")
 
-    def call(function):
+    def call(function, columns=100):
         import fcntl
         import struct
         import termios
 
         leader, follower = pty.openpty()
-        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         data = []
 
         def read():
@@ -359,7 +365,8 @@ SMALL = ["--steps", 4, "--batch-size", 8, "--num-generations", 4, "--max-complet
 BAR = re.compile(r"(warm start|sampling|GRPO|base|cold-start|[a-z-]+rl|[a-z-]+sft): +\d+%\|.*")
 
 
-def test_a_run_has_one_bar(files, tmp_path, terminal_of, monkeypatch):
+@pytest.mark.parametrize("columns", [100, 0])  # 0: a terminal that does not know its size
+def test_a_run_has_one_bar(columns, tmp_path, terminal_of, monkeypatch):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
     monkeypatch.setattr(embedded, "WARM_START_MAX_STEPS", 3)
     arguments = ["train", "--reward", "test_command:noisy", *SMALL, "--output-dir", tmp_path / "out"]
@@ -372,7 +379,7 @@ def test_a_run_has_one_bar(files, tmp_path, terminal_of, monkeypatch):
         finally:
             logging.getLogger("noisy").removeHandler(handler)
 
-    lines = terminal_of(train)
+    lines = terminal_of(train, columns)
     bars = [line for line in lines if "%|" in line]
     assert len(bars) == 1 and BAR.fullmatch(bars[0]), lines
     others = [line for line in lines if "%|" not in line]
@@ -423,11 +430,13 @@ def test_plain_lines_come_at_a_sane_rate(monkeypatch):
 # env
 
 
+def test_env_names_every_backend(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"backend {name}: " in out for name in backends.NAMES)
+
+
 def test_env_says_what_to_do(capsys, monkeypatch):
-    import importlib.metadata
-
-    from fastgrpo import backends
-
     def missing(name):
         raise importlib.metadata.PackageNotFoundError
 

@@ -323,10 +323,7 @@ def print_table(rows: list[dict]) -> None:
         memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
         error = "floor" if row["rel_err"] is None else f"{row['rel_err']:.1e}"
         median = f"{row['ms_p50']:.{3 if row['ms_p50'] < 1e5 else 0}f}"
-        spread = " to ".join(
-            f"{ms:.3f}" if ms < 0.1 else f"{ms:.3g}" if ms < 999 else f"{ms:.0f}"
-            for ms in (row["ms_p20"], row["ms_p80"])
-        )
+        spread = " to ".join(map(summary.short, (row["ms_p20"], row["ms_p80"])))
         print(f"  {label(row):38} {median:>9}  {spread:18} {times:>7} {memory:>6} {share:>6} {error:>7}")
     for row in rows:
         if row["ms_p50"] is None:
