@@ -1,4 +1,4 @@
-"""What `fastgrpo bench` does: check, measure, print, and write a row for everything that was asked for."""
+"""What `fastgrpo bench` does: check each implementation against float64, time it, and print and write the rows."""
 
 from __future__ import annotations
 
@@ -50,7 +50,11 @@ _SLOW_TO_COMPILE = "left out of a quick run: compiling takes longer than all the
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure what is asked for; rows go to `--json` as they are made."""
+    """Run `fastgrpo bench`. Each row is written to the file of `--json` as soon as it is measured.
+
+    Raises:
+        UsageError: a mistake in the options, or a file that cannot be read or written.
+    """
     for name, value in (("--report", options.report), ("--plot", options.plot)):
         if value:
             require(f"fastgrpo bench {name}", "bench", "matplotlib")
@@ -109,7 +113,7 @@ def _draw(rows: list[dict], given: str | None) -> str:
 
 
 def _chosen_implementations(options: argparse.Namespace) -> list[Implementation]:
-    """Those that --impl and --backend leave; floors always."""
+    """The implementations that --impl and --backend choose, and all floors."""
     names, known = set(options.impl or ()), {each.name for each in REGISTRY}
     if unknown := names - known:
         raise UsageError(f"--impl: expected some of {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
@@ -123,7 +127,7 @@ def _chosen_implementations(options: argparse.Namespace) -> list[Implementation]
 
 
 def _chosen_cases(options: argparse.Namespace) -> list[Case]:
-    """The cases to measure: a named list, or every combination of the sizes given, cut down by --op and --dtype."""
+    """The cases to measure: a named list, or all combinations of the sizes given; --op and --dtype choose from them."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: cuda is not available here")
@@ -230,7 +234,7 @@ _truths: dict[Case, dict] = {}  # of the last case, in any dtype: {function: res
 
 
 def check(each: Implementation, inputs, row: dict) -> str | None:
-    """Why an implementation is not to be timed; its error goes into the row."""
+    """Compare an implementation with float64; returns None, or why it must not be timed. Its error goes into the row."""
     case = inputs.case
     try:
         each.prepare(inputs)
@@ -268,7 +272,7 @@ def _row(case: Case, each: Implementation) -> dict:
 
 
 def _roof_rate(case: Case, row: dict) -> float:
-    """Bytes or FLOPs per second of a floor; that of the GEMMs counts all of them, whoever learns."""
+    """The bytes or FLOPs per second that a floor reached; the GEMMs alone compute those of inactive tokens, too."""
     work = 2 * case.B * case.T * case.V * cases.DTYPES[case.dtype].itemsize if row["impl"] == "copy" else 0
     return (work or 6 * case.B * case.T * case.H * case.V) / (row["ms_p50"] / 1e3)
 
@@ -293,7 +297,7 @@ def peak(case: Case, each: Implementation) -> float | None:
 
 
 def cpu_peak(case: Case, op: str, name: str) -> float:
-    """That of the registered implementation of that name, in this process."""
+    """The peak of the registered implementation `name` in this process, in MiB above its inputs."""
     each = next(i for i in REGISTRY if i.op == op and str(i) == name)
     small = cases.make_inputs(dataclasses.replace(case, B=8, T=2, V=128, H=64))
     each.prepare(small)
