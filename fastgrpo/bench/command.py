@@ -127,7 +127,7 @@ def _chosen_implementations(options: argparse.Namespace) -> list[Implementation]
 
 
 def _chosen_cases(options: argparse.Namespace) -> list[Case]:
-    """The cases to measure: a named list, or all combinations of the sizes given; --op and --dtype choose from them."""
+    """The cases to measure: a named list or all combinations of the sizes given; --op and --dtype choose of them."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: cuda is not available here")
@@ -234,7 +234,7 @@ _truths: dict[Case, dict] = {}  # of the last case, in any dtype: {function: res
 
 
 def check(each: Implementation, inputs, row: dict) -> str | None:
-    """Compare an implementation with float64; returns None, or why it must not be timed. Its error goes into the row."""
+    """Compare a result with float64 and put its error into the row; returns None, or why it must not be timed."""
     case = inputs.case
     try:
         each.prepare(inputs)
