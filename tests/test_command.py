@@ -130,7 +130,9 @@ MISTAKES = [
     (["train", "--dataset", "{files}/rows.jsonl"], "--dataset needs --model"),
     (["train", "--output-dir", "{files}/rows.jsonl"], "--output-dir: .*rows.jsonl cannot be made: File exists"),
     (["train", "--output-dir", "{files}/rows.jsonl/x"], "--output-dir: .* cannot be made: Not a directory"),
-    (["train", "--recipe", "r1-zero", "--general", "x"], "--general needs --recipe r1"),
+    (["train", "--recipe", "r1-zero", "--general", "x"], "--general needs --model"),
+    (["train", "--recipe", "r1-zero", "--general", "x", "--model", "{files}/model", "--dataset", "{files}/rows.jsonl"],
+     "--general needs --recipe r1"),
     (["train", "--recipe", "r1", "--reward", "exact"], "--reward: a recipe has its own rewards"),
     (["train", "--recipe", "r1", "--model", "{files}/model"], "needs a --dataset"),
     (["train", "--recipe", "r1", "--output-dir", "{files}/rows.jsonl"], "--output-dir: .* cannot be made"),
@@ -393,9 +395,9 @@ def test_a_run_has_one_bar(columns, tmp_path, terminal_of, monkeypatch):
 
 def test_a_mistake_after_the_bar_has_a_line_of_its_own(tmp_path, terminal_of, monkeypatch):
     monkeypatch.setattr(embedded, "WARM_START_MAX_STEPS", 3)
-    monkeypatch.setattr("fastgrpo.trainer.run.sampled_accuracy", lambda *_, **__: full_disk())
+    monkeypatch.setattr("fastgrpo.trainer.run.sampled_accuracy", lambda *_, **__: forbidden())
     lines = terminal_of(lambda: run("train", *SMALL, "--output-dir", tmp_path / "out"))
-    assert [line for line in lines if line][1:] == ["fastgrpo train: error: No space left on device"]
+    assert [line for line in lines if line][1:] == ["fastgrpo train: error: out/metrics.jsonl: Permission denied"]
     assert lines[0].startswith("warm start: 100%|")
 
 
@@ -417,7 +419,7 @@ def test_plain_lines_come_at_a_sane_rate(monkeypatch):
     now, stream = [0.0], io.StringIO()
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(sys, "stderr", stream)
-    bar = terminal.start("GRPO", 100_000)
+    bar = terminal.start_bar("GRPO", 100_000)
     for _ in range(100_000):
         now[0] += 1.0
         bar.update()

@@ -55,9 +55,9 @@ _STATE_FILE = "grpo_state_{rank}.pt"
 
 
 class GRPOTrainer(Trainer):
-    """Trains a causal language model with Group Relative Policy Optimisation (arXiv:2402.03300).
+    """Group Relative Policy Optimisation (arXiv:2402.03300) of a causal language model.
 
-    For each prompt it samples G completions, scores them with the reward functions, and takes as advantage of
+    For each prompt the trainer samples G completions, scores them with the reward functions, and takes as advantage of
     completion i
 
         A_i = (r_i - mean(r_1 ... r_G)) / (std(r_1 ... r_G) + 1e-4)

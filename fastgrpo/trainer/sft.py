@@ -15,7 +15,7 @@ from fastgrpo.trainer.setup import check_dataset, prepare_tokenizer
 
 
 class SFTTrainer(Trainer):
-    """Supervised fine-tuning: the cross-entropy of completions given their prompts, made from hidden states.
+    """Cross-entropy of completions given their prompts, without logits:
 
         loss = -(1/D) Σ_t log p(token_t | prompt, tokens before t)
 
