@@ -130,7 +130,7 @@ MISTAKES = [
     (["train", "--dataset", "{files}/rows.jsonl"], "--dataset needs --model"),
     (["train", "--output-dir", "{files}/rows.jsonl"], "--output-dir: .*rows.jsonl cannot be made: File exists"),
     (["train", "--output-dir", "{files}/rows.jsonl/x"], "--output-dir: .* cannot be made: Not a directory"),
-    (["train", "--recipe", "r1-zero", "--general", "x"], "--general needs --model"),
+    (["train", "--recipe", "r1-zero", "--general", "x"], "--general needs --recipe r1"),
     (["train", "--recipe", "r1-zero", "--general", "x", "--model", "{files}/model", "--dataset", "{files}/rows.jsonl"],
      "--general needs --recipe r1"),
     (["train", "--recipe", "r1", "--reward", "exact"], "--reward: a recipe has its own rewards"),
@@ -419,7 +419,7 @@ def test_plain_lines_come_at_a_sane_rate(monkeypatch):
     now, stream = [0.0], io.StringIO()
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(sys, "stderr", stream)
-    bar = terminal.start_bar("GRPO", 100_000)
+    bar = terminal.start("GRPO", 100_000)
     for _ in range(100_000):
         now[0] += 1.0
         bar.update()

@@ -16,9 +16,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastgrpo._defaults import SUMS
+from fastgrpo.trainer import terminal
 from fastgrpo.trainer.evaluate import sampled_accuracy
 from fastgrpo.trainer.rewards import exact
-from fastgrpo.trainer.terminal import start_bar
 
 CHARACTERS = "0123456789+="
 HELD_OUT, MAX_COMPLETION_LENGTH = SUMS.held_out, SUMS.max_completion_length
@@ -70,7 +70,7 @@ def warm_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, trai
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
     sample = train.select(range(400))
     rows, accuracy = train.to_list(), 0.0
-    bar = start_bar("warm start", WARM_START_MAX_STEPS)
+    bar = terminal.start("warm start", WARM_START_MAX_STEPS)
     for step in range(1, WARM_START_MAX_STEPS + 1):
         model.train()
         batch = [_demonstration(rng, row) for row in rng.choices(rows, k=192)]

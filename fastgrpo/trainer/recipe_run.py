@@ -22,7 +22,7 @@ from transformers import (
 
 from fastgrpo import _defaults
 from fastgrpo.commands.errors import UsageError, check_folder
-from fastgrpo.trainer import recipe, word_problems
+from fastgrpo.trainer import recipe, terminal, word_problems
 from fastgrpo.trainer.config import CHECKPOINTING, GRPOConfig
 from fastgrpo.trainer.evaluate import sample
 from fastgrpo.trainer.rewards import RewardFunc, model_reward
@@ -41,7 +41,6 @@ from fastgrpo.trainer.run import (
     split,
 )
 from fastgrpo.trainer.template import R1_ZERO_CHAT_TEMPLATE
-from fastgrpo.trainer.terminal import close_bar
 
 # the supervised stages of the embedded task; a constant rate and a short memory find the sums soonest
 _WARM_START = {
@@ -259,7 +258,7 @@ class Recipe:
             print(
                 f"after {stage.name}: " + ", ".join(f"{k} {v:.2f}" for k, v in table[stage.name].items()), flush=True
             )
-        close_bar()
+        terminal.close()
         plot(path, self.output / "recipe.png")
         print(format_table(table))
         print(f"models, metrics.jsonl, samples.txt and recipe.png are in {self.output}")
@@ -298,6 +297,9 @@ def run_recipe(options: argparse.Namespace) -> None:
     """Run `fastgrpo train --recipe`."""
     if options.reward is not None:
         raise UsageError("--reward: a recipe has its own rewards")
+    for name in ("cold_start", "general", "reward_model"):
+        if options.recipe == "r1-zero" and getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} needs --recipe r1")
     Recipe(options).run()
 
 
@@ -326,9 +328,6 @@ def _embedded_task(options: argparse.Namespace) -> Task:
 def _task_of_files(options: argparse.Namespace) -> Task:
     if options.dataset is None:
         raise UsageError("--recipe with --model needs a --dataset with the columns prompt and answer")
-    for name in ("cold_start", "general", "reward_model"):
-        if options.recipe == "r1-zero" and getattr(options, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')} needs --recipe r1")
     data = _as_conversations(load_rows(options, ["answer"], "--recipe"))
     questions, held_out = split(data, options.held_out, options.seed)
     if options.recipe == "r1-zero":

@@ -24,12 +24,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fastgrpo import _defaults, backends
 from fastgrpo.commands.errors import UsageError, check_folder
-from fastgrpo.trainer import embedded, rewards
+from fastgrpo.trainer import embedded, rewards, terminal
 from fastgrpo.trainer.config import CHECKPOINTING, GRPOConfig
 from fastgrpo.trainer.evaluate import sampled_accuracy
 from fastgrpo.trainer.grpo_trainer import GRPOTrainer
 from fastgrpo.trainer.rollout import is_conversation
-from fastgrpo.trainer.terminal import close_bar, start_bar
 
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _KINDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
@@ -105,7 +104,7 @@ def run(options: argparse.Namespace) -> None:
     trainer.add_callback(log)
     trainer.train(resume_from_checkpoint=checkpoint if options.resume else None)
     after = measure()
-    close_bar()
+    terminal.close()
 
     trainer.save_model(str(output / "model"))
     if trainer.is_world_process_zero():
@@ -337,7 +336,7 @@ class RunLog(TrainerCallback):
             with self.path.open("w" if self.stage is None else "a") as file:
                 file.writelines(map(self._line, state.log_history))
             name = self.stage or "GRPO"
-            self.bar = start_bar(name, state.max_steps, state.global_step)
+            self.bar = terminal.start(name, state.max_steps, state.global_step)
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if self.bar is None:

@@ -27,7 +27,7 @@ _SECONDS, _SHARE = 10.0, 0.02  # between two plain lines, at least: so long, and
 _run: Progress | None = None  # that of the run, inside one_bar()
 
 
-def start_bar(name: str, total: int, initial: int = 0) -> Progress:
+def start(name: str, total: int, initial: int = 0) -> Progress:
     """Begin the stage `name` of `total` steps, of which `initial` are done; its `update` and `finish` follow."""
     bar = Progress() if _run is None else _run
     bar.start(name, total, initial)
@@ -39,14 +39,14 @@ def track(name: str, items: Sequence[T]) -> Iterator[T]:
     if _run is None or _run.is_busy:
         yield from items
         return
-    bar = start_bar(name, len(items))
+    bar = start(name, len(items))
     for item in items:
         yield item
         bar.update()
     bar.finish()
 
 
-def close_bar() -> None:
+def close() -> None:
     """Leave the run's bar as it is; what is printed from now on goes below it."""
     if _run is not None:
         _run.close()
