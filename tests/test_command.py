@@ -225,6 +225,15 @@ def test_what_the_machine_lacks_takes_one_line(capfd, fails, message):
     assert capfd.readouterr().err == f"fastgrpo train: error: {message}\n"
 
 
+def test_output_that_nobody_reads(monkeypatch):
+    """As in `fastgrpo env | head -1`: no error, and no traceback at the interpreter's end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert main(["env"]) == 1
+
+
 def test_a_full_disk_takes_one_line(files, capfd, monkeypatch):
     monkeypatch.setattr(Path, "open", lambda *_, **__: full_disk())
     sizes = ["--steps", 1, "--num-generations", 4, "--max-completion-length", 2]
