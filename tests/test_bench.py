@@ -212,6 +212,12 @@ def test_the_command_ends_with_a_table_and_a_picture(tmp_path, capsys, monkeypat
     assert (tmp_path / "fastgrpo-bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+def test_a_full_disk_takes_one_line(capfd):
+    assert main([*SMALL.split(), "--device", "cpu", "--no-plot", "--json", "/dev/full"]) == 2
+    assert capfd.readouterr().err == "fastgrpo bench: error: No space left on device\n"
+
+
 def test_without_matplotlib_a_line_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fastgrpo._extras._is_installed", lambda package: package != "matplotlib")

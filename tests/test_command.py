@@ -1,6 +1,7 @@
 """The command: mistakes take one line, the help shows each default once, a run has one bar, env says what to do."""
 
 import errno
+import importlib.metadata
 import io
 import json
 import logging
@@ -15,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from fastgrpo import cli
+from fastgrpo import backends, cli
 from fastgrpo.cli import main
 from fastgrpo.commands import errors
 from fastgrpo.trainer import embedded, terminal
@@ -122,11 +123,16 @@ MISTAKES = [
     (["train", "--held-out", "501"], "--held-out: expected between 1 and 500"),
     (["train", "--reward", "nothing"], "reward: expected one of"),
     (["train", "--reward", "json:nothing"], "cannot be imported"),
+    (["train", "--reward", "no.such.module:f"], "cannot be imported"),
+    (["train", "--reward", "code"], "--reward code needs a --dataset with the column test_cases"),
+    (["train", "--reward-model", "x"], "--reward-model needs --recipe r1"),
     (["train", "--resume"], "--resume: no checkpoint"),
     (["train", "--dataset", "{files}/rows.jsonl"], "--dataset needs --model"),
     (["train", "--output-dir", "{files}/rows.jsonl"], "--output-dir: .*rows.jsonl cannot be made: File exists"),
     (["train", "--output-dir", "{files}/rows.jsonl/x"], "--output-dir: .* cannot be made: Not a directory"),
     (["train", "--recipe", "r1-zero", "--general", "x"], "--general needs --recipe r1"),
+    (["train", "--recipe", "r1-zero", "--general", "x", "--model", "{files}/model", "--dataset", "{files}/rows.jsonl"],
+     "--general needs --recipe r1"),
     (["train", "--recipe", "r1", "--reward", "exact"], "--reward: a recipe has its own rewards"),
     (["train", "--recipe", "r1", "--model", "{files}/model"], "needs a --dataset"),
     (["train", "--recipe", "r1", "--output-dir", "{files}/rows.jsonl"], "--output-dir: .* cannot be made"),
@@ -159,6 +165,8 @@ MISTAKES = [
     ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--dataset-config", "x"], "--dataset-config: expected a hub"),
     ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--split", "test"], "--split: expected a hub dataset"),
     ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--answer-column", "x"], "no column 'x'"),
+    ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--prompt-column", "q"], "no column 'q'"),
+    ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--reward", "code"], "no column 'test_cases'"),
     ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--held-out", "40"], "--held-out: expected between 1 and 39"),
     ([*WITH_MODEL, "--dataset", "{files}/rows.jsonl", "--batch-size", "512"], "than 36 training prompts"),
     (["bench", "--op", "nothing"], "argument --op: invalid choice"),
@@ -215,6 +223,15 @@ def out_of_memory():
 def test_what_the_machine_lacks_takes_one_line(capfd, fails, message):
     assert errors.run("train", fails) == 2
     assert capfd.readouterr().err == f"fastgrpo train: error: {message}\n"
+
+
+def test_output_that_nobody_reads(monkeypatch):
+    """As in `fastgrpo env | head -1`: no error, and no traceback at the interpreter's end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert main(["env"]) == 1
 
 
 def test_a_full_disk_takes_one_line(files, capfd, monkeypatch):
@@ -313,13 +330,13 @@ def terminal_of(monkeypatch):
     """Runs a function with stdout and stderr on a pseudo-terminal; returns what it showed."""
     pty = pytest.importorskip("pty", reason="pseudo-terminals")
 
-    def call(function):
+    def call(function, columns=100):
         import fcntl
         import struct
         import termios
 
         leader, follower = pty.openpty()
-        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         data = []
 
         def read():
@@ -359,7 +376,8 @@ SMALL = ["--steps", 4, "--batch-size", 8, "--num-generations", 4, "--max-complet
 BAR = re.compile(r"(warm start|sampling|GRPO|base|cold-start|[a-z-]+rl|[a-z-]+sft): +\d+%\|.*")
 
 
-def test_a_run_has_one_bar(files, tmp_path, terminal_of, monkeypatch):
+@pytest.mark.parametrize("columns", [100, 0])  # 0: a terminal that does not know its size
+def test_a_run_has_one_bar(columns, tmp_path, terminal_of, monkeypatch):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
     monkeypatch.setattr(embedded, "WARM_START_MAX_STEPS", 3)
     arguments = ["train", "--reward", "test_command:noisy", *SMALL, "--output-dir", tmp_path / "out"]
@@ -372,7 +390,7 @@ def test_a_run_has_one_bar(files, tmp_path, terminal_of, monkeypatch):
         finally:
             logging.getLogger("noisy").removeHandler(handler)
 
-    lines = terminal_of(train)
+    lines = terminal_of(train, columns)
     bars = [line for line in lines if "%|" in line]
     assert len(bars) == 1 and BAR.fullmatch(bars[0]), lines
     others = [line for line in lines if "%|" not in line]
@@ -386,11 +404,10 @@ def test_a_run_has_one_bar(files, tmp_path, terminal_of, monkeypatch):
 
 def test_a_mistake_after_the_bar_has_a_line_of_its_own(tmp_path, terminal_of, monkeypatch):
     monkeypatch.setattr(embedded, "WARM_START_MAX_STEPS", 3)
-    monkeypatch.setattr("fastgrpo.trainer.run.sampled_accuracy", lambda *_, **__: full_disk())
+    monkeypatch.setattr("fastgrpo.trainer.run.sampled_accuracy", lambda *_, **__: forbidden())
     lines = terminal_of(lambda: run("train", *SMALL, "--output-dir", tmp_path / "out"))
-    bar, mistake = [line for line in lines if line]
-    assert bar.startswith("warm start: 100%|")
-    assert mistake.startswith(f"fastgrpo train: error: --output-dir: {tmp_path / 'out'}: no space to write it"), lines
+    assert [line for line in lines if line][1:] == ["fastgrpo train: error: out/metrics.jsonl: Permission denied"]
+    assert lines[0].startswith("warm start: 100%|")
 
 
 def test_plain_lines_without_a_terminal(tmp_path, capfd, monkeypatch):
@@ -424,11 +441,13 @@ def test_plain_lines_come_at_a_sane_rate(monkeypatch):
 # env
 
 
+def test_env_names_every_backend(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"backend {name}: " in out for name in backends.NAMES)
+
+
 def test_env_says_what_to_do(capsys, monkeypatch):
-    import importlib.metadata
-
-    from fastgrpo import backends
-
     def missing(name):
         raise importlib.metadata.PackageNotFoundError
 

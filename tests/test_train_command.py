@@ -114,38 +114,3 @@ def test_reward_without_answers(local_files, tmp_path, capsys):
     arguments = ["--dataset", tmp_path / "prompts.jsonl", "--reward", "tag_count"]
     assert small_run(local_files, tmp_path / "out", *arguments) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "reward 0.00 -> 0.00"
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--dataset", "{data}/data.jsonl"], "--dataset needs --model"),
-        (["--model", "{data}/nowhere"], "no such folder"),
-        (["--model", "{data}/model", "--dataset", "{data}/nowhere.jsonl"], "no such file"),
-        (["--model", "{data}/model", "--dataset", "{data}/data.jsonl", "--answer-column", "x"], "no column 'x'"),
-        (["--model", "{data}/model", "--dataset", "{data}/data.jsonl", "--prompt-column", "q"], "no column 'q'"),
-        (["--model", "{data}/model", "--dataset", "{data}/data.jsonl", "--held-out", "40"], "--held-out"),
-        (["--held-out", "1000"], "--held-out: expected between 1 and 500"),
-        (["--reward", "nothing"], "reward: expected one of exact, numeric, contains"),
-        (["--reward", "no.such.module:f"], "cannot be imported"),
-        (["--reward", "code"], "--reward code needs a --dataset with the column test_cases"),
-        (["--model", "{data}/model", "--dataset", "{data}/data.jsonl", "--reward", "code"], "no column 'test_cases'"),
-        (["--reward-model", "x"], "--reward-model needs --recipe r1"),
-        (["--loss-type", "ppo"], "loss_type: expected one of"),
-        (["--num-generations", "3"], "num_generations: expected a divisor"),
-        (["--resume"], "no checkpoint"),
-    ],
-)
-def test_mistakes_are_named(local_files, tmp_path, capsys, arguments, message):
-    arguments = [argument.format(data=local_files) for argument in arguments]
-    assert main(["train", "--output-dir", str(tmp_path / "out"), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
-
-
-def test_env_names_every_backend(capsys):
-    from fastgrpo import backends
-
-    assert main(["env"]) == 0
-    out = capsys.readouterr().out
-    assert all(f"backend {name}: " in out for name in backends.NAMES)

@@ -1,4 +1,4 @@
-"""What `fastgrpo bench` does: check, measure, print, and write a row for everything that was asked for."""
+"""What `fastgrpo bench` does: check each implementation against float64, time it, and print and write the rows."""
 
 from __future__ import annotations
 
@@ -53,7 +53,11 @@ _SLOW_TO_COMPILE = "left out of a quick run: compiling takes longer than all the
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure what is asked for; rows go to `--json` as they are made."""
+    """Run `fastgrpo bench`. Each row is written to the file of `--json` as soon as it is measured.
+
+    Raises:
+        UsageError: a mistake in the options, or a file that cannot be read or written.
+    """
     for name, value in (("--report", options.report), ("--plot", options.plot)):
         if value:
             require(f"fastgrpo bench {name}", "bench", "matplotlib")
@@ -113,7 +117,7 @@ def _draw(rows: list[dict], given: str | None) -> str:
 
 
 def _chosen_implementations(options: argparse.Namespace) -> list[Implementation]:
-    """Those that --impl and --backend leave; floors always."""
+    """The implementations that --impl and --backend choose, and all floors."""
     names, known = set(options.impl or ()), {each.name for each in REGISTRY}
     if unknown := names - known:
         raise UsageError(f"--impl: expected some of {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
@@ -127,7 +131,7 @@ def _chosen_implementations(options: argparse.Namespace) -> list[Implementation]
 
 
 def _chosen_cases(options: argparse.Namespace) -> list[Case]:
-    """The cases to measure: a named list, or every combination of the sizes given, cut down by --op and --dtype."""
+    """The cases to measure: a named list or all combinations of the sizes given; --op and --dtype choose of them."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: cuda is not available here")
@@ -246,7 +250,7 @@ _truths: dict[Case, dict] = {}  # of the last case, in any dtype: {function: res
 
 
 def check(each: Implementation, inputs, row: dict) -> str | None:
-    """Why an implementation is not to be timed; its error goes into the row."""
+    """Compare a result with float64 and put its error into the row; returns None, or why it must not be timed."""
     case = inputs.case
     try:
         each.prepare(inputs)
@@ -285,7 +289,7 @@ def new_row(case: Case, each: Implementation) -> dict:
 
 
 def _roof_rate(case: Case, row: dict) -> float:
-    """Bytes or FLOPs per second of a floor; that of the GEMMs counts all of them, whoever learns."""
+    """The bytes or FLOPs per second that a floor reached; the GEMMs alone compute those of inactive tokens, too."""
     work = 2 * case.B * case.T * case.V * cases.DTYPES[case.dtype].itemsize if row["impl"] == "copy" else 0
     return (work or 6 * case.B * case.T * case.H * case.V) / (row["ms_p50"] / 1e3)
 
@@ -307,7 +311,7 @@ def peak(case: Case, each: Implementation, inputs: SimpleNamespace) -> float | N
 
 
 def cpu_peak(case: Case, op: str, name: str) -> float:
-    """That of the registered implementation of that name, in this process."""
+    """The peak of the registered implementation `name` in this process, in MiB above its inputs."""
     each = next(i for i in REGISTRY if i.op == op and str(i) == name)
     small = cases.make_inputs(dataclasses.replace(case, B=8, T=2, V=128, H=64))
     each.prepare(small)
@@ -337,10 +341,7 @@ def print_table(rows: list[dict]) -> None:
         memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
         error = "floor" if row["rel_err"] is None else f"{row['rel_err']:.1e}"
         median = f"{row['ms_p50']:.{3 if row['ms_p50'] < 1e5 else 0}f}"
-        spread = " to ".join(
-            f"{ms:.3f}" if ms < 0.1 else f"{ms:.3g}" if ms < 999 else f"{ms:.0f}"
-            for ms in (row["ms_p20"], row["ms_p80"])
-        )
+        spread = " to ".join(map(summary.short, (row["ms_p20"], row["ms_p80"])))
         print(f"  {label(row):38} {median:>9}  {spread:18} {times:>7} {memory:>6} {share:>6} {error:>7}")
     for row in rows:
         if row["ms_p50"] is None:

@@ -35,6 +35,11 @@ def _time(ms: float) -> str:
     return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
 
 
+def short(ms: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{ms:.3f}" if ms < 0.1 else f"{ms:.3g}" if ms < 999 else f"{ms:.0f}"
+
+
 def multiple(ratio: float) -> str:
     """Three digits or more, and at most seven characters up to a million."""
     return f"{ratio:.{2 if ratio < 9.995 else 1 if ratio < 99.95 else 0}f}x"

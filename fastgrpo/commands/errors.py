@@ -23,7 +23,9 @@ class UsageError(ValueError):
 def run(name: str, function: Callable[[], object]) -> int:
     """Call `function` for the command `name`; returns the exit status."""
     try:
-        return function() or 0
+        status = function() or 0
+        sys.stdout.flush()  # what cannot be written is found out now
+        return status
     except (MissingPackage, UsageError) as error:
         message = str(error)
     except torch.OutOfMemoryError as error:

@@ -73,11 +73,20 @@ from fastgrpo.trainer.setup import (
 class GRPOTrainer(HeadTrainer):
     """Group Relative Policy Optimisation (arXiv:2402.03300) of a causal language model.
 
+    For each prompt the trainer samples G completions, scores them with the reward functions, and takes as advantage of
+    completion i
+
+        A_i = (r_i - mean(r_1 ... r_G)) / (std(r_1 ... r_G) + 1e-4)
+
+    with r the weighted sum of the rewards (`scale_rewards` chooses another divisor). The loss is that of
+    `linear_grpo_loss`, made from the hidden states, so no logits of a whole batch exist.
+
     Args:
         model: a transformers model, a PEFT model, or the path or hub id of one.
-        reward_funcs: one or several `f(prompts, completions, completion_ids, **columns) -> list[float | None]`; they
-            also get trainer_state, log_metric(name, value) and log_extra(column, values). None means no say; a
-            completion that no function can score gets advantage 0.
+        reward_funcs: one or several functions, called with keywords as `f(prompts=..., completions=...,
+            completion_ids=..., **columns) -> list[float | None]`, one number per completion. They also get
+            trainer_state, log_metric(name, value) and log_extra(column, values). None leaves the completion to the
+            other functions; if all of them return None, its advantage is 0.
         args: the options (None: the defaults).
         train_dataset: rows with a column "prompt", a text or a list of messages; the reward functions get the others.
             One that can only be iterated needs max_steps, and is shuffled by its own `shuffle` where it has one.
@@ -92,6 +101,10 @@ class GRPOTrainer(HeadTrainer):
 
     Equivalent to: TRL's GRPOTrainer, with the same metrics, for what `GRPOConfig` offers. One difference: with several
     processes, top_entropy_quantile takes its quantile over a process's own micro-batch, not over all of them.
+
+    Raises:
+        ValueError: a dataset without a "prompt" column, a number of reward weights that is not that of the functions,
+            a tokenizer without a pad and an end token, a head that is not supported, several GPUs in one process.
     """
 
     _tag_names = ["grpo", "fastgrpo"]

@@ -265,7 +265,7 @@ def check_json(argument: str, path: Path) -> None:
     kinds: dict[str, tuple[str, int]] = {}
     try:
         with path.open("rb") as file:
-            if path.suffix == ".json" and file.read(1) == b"[":
+            if path.suffix == ".json" and file.read(100).lstrip()[:1] == b"[":
                 json.loads(path.read_bytes())
                 return
             file.seek(0)

@@ -20,19 +20,19 @@ class SFTTrainer(HeadTrainer):
 
         loss = -(1/D) Σ_t log p(token_t | prompt, tokens before t)
 
-    over the completions' tokens, the end token included, with D their number in the whole optimiser step, over
-    micro-batches and processes. Prompts are not learnt.
+    The sum runs over the tokens of the completions, the end token included. D is their number in the whole optimiser
+    step, over all micro-batches and processes. The tokens of the prompts do not count.
 
     Args:
         model: a transformers model with a language-model head, or a PEFT model of one.
-        args: any `TrainingArguments`; remove_unused_columns has to be False.
+        args: transformers' options; remove_unused_columns has to be False, because the collator reads the texts.
         train_dataset: rows with the columns `prompt` and `completion`, both texts, or a list of messages and what the
             assistant answers as text or messages; then both go through the tokenizer's chat template. Of a row with
             an empty prompt the first token is not learnt. A dataset that can only be iterated needs max_steps, and
             is not shuffled.
         processing_class: the tokenizer (None: the one at the model's path).
         callbacks: as in transformers' Trainer.
-        backend: of the row sweeps, see `linear_logps`.
+        backend: "auto", or one of `fastgrpo.backends.NAMES`.
 
     Raises:
         ValueError: a missing column, an empty dataset, a row that is not text or messages, a template under which the

@@ -91,8 +91,9 @@ class Progress:
         if not self.is_terminal:
             self._print()
         elif self.bar is None:
-            options = dict(file=self.stream, dynamic_ncols=True, bar_format=_FORMAT)
-            self.bar = tqdm(desc=name, total=total, initial=initial, **options)
+            # a terminal that does not know its size says 0
+            width = dict(dynamic_ncols=True) if os.get_terminal_size(self.stream.fileno()).columns else dict(ncols=80)
+            self.bar = tqdm(desc=name, total=total, initial=initial, file=self.stream, bar_format=_FORMAT, **width)
         else:
             self.bar.reset(total)
             self.bar.n = self.bar.initial = initial
