@@ -1,8 +1,9 @@
+import os
+
 import torch
-import triton_interpreter
 
 if not torch.cuda.is_available():
-    triton_interpreter.use()  # its kernels then run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels then run on CPU tensors
 
 import cuda_host
 import pytest
@@ -11,7 +12,7 @@ from fastgrpo import backends
 
 
 def pytest_report_header():
-    if not torch.cuda.is_available() and (why := triton_interpreter.unavailable()) is not None:
+    if not torch.cuda.is_available() and (why := backends.get("triton").unavailable()) is not None:
         return f"Triton's kernels are not run: {why}"
     return None
 
@@ -39,7 +40,6 @@ def backend(request):
     if request.param == "cuda":
         request.getfixturevalue("cuda_anywhere")
     elif (why := backends.get(request.param).unavailable()) is not None:
-        why = (request.param == "triton" and triton_interpreter.unavailable()) or why
         pytest.skip(f"backend {request.param}: {why}")
     return request.param
 

@@ -58,14 +58,14 @@ def test_choices_that_cannot_run(new_machine):
 
 
 def test_choices_end_with_their_block():
-    before = cuda._chosen
     with cuda.using(cluster=8, buffers=2):
         with pytest.raises(ZeroDivisionError), cuda.using(blocks=1):
-            assert cuda._chosen == cuda.OnePass(cluster=8, buffers=2, blocks=1)
-            assert list(map(lambda f: getattr(cuda._choice, f[0]), cuda._Choice._fields_)) == [8, 2, 1, 1]
+            assert cuda._choices.get() == cuda.OnePass(cluster=8, buffers=2, blocks=1)
+            told = cuda._as_choice(cuda._choices.get())
+            assert [getattr(told, name) for name, _ in told._fields_] == [8, 2, 1, 1]
             raise ZeroDivisionError
-        assert cuda._chosen == cuda.OnePass(cluster=8, buffers=2)
-    assert cuda._chosen == before == cuda.OnePass()
+        assert cuda._choices.get() == cuda.OnePass(cluster=8, buffers=2)
+    assert cuda._choices.get() == cuda.OnePass()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -9,7 +9,6 @@ call asks again.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._choices import Choices
 from ._native import DTYPES, Args, Rows, load, make_args
 
 CLUSTERS = (1, 2, 4, 8, 16)
@@ -80,29 +80,16 @@ class Shape(NamedTuple):
     why: str | None
 
 
+@functools.cache
 def _as_choice(one_pass: OnePass) -> _Choice:
+    """The same, as the library takes it."""
     return _Choice(*map(int, dataclasses.astuple(one_pass)))
 
 
-_chosen = OnePass()
-_choice = _as_choice(_chosen)  # the same, as the library takes it
-
-
-@contextlib.contextmanager
-def using(**choices: int) -> Iterator[None]:
-    """Sets fields of `OnePass` for the calls inside, of all threads: `with using(cluster=8, buffers=2): ...`.
-
-    A call whose rows cannot be held like that raises a ValueError, which says what fits. Backend "auto" goes on to
-    choose by what the device can do without them.
-    """
-    global _chosen, _choice
-    before = _chosen, _choice
-    _chosen = dataclasses.replace(_chosen, **choices)
-    _choice = _as_choice(_chosen)
-    try:
-        yield
-    finally:
-        _chosen, _choice = before
+# A call whose rows cannot be held as chosen raises a ValueError, which says what fits. Backend "auto" does not look at
+# these choices when it chooses a backend.
+_choices = Choices(OnePass())
+using = _choices.using
 
 
 _ROWS = (_INT, ctypes.POINTER(Args), _INT, _POINTER, ctypes.POINTER(_Choice))  # args, device, stream, choice -> error
@@ -217,7 +204,7 @@ def _place(device: torch.device) -> tuple[int, int]:
 def _refusal(args: Args, device: int) -> str:
     """Why the library refused the choice, and what it would take in its place."""
     dtype = next(key for key, number in DTYPES.items() if number == args.dtype)
-    why, fits = _ask(args, device, _choice).why, []
+    why, fits = _ask(args, device, _as_choice(_choices.get())).why, []
     for size in CLUSTERS:
         for blocks in (1, 2):
             for buffers in (4, 3, 2, 1):
@@ -225,7 +212,7 @@ def _refusal(args: Args, device: int) -> str:
                     fits.append(f"cluster={size}, blocks={blocks} with up to {buffers} buffers")
                     break
     fit = "; ".join(fits) or "none"
-    return f"{_chosen}: expected a choice that can hold rows of {args.vocab} {dtype} logits ({fit}), but {why}"
+    return f"{_choices.get()}: expected a choice that can hold rows of {args.vocab} {dtype} logits ({fit}), but {why}"
 
 
 def _call(function: str, args: Args, device: torch.device) -> None:
@@ -235,7 +222,7 @@ def _call(function: str, args: Args, device: torch.device) -> None:
         return
     library = _load()[0]
     index, stream = _place(device)
-    error = getattr(library, f"fastgrpo_cuda_{function}")(args, index, stream, _choice)
+    error = getattr(library, f"fastgrpo_cuda_{function}")(args, index, stream, _as_choice(_choices.get()))
     if error == _REFUSED:
         raise ValueError(_refusal(args, index))
     if error:

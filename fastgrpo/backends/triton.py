@@ -6,17 +6,16 @@ Here are the launchers: which geometry, which grid, which kernels. The kernels a
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import TokenRows, TokenSpec
+from ._choices import Choices
 
 try:
     import triton
@@ -83,26 +82,8 @@ class InPlace:
             raise ValueError(f"programs: expected a whole number, 0 for the device's own, got {self.programs!r}")
 
 
-_DEFAULT = InPlace()
-_in_place = contextvars.ContextVar("in_place", default=_DEFAULT)
-
-
-@contextlib.contextmanager
-def using(**choices) -> Iterator[InPlace]:
-    """Calls inside the `with` are launched by these choices of `InPlace`; the others stay as they were outside.
-
-    Raises:
-        ValueError: for a choice that does not exist, or a value that it cannot take.
-    """
-    names = [field.name for field in dataclasses.fields(InPlace)]
-    for name in choices:
-        if name not in names:
-            raise ValueError(f"{name}: expected one of the choices {', '.join(names)}")
-    token = _in_place.set(dataclasses.replace(_in_place.get(), **choices))
-    try:
-        yield _in_place.get()
-    finally:
-        _in_place.reset(token)
+_choices = Choices(InPlace())
+using = _choices.using
 
 
 # ---- geometry: what a row's bits may depend on comes from V and the dtype alone
@@ -266,7 +247,7 @@ def token_loss(
         inplace = out is not None and not split
         programs = n
         if inplace:
-            choice = _in_place.get()
+            choice = _choices.get()
             geometry = _wide(geometry, V, choice.lanes)
             in_flight = _rows_in_flight(n, V * logits.element_size(), device)
             programs = min(n, choice.programs) if choice.programs else in_flight
