@@ -91,7 +91,8 @@ WITH_MODEL = ["train", "--model", "{files}/model"]
 MISTAKES = [
     ([], "required: env|bench|train"),
     (["fly"], "invalid choice: 'fly'"),
-    (["train", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
+    (["train", "--stepz", "3"], "fastgrpo train: error: unrecognized arguments: --stepz 3; did you mean --steps?"),
+    (["train", "--num_generations", "4"], "--num_generations 4; did you mean --num-generations?"),
     *(
         (["train", option, value], f"argument {option}: expected {expected}, got '{value}'")
         for option, value, expected in (

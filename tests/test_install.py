@@ -76,7 +76,7 @@ TRAIN = "not installed here: pip install 'fastgrpo[train]'"
 MISSING = {
     "fastgrpo.trainer": f"fastgrpo.trainer needs accelerate, datasets, transformers, {TRAIN}",
     "fastgrpo.trainer.rewards": f"fastgrpo.trainer needs accelerate, datasets, transformers, {TRAIN}",
-    "fastgrpo.integrations.trl": "fastgrpo.integrations.trl needs trl, not installed here: pip install 'fastgrpo[trl]'",  # noqa: E501
+    "fastgrpo.integrations.trl": "fastgrpo.integrations.trl needs trl, transformers, accelerate, datasets, not installed here: pip install 'fastgrpo[trl]'",  # noqa: E501
 }
 
 
@@ -94,8 +94,8 @@ def test_missing_packages_are_named_at_import(bare, module):
         (["fastgrpo", "train", "--recipe", "r1"], f"fastgrpo train needs .* {TRAIN}"),
         (["fastgrpo", "bench", "--plot", "x.png"], "fastgrpo bench --plot needs matplotlib, .*'fastgrpo.bench.'"),
         (["fastgrpo", "bench", "--report"], "fastgrpo bench --report needs matplotlib, .*'fastgrpo.bench.'"),
-        (["fastgrpo.integrations.trl", "x.py"], "fastgrpo.integrations.trl needs trl, .*'fastgrpo.trl.'"),
-        (["fastgrpo.integrations.trl", "grpo"], "fastgrpo.integrations.trl needs trl, .*'fastgrpo.trl.'"),
+        (["fastgrpo.integrations.trl", "x.py"], "fastgrpo.integrations.trl needs trl, transformers, .*'fastgrpo.trl.'"),
+        (["fastgrpo.integrations.trl", "grpo"], "fastgrpo.integrations.trl needs trl, transformers, .*'fastgrpo.trl.'"),
     ],
 )
 def test_missing_packages_are_named_by_commands(bare, arguments, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def load(name: str, tool: str, **functions: tuple) -> tuple[ctypes.CDLL | None, 
     """
     path = library_path(name)
     if not path.exists():
-        return None, f"{path} does not exist: fastgrpo was built without {tool} (install one, then reinstall)"
+        return None, f"{path} does not exist: {_built_elsewhere(path) or _not_built(tool)}"
     try:
         library = ctypes.CDLL(str(path))
         found = getattr(library, f"{name}_abi")()
@@ -77,6 +78,25 @@ def load(name: str, tool: str, **functions: tuple) -> tuple[ctypes.CDLL | None, 
         declared = getattr(library, f"{name}_{function}")
         declared.restype, declared.argtypes = result, arguments
     return library, None
+
+
+def _not_built(tool: str) -> str:
+    return f"fastgrpo was built without {tool} (install one, then reinstall)"
+
+
+def _built_elsewhere(path: Path) -> str | None:
+    """What to say where Python imports the sources, and a copy with compiled libraries is installed beside them."""
+    sources = path.parents[2]
+    try:
+        installed = Path(importlib.metadata.distribution("fastgrpo").locate_file(path.relative_to(sources)))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if not installed.exists() or installed == path:
+        return None
+    return (
+        f"Python imports the sources in {sources}, which hold no compiled kernels. The installed package, in "
+        f"{installed.parents[2]}, has them: run Python in another folder"
+    )
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
