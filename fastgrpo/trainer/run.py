@@ -82,7 +82,8 @@ def _run(options: argparse.Namespace) -> None:
     args = checked(make_config, options, output, _defaults.SUMS if is_embedded else _defaults.MODEL, is_embedded)
     checkpoint = None
     if options.resume:
-        checkpoint = last_whole_checkpoint(output, GRPOTrainer.files_of_process(args.process_index))
+        index = args.process_index
+        checkpoint = last_whole_checkpoint(output, lambda path: GRPOTrainer.files_of_process(path, index))
         if checkpoint is None:
             raise UsageError(f"--resume: no checkpoint in {output} that is whole")
 
