@@ -526,7 +526,7 @@ class GRPOTrainer(HeadTrainer):
 
     @staticmethod
     def files_of_process(checkpoint: str, index: int) -> tuple[str, ...]:
-        own = f"grpo_state_{index}.pt"
+        own = _STATE_FILE.format(index)
         if not os.path.isfile(os.path.join(checkpoint, own)):
             before = _any_state(checkpoint, "cpu") or {}
             if index >= before.get("options", {}).get("world_size", index + 1):
@@ -541,7 +541,7 @@ class GRPOTrainer(HeadTrainer):
             "buffered_inputs": self._buffered_inputs if mid_round else None,
             "metrics": {name: [float(v) for v in values] for name, values in self._metrics["train"].items()},
         }
-        torch.save(state, os.path.join(folder, f"grpo_state_{self.args.process_index}.pt"))
+        torch.save(state, os.path.join(folder, _STATE_FILE.format(self.args.process_index)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Also the round that the checkpoint was taken in, so that the run goes on as if it had not stopped."""
@@ -551,7 +551,7 @@ class GRPOTrainer(HeadTrainer):
             self._metrics["train"] = defaultdict(list, state["metrics"])
 
     def _load_own(self, checkpoint: str) -> dict[str, Any] | None:
-        path = os.path.join(checkpoint, f"grpo_state_{self.args.process_index}.pt")
+        path = os.path.join(checkpoint, _STATE_FILE.format(self.args.process_index))
         if not os.path.isfile(path):
             return None
         return torch.load(path, map_location=self.accelerator.device, weights_only=True)
@@ -581,6 +581,7 @@ class GRPOTrainer(HeadTrainer):
             )
 
 
+_STATE_FILE = "grpo_state_{}.pt"  # in a checkpoint, of each process
 _ROUND_OPTIONS = (
     "steps_per_generation",
     "num_iterations",
@@ -593,7 +594,7 @@ _ROUND_OPTIONS = (
 
 def _any_state(checkpoint: str, device: torch.device | str) -> dict[str, Any] | None:
     """What the first process that has saved its state in a checkpoint here has saved."""
-    for path in sorted(Path(checkpoint).glob("grpo_state_*.pt")):
+    for path in sorted(Path(checkpoint).glob(_STATE_FILE.format("*"))):
         if is_whole(path):
             return torch.load(path, map_location=device, weights_only=True)
     return None
