@@ -21,6 +21,7 @@ from fastgrpo.cli import main
 from fastgrpo.commands import errors
 from fastgrpo.trainer import embedded, terminal
 from fastgrpo.trainer.config import GRPOConfig
+from fastgrpo.trainer.run import mistakes_are_shown
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +131,8 @@ MISTAKES = [
     (["train", "--resume"], "--resume: no checkpoint"),
     (["train", "--dataset", "{files}/rows.jsonl"], "--dataset needs --model"),
     (["train", "--output-dir", "{files}/rows.jsonl"], "--output-dir: .*rows.jsonl cannot be made: File exists"),
+    (["train", "--output-dir", "x" * 300], "--output-dir: x+ cannot be made: File name too long"),
+    (["train", "--output-dir", "x" * 300, "--resume"], "--output-dir: x+: File name too long"),
     (["train", "--output-dir", "{files}/rows.jsonl/x"], "--output-dir: .* cannot be made: Not a directory"),
     (["train", "--recipe", "r1-zero", "--general", "x"], "--general needs --recipe r1"),
     (["train", "--recipe", "r1-zero", "--general", "x", "--model", "{files}/model", "--dataset", "{files}/rows.jsonl"],
@@ -147,6 +150,7 @@ MISTAKES = [
         ([*WITH_MODEL, "--dataset", f"{{files}}/{name}"], message)
         for name, message in {
             "nowhere.jsonl": "--dataset: no such file: .*nowhere.jsonl",
+            "x" * 300: "--dataset: no such file: .*x",
             "nowhere": "--dataset: no such file: .*nowhere",
             "rows.csv": r"--dataset: expected a file that ends in .jsonl, .json, .parquet, got .*rows.csv",
             "empty": "--dataset: .*empty cannot be loaded",
@@ -175,6 +179,7 @@ MISTAKES = [
     (["bench", "--inactive", "x"], "argument --inactive: expected a number of at least 0"),
     (["bench", "--shape", "N=8"], "--shape: shape: expected B=8"),
     (["bench", "--json", "nowhere/rows.jsonl"], "--json: no such folder: nowhere"),
+    (["bench", "--json", "x" * 300], "--json: x+ cannot be written: File name too long"),
     (["bench", "--json", "{files}"], "--json: expected a file, got the folder "),
     (["bench", "--plot", "{files}/empty"], "--plot: expected a file, got the folder "),
     (["bench", "--plot", "x.jpg"], "--plot: expected a file that ends in .svg or .png"),
@@ -217,7 +222,6 @@ def out_of_memory():
     "fails, message",
     [
         (full_disk, "No space left on device"),
-        (forbidden, "out/metrics.jsonl: Permission denied"),
         (out_of_memory, "out of GPU memory; smaller sizes need less: CUDA out of memory. Tried to allocate 2 GiB"),
     ],
 )
@@ -249,6 +253,52 @@ def test_other_errors_keep_their_traceback(error):
 
     with pytest.raises(error, match="ours"):
         errors.run("train", fails)
+
+
+OF_THE_DISK = [
+    (errno.EACCES, "out/metrics.jsonl", "--output-dir: out/metrics.jsonl: Permission denied"),
+    (errno.ENOSPC, "out/x/y", r"--output-dir: out/x/y: no space to write it, [\d,.]+ MB are free on the disk"),
+    (errno.EROFS, b"out", "--output-dir: out: Read-only file system"),
+    (errno.ENAMETOOLONG, "{cwd}/out/x", "--output-dir: .*/out/x: File name too long"),
+    (errno.ENOSPC, "/elsewhere/cache", "/elsewhere/cache: No space left on device"),
+    (errno.ENOSPC, "outside", "outside: No space left on device"),
+    (errno.EDQUOT, None, "Disk quota exceeded"),
+    (errno.EACCES, "/elsewhere/secret", None),
+    (errno.ENAMETOOLONG, "x" * 300, None),
+    (errno.EROFS, None, None),
+    (errno.EACCES, 3, None),
+    (errno.ENOENT, "out/x", None),
+]
+
+
+@pytest.mark.parametrize("number, file, message", OF_THE_DISK)
+def test_the_output_folder_is_blamed_for_its_own_files(number, file, message, capfd, tmp_path):
+    file = file.format(cwd=tmp_path) if isinstance(file, str) else file
+    error = OSError(number, os.strerror(number), file)
+
+    def fails():
+        with mistakes_are_shown("out"):
+            raise error
+
+    if message is None:  # with its traceback
+        with pytest.raises(OSError) as raised:
+            errors.run("train", fails)
+        assert raised.value is error
+    else:
+        assert errors.run("train", fails) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert re.fullmatch(f"fastgrpo train: error: {message}", line)
+
+
+def test_a_reward_function_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "WARM_START_MAX_STEPS", 3)
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    with pytest.raises(PermissionError, match="secret"):
+        run("train", "--reward", "test_command:secretive", *SMALL, "--output-dir", tmp_path / "out")
+
+
+def secretive(completions, **_):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "secret")
 
 
 def test_interrupted(capfd):
@@ -403,11 +453,30 @@ def test_a_run_has_one_bar(columns, tmp_path, terminal_of, monkeypatch):
     assert place > max(i for i, line in enumerate(lines) if line.endswith("by a reward"))  # they are above it
 
 
+def test_unfinished_lines_are_above_the_bar(terminal_of):
+    """Also those that nothing ends before the run's last line."""
+
+    def dotted():
+        with terminal.one_bar():
+            bar = terminal.start("GRPO", 1)
+            print("..", end="")
+            print("!", end="", file=sys.stderr)
+            bar.update()
+            bar.finish()
+            terminal.close()
+            print("accuracy 0.10 -> 0.20")
+
+    *above, bar, last = [line for line in terminal_of(dotted) if line]
+    assert above == ["..", "!"] and BAR.fullmatch(bar) and last == "accuracy 0.10 -> 0.20"
+
+
 def test_a_mistake_after_the_bar_has_a_line_of_its_own(tmp_path, terminal_of, monkeypatch):
     monkeypatch.setattr(embedded, "WARM_START_MAX_STEPS", 3)
     monkeypatch.setattr("fastgrpo.trainer.run.sampled_accuracy", lambda *_, **__: forbidden())
     lines = terminal_of(lambda: run("train", *SMALL, "--output-dir", tmp_path / "out"))
-    assert [line for line in lines if line][1:] == ["fastgrpo train: error: out/metrics.jsonl: Permission denied"]
+    assert [line for line in lines if line][1:] == [
+        "fastgrpo train: error: --output-dir: out/metrics.jsonl: Permission denied"
+    ]
     assert lines[0].startswith("warm start: 100%|")
 
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import warnings
+from pathlib import Path
 
 import pytest
 import test_train_command
@@ -18,7 +19,14 @@ from test_trainer import QUIET, even_digits, make_config, make_trainer, one_thre
 from transformers import TrainingArguments
 
 from fastgrpo.trainer import GRPOTrainer, embedded
-from fastgrpo.trainer.checkpoints import DiskFull, append_whole, last_whole_checkpoint, why_incomplete, write_whole
+from fastgrpo.trainer.checkpoints import (
+    DiskFull,
+    append_whole,
+    last_whole_checkpoint,
+    whole_folder,
+    why_incomplete,
+    write_whole,
+)
 from fastgrpo.trainer.sft import SFTTrainer
 
 __all__ = ["one_thread"]
@@ -100,6 +108,82 @@ def test_resume_passes_over_what_is_incomplete(kind, name, finished, tmp_path):
     assert all(why_incomplete(tmp_path / name) is None for name in names(tmp_path))
 
 
+def safetensors(header, length=None):
+    header = json.dumps(header).encode()
+    return (len(header) if length is None else length).to_bytes(8, "little") + header
+
+
+BROKEN = {
+    "a pointer to a file elsewhere": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+    "a length beyond all integers": b"\xff" * 8,
+    "a length beyond the file": safetensors({}, length=1 << 40),
+    "shorter than its length": b"\x00" * 4,
+    "a list": safetensors([]),
+    "a number": safetensors(3),
+    "an entry that is no object": safetensors({"x": 3}),
+    "an entry without offsets": safetensors({"x": {"dtype": "F32"}}),
+    "offsets of another kind": safetensors({"x": {"data_offsets": ["0", "4"]}}),
+    "nested too deep": (100_000).to_bytes(8, "little") + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_weights_that_are_none(name, finished, tmp_path):
+    shutil.copytree(finished[sft][0] / "checkpoint-1", tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(BROKEN[name])
+    assert why_incomplete(tmp_path / "checkpoint-1") == "model.safetensors is cut short"
+
+
+@pytest.mark.parametrize(
+    "index, problem",
+    [
+        ({"metadata": {}}, "model.safetensors.index.json has no weight_map"),
+        ([], "model.safetensors.index.json has no weight_map"),
+        ({"weight_map": [1]}, "model.safetensors.index.json has no weight_map"),
+        ({"weight_map": {"x": ["a"]}}, "['a'] is missing"),
+        ({"weight_map": {"x": "model.safetensors"}}, None),
+    ],
+)
+def test_index_of_weights(index, problem, finished, tmp_path):
+    shutil.copytree(finished[sft][0] / "checkpoint-1", tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert why_incomplete(tmp_path / "checkpoint-1") == problem
+
+
+def with_options(path, **options):
+    state = torch.load(path, weights_only=True)
+    state["options"].update(options)
+    torch.save(state, path)
+
+
+def test_more_processes_than_before(finished, tmp_path):
+    """A process that the saved run did not have needs no file there; one that it had does."""
+    shutil.copytree(finished[grpo][0] / "checkpoint-1", tmp_path / "checkpoint-1")
+    checkpoint = str(tmp_path / "checkpoint-1")
+
+    def needed(index):
+        return last_whole_checkpoint(tmp_path, lambda path: GRPOTrainer.files_of_process(path, index))
+
+    assert [needed(index) for index in (0, 1, 3)] == [checkpoint] * 3
+    with_options(tmp_path / "checkpoint-1" / "grpo_state_0.pt", world_size=2)
+    with pytest.warns(UserWarning, match="grpo_state_1.pt is missing"):
+        assert needed(1) is None
+    assert needed(2) == checkpoint
+
+
+@pytest.mark.parametrize("saved, message", [(2, "world_size=2, and cannot go on with world_size=1"),
+                                            (1, "and has no state of process 1")])  # fmt: skip
+def test_a_process_joins_within_a_round(saved, message, tmp_path, monkeypatch):
+    """It says what those say that were there before, and does not wait for them."""
+    options = dict(max_steps=1, num_iterations=2)
+    grpo(tmp_path, **options).train()
+    with_options(tmp_path / "checkpoint-1" / "grpo_state_0.pt", world_size=saved)
+    trainer = grpo(tmp_path, **options)
+    monkeypatch.setattr(type(trainer.args), "process_index", 1)
+    with pytest.raises(ValueError, match=message):
+        trainer._check_resume(str(tmp_path / "checkpoint-1"))
+
+
 def test_no_whole_checkpoint(finished, tmp_path):
     shutil.copytree(finished[grpo][0] / "checkpoint-1", tmp_path / "checkpoint-1")
     os.remove(tmp_path / "checkpoint-1" / "trainer_state.json")
@@ -147,6 +231,26 @@ def test_killed_while_saving(kind, saved, finished, tmp_path, monkeypatch):
         resumed.train(resume_from_checkpoint=True)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert torch.equal(resumed.model.lm_head.weight, finished[kind][1])
+
+
+def test_killed_while_replacing(tmp_path, monkeypatch):
+    """Between the old folder's leaving and the new one's coming: the next folder that is written brings it back."""
+    with whole_folder(tmp_path / "model") as part:
+        write_whole(Path(part) / "file", "old")
+    replace, calls = os.replace, []
+
+    def second_is_killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise Killed
+        replace(*args)
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed), whole_folder(tmp_path / "model"):
+        patch.setattr(os, "replace", second_is_killed)
+    assert len(calls) == 2 and names(tmp_path) == ["unfinished"]
+    with whole_folder(tmp_path / "other"):
+        assert (tmp_path / "model" / "file").read_text() == "old"
+    assert names(tmp_path) == ["model", "other"]
 
 
 def test_a_checkpoint_holds_all_that_it_did(finished):
@@ -265,7 +369,7 @@ def test_a_file_is_unharmed(write, small_disk):
     write_whole(path, "one\n")
     append_whole(path, "two\n")
     fill(small_disk, 0)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DiskFull, match="metrics.jsonl: no space to write it, 0.0 MB are free on the disk"):
         write(path, "three\n" * 10_000)
     assert path.read_text() == "one\ntwo\n"
     assert sorted(os.listdir(small_disk)) == ["ballast", "metrics.jsonl"]
@@ -288,10 +392,13 @@ def test_command_resumes_from_the_last_whole_one(local_files, tmp_path, capsys):
 # Two processes
 
 
-def _one_of_two(rank, port, folder):
+def _one_of_two(rank, port, folder, alone):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
+    joined = grpo(alone, max_steps=2)  # of a run of one process
+    joined.train(resume_from_checkpoint=True)
+    assert joined.state.global_step == 2 and joined.last_checkpoint() == str(alone / "checkpoint-2")
     whole = grpo(folder, max_steps=3)
     whole.train()
     weight = whole.model.lm_head.weight.detach().clone()
@@ -309,11 +416,13 @@ def _one_of_two(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_every_process_has_its_files(tmp_path):
+def test_every_process_has_its_files(finished, tmp_path_factory):
+    tmp_path, alone = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    shutil.copytree(finished[grpo][0] / "checkpoint-1", alone / "checkpoint-1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_one_of_two, (port, tmp_path), nprocs=2, daemon=True)
+    torch.multiprocessing.spawn(_one_of_two, (port, tmp_path, alone), nprocs=2, daemon=True)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     for name in names(tmp_path):
         files = {path.name for path in (tmp_path / name).iterdir()}

@@ -96,6 +96,9 @@ PROMPT = dict(task_type="CAUSAL_LM", num_virtual_tokens=3)
 ADAPTERS = {
     "LoRA": lambda: trained(peft.LoraConfig(**LORA)),
     "LoRA of another name": lambda: trained(peft.LoraConfig(**LORA), adapter_name="mine"),
+    # a name that modules of the model have too
+    "LoRA named model": lambda: trained(peft.LoraConfig(**LORA), adapter_name="model"),
+    "LoRA named layers": lambda: trained(peft.LoraConfig(**LORA), adapter_name="layers"),
     "LoRA on embeddings": lambda: trained(peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])),
     "a head of its own": lambda: trained(peft.LoraConfig(**LORA, modules_to_save=["lm_head"])),
     "IA3": lambda: trained(peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])),
@@ -313,6 +316,7 @@ def test_options_that_change_within_a_round(step, name, stopped, tmp_path):
 def test_other_options_may_change(stopped, tmp_path):
     options = {**ROUND, "learning_rate": 1e-3, "logging_steps": 2, "max_steps": 5}
     with warnings.catch_warnings():
+        warnings.filterwarnings("error", "resume_from_checkpoint|.*a round of sampling begins|.*is passed over")
         trainer = make_trainer(small_model(TOKENIZER), TOKENIZER, DATA, tmp_path, **options)
         trainer.train(resume_from_checkpoint=str(stopped / "checkpoint-3"))
     assert trainer.state.global_step == 5

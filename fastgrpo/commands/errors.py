@@ -12,9 +12,6 @@ import torch
 
 from fastgrpo._extras import MissingPackage
 
-# what the system says about a disk, not about a program
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
-
 
 class UsageError(ValueError):
     """A mistake in the command's arguments or files: shown without a traceback."""
@@ -34,7 +31,7 @@ def run(name: str, function: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # what the machine lacks, whoever asks for it
             raise
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     except KeyboardInterrupt:
@@ -64,9 +61,12 @@ def check_new_file(option: str, path: Path) -> None:
     Raises:
         UsageError: its folder does not exist, it is a folder itself, or the system forbids it.
     """
-    if not path.resolve().parent.is_dir():
-        raise UsageError(f"{option}: no such folder: {path.parent}")
-    if path.is_dir():
-        raise UsageError(f"{option}: expected a file, got the folder {path}")
-    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
-        raise UsageError(f"{option}: {path} cannot be written")
+    try:
+        if not path.resolve().parent.is_dir():
+            raise UsageError(f"{option}: no such folder: {path.parent}")
+        if path.is_dir():
+            raise UsageError(f"{option}: expected a file, got the folder {path}")
+        if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+            raise UsageError(f"{option}: {path} cannot be written")
+    except OSError as error:
+        raise UsageError(f"{option}: {path} cannot be written: {error.strerror}") from error

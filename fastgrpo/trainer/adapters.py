@@ -19,16 +19,22 @@ def add_reference(model: nn.Module) -> list[str]:
         config = copy.deepcopy(model.peft_config[adapter])
         # AdaLoRA has one trainable adapter at most; prompts for inference would lose what encodes them
         config.inference_mode = not config.is_prompt_learning
+        before = _tensors(model)
+        taken = {*model.peft_config, *(part for key in before for part in key.split("."))}
         name, count = "ref", 1
-        while name in model.peft_config:
+        while name in taken:  # also by a module, so that this part of a key can only be the adapter
             count += 1
             name = f"ref{count}"
         model.add_adapter(name, config)
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for key, value in tensors.items():
-            copied = ".".join(name if part == adapter else part for part in key.split("."))
-            if copied != key and copied in tensors:
-                tensors[copied].copy_(value)
+        for key, value in _tensors(model).items():
+            if key not in before:
+                source = ".".join(adapter if part == name else part for part in key.split("."))
+                if source not in before:
+                    raise ValueError(
+                        f"model: expected an adapter of which a reference can be made, got {adapter!r} without "
+                        f"{source}, which its copy has"
+                    )
+                value.copy_(before[source])
         names.append(name)
     _activate(model, active)
     for parameter in model.parameters():
@@ -53,6 +59,13 @@ def reference(model: nn.Module, names: list[str]) -> Iterator[None]:
         _activate(model, active)
         for parameter, learns in zip(model.parameters(), learning, strict=True):
             parameter.requires_grad_(learns)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _activate(model: nn.Module, names: list[str]) -> None:

@@ -46,13 +46,14 @@ class HeadTrainer(Trainer):
         return super()._prepare_inputs(inputs)
 
     @staticmethod
-    def files_of_process(index: int) -> tuple[str, ...]:
-        """The files in a checkpoint that a process needs beside the Trainer's own."""
+    def files_of_process(checkpoint: str, index: int) -> tuple[str, ...]:
+        """The files in a checkpoint that the process `index` needs beside the Trainer's own."""
         return ()
 
     def last_checkpoint(self) -> str | None:
         """The newest checkpoint in the output folder that is whole; warns of newer ones that are not."""
-        return last_whole_checkpoint(self.args.output_dir, self.files_of_process(self.args.process_index))
+        index = self.args.process_index
+        return last_whole_checkpoint(self.args.output_dir, lambda path: self.files_of_process(path, index))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; True is the newest checkpoint that is whole.
@@ -113,4 +114,4 @@ class HeadTrainer(Trainer):
         """Nothing while the checkpoint is being written: uploads take their time, and the folder is still renamed."""
 
     def _save_own(self, folder: str) -> None:
-        """Write this process's `files_of_process`."""
+        """Write this process's files beside the Trainer's own."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, gather_object
 
 _UNFINISHED = "unfinished"  # beside a run's checkpoints
+_REPLACED = "replaced"  # in there, what a new folder takes the place of
 _STATE = "trainer_state.json"
 _WEIGHTS = re.compile(r"\.(safetensors|distcp)$|^(pytorch_model|adapter_model)|model_states\.pt$")
 # what torch and safetensors say, in errors without a number, when a write has failed
@@ -42,10 +43,14 @@ def why_incomplete(checkpoint: str | Path, needed: Sequence[str] = ()) -> str | 
             return f"{name} is missing"
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
-        if not _is_whole(path):
+        if not is_whole(path):
             return f"{path.relative_to(folder)} is cut short"
     for path in folder.glob("*.index.json"):
-        for name in set(json.loads(path.read_text())["weight_map"].values()):
+        index = json.loads(path.read_bytes())
+        parts = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(parts, dict):
+            return f"{path.name} has no weight_map"
+        for name in set(map(str, parts.values())):
             if not (folder / name).is_file():
                 return f"{name} is missing"
     if not any(_WEIGHTS.search(path.name) for path in files):
@@ -53,7 +58,7 @@ def why_incomplete(checkpoint: str | Path, needed: Sequence[str] = ()) -> str | 
     return None
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether a file ends where its format says; other formats are not looked at."""
     try:
         if path.suffix == ".json":
@@ -61,24 +66,46 @@ def _is_whole(path: Path) -> bool:
         elif path.suffix in (".pt", ".pth", ".bin"):  # torch.save's, with the directory at the end
             return zipfile.is_zipfile(path)
         elif path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            return path.stat().st_size == 8 + length + max(ends, default=0)
-    except ValueError:
+            return _is_whole_safetensors(path)
+    except (ValueError, RecursionError):
         return False
     return True
 
 
-def last_whole_checkpoint(folder: str | Path, needed: Sequence[str] = ()) -> str | None:
-    """The newest checkpoint in `folder` that is whole on every process; warns of newer ones that are not."""
+def _is_whole_safetensors(path: Path) -> bool:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:  # of a pointer to a file elsewhere, or of any other text, it is beyond all memory
+            return False
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        return False
+    end = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            match entry:
+                case {"data_offsets": [int(), int(last)]}:
+                    end = max(end, last)
+                case _:
+                    return False
+    return size == 8 + length + end
+
+
+def last_whole_checkpoint(
+    folder: str | Path, needed: Callable[[str], Sequence[str]] = lambda checkpoint: ()
+) -> str | None:
+    """The newest checkpoint in `folder` that is whole on every process; warns of newer ones that are not.
+
+    Args:
+        needed: of a checkpoint's path, the files that this process needs beside the Trainer's own.
+    """
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     names = [sorted((path.name for path in found if path.is_dir()), key=_number, reverse=True)]
     broadcast_object_list(names)
     for name in names[0]:
         path = os.path.join(folder, name)
-        problems = [why for why in gather_object([why_incomplete(path, needed)]) if why is not None]
+        problems = [why for why in gather_object([why_incomplete(path, needed(path))]) if why is not None]
         if not problems:
             return path
         warnings.warn(f"{path} is passed over, since it is incomplete: {problems[0]}", stacklevel=3)
@@ -116,9 +143,10 @@ def whole_folder(
     """
     path = os.fspath(path)
     parent = os.path.join(os.path.dirname(path), _UNFINISHED)
-    part, replaced = os.path.join(parent, os.path.basename(path)), os.path.join(parent, "replaced")
+    part = os.path.join(parent, os.path.basename(path))
+    replaced = os.path.join(parent, _REPLACED, os.path.basename(path))
     if is_local_main:
-        shutil.rmtree(parent, ignore_errors=True)  # of a run that was killed
+        _tidy(parent)
     wait()
     try:
         os.makedirs(part, exist_ok=True)
@@ -131,32 +159,45 @@ def whole_folder(
         wait()
         if my_turn and os.path.isdir(part):
             if os.path.isdir(path):
+                os.makedirs(os.path.dirname(replaced), exist_ok=True)
                 os.replace(path, replaced)
             os.replace(part, path)
             shutil.rmtree(parent)
     wait()
 
 
+def _tidy(unfinished: str) -> None:
+    """Remove what a run that was killed left, and put back what it had moved away and not replaced yet."""
+    for old in Path(unfinished, _REPLACED).glob("*"):
+        place = Path(unfinished).parent / old.name
+        if not place.exists():
+            with contextlib.suppress(FileNotFoundError):  # another machine with the same disk was first
+                old.replace(place)
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; DiskFull if there is no space for it."""
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(text)
-    except OSError:
+        part.write_text(text, encoding="utf-8")
+    except OSError as error:
         part.unlink(missing_ok=True)
+        raise_if_full(error, path)
         raise
     part.replace(path)
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Append to a file; if there is no space for it, the file ends where it did."""
+    """Append to a file; if there is no space for it, the file ends where it did, and DiskFull is raised."""
     with path.open("ab", buffering=0) as file:
         end, rest = file.seek(0, os.SEEK_END), text.encode()
         try:
             while rest:
                 rest = rest[file.write(rest) :]
-        except OSError:
+        except OSError as error:
             file.truncate(end)
+            raise_if_full(error, path)
             raise
 
 

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from fastgrpo.loss import GRPOOutput
 from fastgrpo.trainer import sharding
 from fastgrpo.trainer.adapters import add_reference, reference
 from fastgrpo.trainer.base import HeadTrainer
-from fastgrpo.trainer.checkpoints import ResumeError
+from fastgrpo.trainer.checkpoints import ResumeError, is_whole
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.head import Head, is_peft, run_completion_head, unwrap
 from fastgrpo.trainer.metrics import reduce_metrics
@@ -96,8 +97,11 @@ class GRPOTrainer(HeadTrainer):
         peft_config: wrap the model in an adapter first.
 
     With beta > 0 the reference policy is a frozen copy of the model as it was passed. Where it was passed as a PEFT
-    model, that is a copy of its adapter, named "ref"; with peft_config it is the model without the adapter. Nothing
-    else is changed on the model (see `head.py`).
+    model, that is a copy of its adapter, named "ref"; with peft_config it is the model without the adapter.
+
+    The model's forward is not changed (see `head.py`). What is: its configs get the tokenizer's pad token,
+    disable_dropout sets the p of its dropout modules to 0, and with gradient checkpointing the input embeddings of a
+    PEFT model give outputs that require a gradient.
 
     Equivalent to: TRL's GRPOTrainer, with the same metrics, for what `GRPOConfig` offers. One difference: with several
     processes, top_entropy_quantile takes its quantile over a process's own micro-batch, not over all of them.
@@ -181,7 +185,7 @@ class GRPOTrainer(HeadTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=_as_list,
+            data_collator=_rows_as_they_are,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -521,8 +525,13 @@ class GRPOTrainer(HeadTrainer):
         self._completion_log = {}
 
     @staticmethod
-    def files_of_process(index: int) -> tuple[str, ...]:
-        return (f"grpo_state_{index}.pt",)
+    def files_of_process(checkpoint: str, index: int) -> tuple[str, ...]:
+        own = _STATE_FILE.format(index)
+        if not os.path.isfile(os.path.join(checkpoint, own)):
+            before = _any_state(checkpoint, "cpu") or {}
+            if index >= before.get("options", {}).get("world_size", index + 1):
+                return ()  # the run that wrote it had fewer processes
+        return (own,)
 
     def _save_own(self, folder: str) -> None:
         mid_round = self._step % self._requests_of_a_round != 0
@@ -532,7 +541,7 @@ class GRPOTrainer(HeadTrainer):
             "buffered_inputs": self._buffered_inputs if mid_round else None,
             "metrics": {name: [float(v) for v in values] for name, values in self._metrics["train"].items()},
         }
-        torch.save(state, os.path.join(folder, *self.files_of_process(self.args.process_index)))
+        torch.save(state, os.path.join(folder, _STATE_FILE.format(self.args.process_index)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Also the round that the checkpoint was taken in, so that the run goes on as if it had not stopped."""
@@ -542,14 +551,16 @@ class GRPOTrainer(HeadTrainer):
             self._metrics["train"] = defaultdict(list, state["metrics"])
 
     def _load_own(self, checkpoint: str) -> dict[str, Any] | None:
-        path = os.path.join(checkpoint, *self.files_of_process(self.args.process_index))
+        path = os.path.join(checkpoint, _STATE_FILE.format(self.args.process_index))
         if not os.path.isfile(path):
             return None
         return torch.load(path, map_location=self.accelerator.device, weights_only=True)
 
     def _check_resume(self, checkpoint: str) -> None:
         """Between two rounds every option may change; within one, those that made its micro-batches may not."""
-        state = self._load_own(checkpoint)
+        own = self._load_own(checkpoint)
+        # a process that the saved run did not have reads from another's whether it may join
+        state = _any_state(checkpoint, self.accelerator.device) if own is None else own
         if state is None:
             warnings.warn(f"{checkpoint} has no state of this process: a round of sampling begins", stacklevel=3)
         if state is None or (buffered := state["buffered_inputs"]) is None:
@@ -563,8 +574,14 @@ class GRPOTrainer(HeadTrainer):
                     f"resume_from_checkpoint: {checkpoint} is within a round of sampling that was made with "
                     f"{name}={value}, and cannot go on with {name}={now}"
                 )
+        if own is None:
+            raise ResumeError(
+                f"resume_from_checkpoint: {checkpoint} is within a round of sampling, and has no state of process "
+                f"{self.args.process_index}"
+            )
 
 
+_STATE_FILE = "grpo_state_{}.pt"  # in a checkpoint, of each process
 _ROUND_OPTIONS = (
     "steps_per_generation",
     "num_iterations",
@@ -573,6 +590,14 @@ _ROUND_OPTIONS = (
     "world_size",
     "beta",
 )
+
+
+def _any_state(checkpoint: str, device: torch.device | str) -> dict[str, Any] | None:
+    """What the first process that has saved its state in a checkpoint here has saved."""
+    for path in sorted(Path(checkpoint).glob(_STATE_FILE.format("*"))):
+        if is_whole(path):
+            return torch.load(path, map_location=device, weights_only=True)
+    return None
 
 
 def _over_completion(
@@ -588,7 +613,7 @@ def _over_completion(
     )
 
 
-def _as_list(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows_as_they_are(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The collator: prompts are tokenised when they are sampled from."""
     return rows
 

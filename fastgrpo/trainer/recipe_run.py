@@ -154,9 +154,7 @@ class Recipe:
             )
             general = self.task.general.select_columns(["prompt", "completion"])
             examples = concatenate_datasets([kept, general.cast(kept.features)])
-            part = path.with_suffix(".part")  # renamed when it is whole
-            examples.to_json(str(part), force_ascii=False)
-            part.replace(path)
+            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in examples))
         self._supervised(examples, _SAMPLED, folder, log, resume)
 
     def _all_scenarios_rl(self, folder: Path, log: RunLog, resume: bool) -> None:
@@ -240,7 +238,7 @@ class Recipe:
         self.output.mkdir(parents=True, exist_ok=True)
         write_whole(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         if not table:
-            texts.write_text("")
+            write_whole(texts, "")
         elif (last := self.output / list(table)[-1] / "model").is_dir():  # a base model of the user's is not copied
             self.model = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).to(self.config.device)
         for i, stage in enumerate(self.stages()[len(table) :]):
@@ -254,8 +252,7 @@ class Recipe:
                     self.model.save_pretrained(part)
                     self.tokenizer.save_pretrained(part)
             table[stage.name], shown = self.measure()
-            with texts.open("a") as file:
-                file.write(f"After {stage.name}:\n\n{shown}\n")
+            append_whole(texts, f"After {stage.name}:\n\n{shown}\n")
             # the stage is finished when this line is there
             append_whole(path, json.dumps({"stage": stage.name, "held_out": table[stage.name]}) + "\n")
             print(

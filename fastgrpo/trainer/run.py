@@ -28,6 +28,7 @@ from fastgrpo import _defaults, backends
 from fastgrpo.commands.errors import UsageError, check_folder
 from fastgrpo.trainer import embedded, rewards, terminal
 from fastgrpo.trainer.checkpoints import (
+    DiskFull,
     ResumeError,
     append_whole,
     last_whole_checkpoint,
@@ -40,24 +41,41 @@ from fastgrpo.trainer.evaluate import sampled_accuracy
 from fastgrpo.trainer.grpo_trainer import GRPOTrainer
 from fastgrpo.trainer.rollout import is_conversation
 
+# what the system says about a disk, not about a program
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _KINDS = {str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 
 
 @contextlib.contextmanager
 def mistakes_are_shown(folder: str | Path) -> Iterator[None]:
-    """Turn a checkpoint of another run and a full disk into a UsageError, the latter with what is free."""
+    """Turn a checkpoint of another run into a UsageError, and what cannot be written in the output folder.
+
+    Any other error keeps its traceback: the files are then a reward function's, or nobody knows whose.
+    """
     try:
         yield
     except ResumeError as error:
         raise UsageError(f"--resume: {error}") from error
+    except DiskFull as error:  # of what we write there
+        raise UsageError(f"--output-dir: {error.strerror}") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _OF_THE_DISK or not _is_below(error.filename, folder):
             raise
+        file = os.fsdecode(error.filename)
+        message = f"{file}: {error.strerror}"
         try:
-            raise_if_full(error, folder)
-        except OSError as full:
-            raise UsageError(f"--output-dir: {full.strerror}") from error
+            raise_if_full(error, file)
+        except DiskFull as full:  # says what is free
+            message = full.strerror
+        raise UsageError(f"--output-dir: {message}") from error
+
+
+def _is_below(name: Any, folder: str | Path) -> bool:
+    """Whether a file, as an OSError names it, is `folder` or lies in it."""
+    if not isinstance(name, str | bytes | os.PathLike):
+        return False
+    return Path(os.path.abspath(os.fsdecode(name))).is_relative_to(os.path.abspath(folder))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -82,7 +100,8 @@ def _run(options: argparse.Namespace) -> None:
     args = checked(make_config, options, output, _defaults.SUMS if is_embedded else _defaults.MODEL, is_embedded)
     checkpoint = None
     if options.resume:
-        checkpoint = last_whole_checkpoint(output, GRPOTrainer.files_of_process(args.process_index))
+        index = args.process_index
+        checkpoint = last_whole_checkpoint(output, lambda path: GRPOTrainer.files_of_process(path, index))
         if checkpoint is None:
             raise UsageError(f"--resume: no checkpoint in {output} that is whole")
 
@@ -236,14 +255,15 @@ def load_table(argument: str, name: str, config: str | None = None, split: str =
     """A JSONL or Parquet file, or a dataset of the hub."""
     path = Path(name)
     kind = _FILE_TYPES.get(path.suffix)
-    if kind is None and path.is_file():
+    is_file = os.path.isfile(path)  # unlike the path's own, it answers whatever the name is
+    if kind is None and is_file:
         raise UsageError(f"{argument}: expected a file that ends in {', '.join(_FILE_TYPES)}, got {name}")
-    if not path.exists() and (kind is not None or name.startswith((".", "/", "~"))):
+    if not os.path.exists(path) and (kind is not None or name.startswith((".", "/", "~"))):
         raise UsageError(f"{argument}: no such file: {name}")
-    if path.is_file() and (config is not None or split != _defaults.SPLIT):
+    if is_file and (config is not None or split != _defaults.SPLIT):
         option = "--split" if config is None else "--dataset-config"
         raise UsageError(f"{option}: expected a hub dataset, got the file {name}")
-    if path.is_file() and kind == "json":
+    if is_file and kind == "json":
         check_json(argument, path)
     try:
         if kind is not None:

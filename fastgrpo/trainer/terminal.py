@@ -131,6 +131,9 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is; what is printed from now on goes below it."""
         if self.bar is not None:
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, _Above):
+                    stream.end()
             self.bar.close()
             self.bar = None
 

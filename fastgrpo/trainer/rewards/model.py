@@ -20,7 +20,8 @@ def model_reward(
     """The score that a sequence classifier gives to a prompt with its completion.
 
     A plain prompt and its completion are read as one text; a conversation goes through the classifier's own chat
-    template. The model runs on the device that it is on, in evaluation mode and without gradients.
+    template. The model runs on the device that it is on, in evaluation mode and without gradients. A config without a
+    pad token gets the tokenizer's.
 
     A score does not depend on the other texts: batches are padded on the right, on whatever side the tokenizer pads;
     and for a model that reads its padding (the first call finds out, and warns), only texts of one length are a batch.
