@@ -2,6 +2,7 @@
 fast path. The objective and the gradients of all backends are held against each other in test_backends.py."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -341,3 +342,16 @@ def test_says_why(monkeypatch, tmp_path):
     cpu._load.cache_clear()
     monkeypatch.undo()
     assert cpu.unavailable() is None
+
+
+def test_sources_beside_an_installed_package(tmp_path, monkeypatch):
+    """Python in a checkout finds its sources first: not a compiler is missing there, but another folder."""
+    sources, site = tmp_path / "sources", tmp_path / "site"
+    monkeypatch.setattr(_native, "library_path", lambda name: sources / "fastgrpo" / "lib" / f"lib{name}.so")
+    made = SimpleNamespace(locate_file=lambda path: site / path)
+    monkeypatch.setattr(_native.importlib.metadata, "distribution", lambda name: made)
+    assert "built without a C++ compiler" in _native.load("fastgrpo_cpu", "a C++ compiler")[1]
+    (site / "fastgrpo" / "lib").mkdir(parents=True)
+    (site / "fastgrpo" / "lib" / "libfastgrpo_cpu.so").touch()
+    why = _native.load("fastgrpo_cpu", "a C++ compiler")[1]
+    assert f"the sources in {sources}" in why and f"in {site}, has them: run Python in another folder" in why

@@ -94,8 +94,14 @@ def test_missing_packages_are_named_at_import(bare, module):
         (["fastgrpo", "train", "--recipe", "r1"], f"fastgrpo train needs .* {TRAIN}"),
         (["fastgrpo", "bench", "--plot", "x.png"], "fastgrpo bench --plot needs matplotlib, .*'fastgrpo.bench.'"),
         (["fastgrpo", "bench", "--report"], "fastgrpo bench --report needs matplotlib, .*'fastgrpo.bench.'"),
-        (["fastgrpo.integrations.trl", "x.py"], "fastgrpo.integrations.trl needs trl, transformers, .*'fastgrpo.trl.'"),
-        (["fastgrpo.integrations.trl", "grpo"], "fastgrpo.integrations.trl needs trl, transformers, .*'fastgrpo.trl.'"),
+        (
+            ["fastgrpo.integrations.trl", "x.py"],
+            "fastgrpo.integrations.trl needs trl, transformers, .*'fastgrpo.trl.'",
+        ),
+        (
+            ["fastgrpo.integrations.trl", "grpo"],
+            "fastgrpo.integrations.trl needs trl, transformers, .*'fastgrpo.trl.'",
+        ),
     ],
 )
 def test_missing_packages_are_named_by_commands(bare, arguments, message):

@@ -248,6 +248,10 @@ def load_rows(options: argparse.Namespace, needed: list[str], wanted_by: str) ->
         elif wanted in columns:
             require_column(data, "--dataset", options.dataset, column, "" if wanted == "prompt" else wanted_by)
     check_texts(data, "--dataset", options.dataset)
+    for column in needed:
+        if None in (values := data[column][:]):
+            row = values.index(None) + 1
+            raise UsageError(f"--dataset: {options.dataset}, row {row}: no {column!r} (for {wanted_by})")
     return data
 
 
