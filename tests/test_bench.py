@@ -383,7 +383,7 @@ def recorded(**others):
 
 
 def test_rows_of_uncommitted_files_are_left_out(tmp_path):
-    """Whether they come before or after a good row of the same measurement; other operations' and rehearsed ones are not looked at."""
+    """Before or after a good row of the same measurement; other operations' and rehearsed ones are not looked at."""
     changed, unknown = dict(commit="d" * 40 + "+changes"), dict(commit=None)
     rows = [
         recorded(), recorded(ms_p50=1.0, **changed),
