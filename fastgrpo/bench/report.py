@@ -29,7 +29,7 @@ _SIDES = {"fastgrpo": "fastgrpo", "eager": "eager PyTorch", "trl": "TRL", "liger
 def load(folder: Path) -> tuple[Rows, Rows]:
     """The rows of a folder's .jsonl files, in order; of a measurement that was repeated, the last.
 
-    Rows of a rehearsal, and of other operations than `cases.OPS` (sweeps of a kernel's choices), are not for the report.
+    Rows of a rehearsal and of other operations than `cases.OPS` (sweeps of a kernel's choices) are not reported.
 
     Returns:
         (rows recorded on a committed tree, the other measurements, which are in no table and no plot).
