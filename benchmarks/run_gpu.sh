@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Build, smoke test, timings, counters, memory check and tests on a machine with an NVIDIA GPU, nvcc and torch; without
-# a network. Two calls, the first within 480 s, the second within 240 s:
+# Build, smoke test, timings, counters, memory check and tests on a machine with an NVIDIA GPU, nvcc and torch. It is
+# written for a machine that is lent for a short time: no network, and results in a small folder, at most 8 files of
+# 16 MiB. Two calls, the first within 480 s, the second within 240 s:
 #
 #   benchmarks/run_gpu.sh first --wheels .wheels --commit "$(git rev-parse HEAD)"
 #   benchmarks/run_gpu.sh second --wheels .wheels --commit "$(git rev-parse HEAD)" --cuda CHOICE --triton CHOICE
@@ -11,7 +12,8 @@
 #           pip download --no-deps -d .wheels trl==1.16.0 liger-kernel==0.8.5 datasets==5.2.0 dill==0.4.1 \
 #             multiprocess==0.70.19
 # --commit: what the rows say they are of, where the sources came without their history.
-# --out:    where logs and rows go (default: $OUT, else benchmarks/results/<the GPU's name>): at most 8 files.
+# --out:    where logs and rows go (default: $OUT, else benchmarks/results/<the GPU's name>, of a rehearsal
+#           benchmarks/results/rehearsal).
 # --stage:  only this one; repeatable. Without "build", the package that python3 finds is measured.
 # --limit:  STAGE=SECONDS, another limit than the one below; repeatable.
 # --scratch: where it builds; kept, so that a later call finds the package there (default: a new folder, removed).
@@ -66,13 +68,14 @@ done
 
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -n 1)
 if [ -n "$rehearse" ]; then
+  gpu=rehearsal # so its rows are not beside measured ones
   export CUDA_VISIBLE_DEVICES=""
 elif [ -z "$gpu" ]; then
   echo "run_gpu.sh: nvidia-smi shows no GPU here; --rehearse does what a CPU can" >&2
   exit 1
 fi
 here=$(cd "$(dirname "$0")" && pwd) root=$(cd "$(dirname "$0")/.." && pwd)
-out=$(realpath -m "${out:-$here/results/$(echo "${gpu:-rehearsal}" | tr 'A-Z ' 'a-z-')}")
+out=$(realpath -m "${out:-$here/results/$(echo "$gpu" | tr 'A-Z ' 'a-z-')}")
 mkdir -p "$out" || exit
 if [ -z "$scratch" ]; then
   scratch=$(mktemp -d) || exit
@@ -147,7 +150,7 @@ counters() {
 }
 
 memcheck() {
-  local driver
+  local driver status=0
   driver=$(find "$scratch/build" -type f -name fastgrpo_cuda_driver -perm -u+x 2> /dev/null)
   if [ -n "$rehearse" ]; then
     echo "the program for a GPU: ${driver:-not built, for want of nvcc or of the stage build}"
@@ -163,8 +166,9 @@ DRIVER
     return
   fi
   [ -n "$driver" ] || { echo "the program was not built: the stage build makes it"; return 1; }
-  timeout --foreground 8 "$driver" | tail -n 1
-  compute-sanitizer --tool memcheck --error-exitcode 1 "$driver" --quick
+  timeout --foreground 8 "$driver" | tail -n 1 || status=1
+  compute-sanitizer --tool memcheck --error-exitcode 1 "$driver" --quick || status=1
+  return $status
 }
 
 # What needs no GPU is left to other machines, and so are datasets and trl, which need not be here.

@@ -67,10 +67,11 @@ def _why_not(name: str) -> str | None:
     why = backends.get(name).unavailable()
     if why is None:
         return None
-    if name in _COMPILERS and not library_path(f"fastgrpo_{name}").exists():
+    compiled = name in _COMPILERS
+    if compiled and not library_path(f"fastgrpo_{name}").exists():
         build = f"{_COMPILERS[name]}; then, where fastgrpo's sources are: {_REBUILD}"
         todo = f"\n    to do: {build}" if name == "cpu" else _todo_for_a_gpu(build)
-    elif name == "cpu":
+    elif compiled and backends.get(name)._load()[0] is None:  # it is there, of another version or broken
         todo = f"\n    to do, where fastgrpo's sources are: {_REBUILD}"
     else:
         todo = _todo_for_a_gpu()

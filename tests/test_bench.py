@@ -290,6 +290,7 @@ def test_the_picture_of_a_sweep_has_its_sizes_as_axis(tmp_path, monkeypatch):
         (["--report", "nowhere"], "--report: "),
         (["--dtype", "fp16"], "no case fits"),
         (["--full", "--shape", "B=8"], "expected one of --quick, --full"),
+        (["--plot", "rows.svg", "--no-plot"], "expected one of --plot and --no-plot"),
         (["--json", "nowhere/rows.jsonl"], "--json: no such folder"),
         (["--plot", "rows.xyz"], "--plot: expected a file that ends in .svg or .png"),
     ],
@@ -301,7 +302,7 @@ def test_mistakes_are_named(arguments, message, capsys):
 
 def row_of(impl, ms, **others):
     row = dict(op="linear", impl=impl, backend="cpu", mode="", dtype="bf16", inactive=0.0, softcap=None, on="cpu",
-               case="a case", ms_p50=ms, rel_err=1e-3, roof_share=None, peak_mb=None,
+               device="a CPU", case="a case", ms_p50=ms, rel_err=1e-3, roof_share=None, peak_mb=None,
                shape=dict(B=8, T=64, V=1000, H=10))  # fmt: skip
     return row | others
 
@@ -315,6 +316,22 @@ def test_targets_are_met_missed_or_not_measured():
     }
     everything = {verdict for *_, verdict in targets.verdicts(rows)}
     assert everything == {"met", "missed", "not measured"}
+
+
+@pytest.mark.parametrize("device, most", [("NVIDIA H100 80GB HBM3", 1.10), ("NVIDIA H200", 1.15), ("another", 1.15)])
+def test_a_target_may_depend_on_the_device(device, most):
+    for times, verdict in ((most - 0.01, "met"), (most + 0.01, "missed")):
+        more = dict(op="loss", mode="in place", on="cuda", device=device)
+        rows = [row_of("fastgrpo", times, **more), row_of("copy", 1.0, **more | dict(mode=""))]
+        found = {what: rest for what, *rest in targets.verdicts(rows)}
+        what = "GPU, one pass in place: our time over a copy's"
+        assert found[what] == [f"{times:.3g}, at most {most:g} (a case)", verdict]
+
+
+def test_a_recorded_command_has_no_folders(monkeypatch):
+    words = "peers --out /tmp/a.b --cuda cluster=8 --scratch /tmp/c.d --json rows.jsonl --rehearse".split()
+    monkeypatch.setattr("sys.argv", ["gpu.py", *words])
+    assert command.facts("cpu", "gpu.py")["command"] == "gpu.py peers --cuda cluster=8 --rehearse"
 
 
 @pytest.mark.parametrize("last, verdict", [(100.0, "met"), (140.0, "missed")])
@@ -366,13 +383,13 @@ def recorded(**others):
 
 
 def test_rows_of_uncommitted_files_are_left_out(tmp_path):
-    """Whether they come before or after a good row of the same measurement; other operations' are not looked at."""
+    """Before or after a good row of the same measurement; other operations' and rehearsed ones are not looked at."""
     changed, unknown = dict(commit="d" * 40 + "+changes"), dict(commit=None)
     rows = [
         recorded(), recorded(ms_p50=1.0, **changed),
         recorded(case="b", ms_p50=2.0, **changed), recorded(case="b", ms_p50=20.0),
         recorded(case="c", ms_p50=3.0, **changed), recorded(case="d", ms_p50=4.0, **unknown),
-        recorded(case="e", op="one_pass", ms_p50=5.0),
+        recorded(case="e", op="one_pass", ms_p50=5.0), recorded(case="f", ms_p50=6.0, rehearsed=True),
     ]  # fmt: skip
     device = tmp_path / "results" / "a-cpu"
     device.mkdir(parents=True)
@@ -406,8 +423,8 @@ def test_the_short_table_has_the_size_that_most_were_measured_at():
     rows += [recorded(impl="liger", ms_p50=60.0, mode="not compiled")]
     rows += [recorded(ms_p50=7.0, command="fastgrpo bench --growth", case="growing")]
     text = report.short_table([rows])
-    cells = ["from hidden states, bf16", "512 tokens, V = 1,000, H = 10", *("10.0 ms · 1e-03", "–", "50.0 ms · 1e-03")]
-    assert f"| {' | '.join(cells)} | 60.0 ms" in text
-    assert "Liger (not compiled) |" in text and "792" not in text and "7.0 ms" not in text
+    cells = ["from hidden states, bf16", "512 tokens, V = 1,000, H = 10", *("10 ms · 1e-03", "–", "50 ms · 1e-03")]
+    assert f"| {' | '.join(cells)} | 60 ms" in text
+    assert "Liger (not compiled) |" in text and "792" not in text and "| 7 ms" not in text
     assert "Not measured yet: any GPU" in text
     assert "GPU" not in report.short_table([rows, [recorded(on="cuda", device="a card")]])

@@ -543,6 +543,20 @@ def test_env_says_what_to_do(capsys, monkeypatch):
     assert len(missing_lines) == sum("to do: " in line for line in lines) > 10
 
 
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_env_says_to_rebuild_a_library_that_does_not_load(name, tmp_path, monkeypatch):
+    old = tmp_path / "old.so"
+    old.write_text("no library")
+    monkeypatch.setattr("fastgrpo.backends._native.library_path", lambda name: old)
+    backends.get(name)._load.cache_clear()
+    monkeypatch.setattr(backends.get("cuda"), "_works", False)
+    try:
+        why = cli._why_not(name)
+    finally:
+        backends.get(name)._load.cache_clear()
+    assert re.search(r"old.so cannot be loaded.*\n +to do.*: pip install --force-reinstall --no-deps \.$", why), why
+
+
 def test_env_names_the_extra_that_brings_a_package():
     project = pytest.importorskip("tomllib", reason="Python 3.11").loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_the_first_call_rehearsed(tmp_path, scratch):
     assert any(row["entropy"] for row in sweeps) and any(not row["entropy"] for row in sweeps)
     assert "the fastest, with and without the entropy together: --cuda '" in said
     assert {row["impl"] for row in rows if row["op"] == "ceiling"} == {"copy", "read", "GEMM"}
-    assert {row["op"] for row in report.load(tmp_path)} == {"linear"}  # the README's tables have no sweeps
+    assert report.load(tmp_path) == ([], [])  # nothing of a rehearsal is reported
     assert "cuda:token_loss: right" in said
 
 
@@ -130,6 +131,72 @@ def test_mistakes_are_named(arguments, message, tmp_path):
 def test_without_a_gpu_nothing_is_measured(tmp_path):
     status, said = run("first", "--out", str(tmp_path))
     assert status == 1 and "--rehearse does what a CPU can" in said and not list(tmp_path.iterdir())
+
+
+def test_a_rehearsal_is_not_beside_measured_rows(tmp_path):
+    """Without --out, on a machine with a GPU too; git ignores where it is."""
+    script, tools = tmp_path / "benchmarks" / "run_gpu.sh", tmp_path / "tools"
+    tools.mkdir()
+    script.parent.mkdir()
+    shutil.copy(SCRIPT, script)
+    program(tools / "nvidia-smi", "echo NVIDIA H100")
+    environment = {name: value for name, value in os.environ.items() if name != "OUT"}
+    environment["PATH"] = f"{tools}{os.pathsep}{environment['PATH']}"
+    subprocess.run([script, "first", "--rehearse", "--stage", "hidden"], env=environment, capture_output=True)
+    assert [path.name for path in (script.parent / "results").iterdir()] == ["rehearsal"]
+    assert "benchmarks/results/rehearsal/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+@pytest.mark.parametrize("driver, sanitizer, status", [(0, 0, 0), (1, 0, 1), (0, 1, 1)])
+def test_the_memory_check_fails_with_its_program(driver, sanitizer, status, tmp_path):
+    text = SCRIPT.read_text()
+    memcheck = text[text.index("memcheck() {") :].partition("\n}\n")[0] + "\n}\n"
+    program(tmp_path / "build" / "fastgrpo_cuda_driver", f"exit {driver}")
+    program(tmp_path / "compute-sanitizer", f"exit {sanitizer}")
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    code = f"set -o pipefail; scratch={tmp_path} rehearse=; {memcheck} memcheck"
+    assert subprocess.run(["bash", "-c", code], env=environment).returncode == status
+
+
+def program(path, line):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+
+
+FAILING = """
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.argv = ["gpu.py", "peers", "--rehearse"]
+sys.path.insert(0, {here!r})
+import gpu, torch
+from fastgrpo.bench import command, implementations
+from fastgrpo.bench.cases import Case
+
+def raises(_):
+    raise RuntimeError("planted")
+
+def nothing_but_nan(inputs):
+    return {{name: x * torch.nan for name, x in right.step(inputs).items()}}
+
+right = next(each for each in implementations.REGISTRY if (each.op, each.name) == ("linear", "eager"))
+case, output = Case("linear", 8, 4, 300, 64, "bf16"), gpu.Output(Path({out!r}), True)
+with mock.patch.object(command, "peak", lambda *_: None):
+    for name, step, why in (("fastgrpo", raises, None), ("fastgrpo", nothing_but_nan, None), ("trl", raises, None),
+                            ("fastgrpo", raises, "not here"), ("fastgrpo", right.step, None)):
+        side = implementations.Implementation("linear", name, step, why_not=lambda case: why)
+        print("failed:", gpu._measured(case, [side], output, 0.01))
+"""
+
+
+def test_a_side_of_ours_that_raises_or_is_nan_fails_the_stage(tmp_path):
+    """Not one that cannot run here, and not a peer."""
+    code = FAILING.format(here=str(SCRIPT.parent), out=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    failed = re.findall("failed: (.*)", done.stdout)
+    assert failed == ["True", "True", "False", "False", "False"], done.stdout + done.stderr
 
 
 PLANTED = """

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import textwrap
@@ -22,7 +23,14 @@ from types import SimpleNamespace
 import torch
 
 from fastgrpo._extras import MissingPackage, require
-from fastgrpo.bench import cases, implementations, measure, summary, targets, trainer_step  # noqa: F401 (registers its own)
+from fastgrpo.bench import (
+    cases,
+    figures,
+    measure,
+    summary,
+    targets,
+    trainer_step,  # noqa: F401 (registers its own)
+)
 from fastgrpo.bench.cases import Case
 from fastgrpo.bench.implementations import REGISTRY, Implementation, label
 from fastgrpo.commands.bench import PLOT
@@ -135,6 +143,8 @@ def _chosen_cases(options: argparse.Namespace) -> list[Case]:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: cuda is not available here")
+    if options.plot and options.no_plot:
+        raise UsageError("expected one of --plot and --no-plot")
     if sum(map(bool, (options.quick, options.full, options.growth, options.model or options.shape))) > 1:
         raise UsageError("expected one of --quick, --full, --growth, and --model with --shape")
     if options.model or options.shape:
@@ -230,7 +240,9 @@ def measure_case(
 def _checked(case: Case, each: Implementation, inputs: SimpleNamespace | None, why: str | None, quick: bool) -> dict:
     """A row that says whether its side is right, or why it is not to be timed; `why` holds for all sides."""
     row = new_row(case, each)
-    why = each.why_not(case) or why or (_SLOW_TO_COMPILE if quick and each.compiles else check(each, inputs, row))
+    cannot = each.why_not(case)
+    row["ruled_out"] = cannot is not None
+    why = cannot or why or (_SLOW_TO_COMPILE if quick and each.compiles else check(each, inputs, row))
     row["ok"], row["reason"] = None if each.is_floor and why is None else why is None, why
     return row
 
@@ -283,8 +295,8 @@ def new_row(case: Case, each: Implementation) -> dict:
     return dict(
         op=case.op, impl=each.name, backend=each.backend, mode=each.mode, shape=case.shape, dtype=case.dtype,
         inactive=case.inactive, softcap=case.softcap, model=case.model, calls=None, ms_p50=None, ms_p20=None,
-        ms_p80=None, peak_mb=None, rel_err=None, ok=None, reason=None, bytes=case.bytes, flops=case.flops,
-        roof_share=None, on=case.device, case=str(case),
+        ms_p80=None, peak_mb=None, rel_err=None, ok=None, reason=None, ruled_out=False, bytes=case.bytes,
+        flops=case.flops, roof_share=None, on=case.device, case=str(case),
     )  # fmt: skip
 
 
@@ -336,17 +348,17 @@ def print_table(rows: list[dict]) -> None:
         names = ("median ms", "20% to 80%", "times", "MiB", "roof", "error")
         print("  {:38} {:>9}  {:18} {:>7} {:>6} {:>6} {:>7}".format("", *names))
     for row in timed:
-        times = "" if not ours else summary.multiple(row["ms_p50"] / min(ours))
+        times = "" if not ours else figures.multiple(row["ms_p50"] / min(ours))
         share = "" if row["roof_share"] is None else f"{row['roof_share']:.0%}" if row["roof_share"] < 10 else ">999%"
         memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
         error = "floor" if row["rel_err"] is None else f"{row['rel_err']:.1e}"
         median = f"{row['ms_p50']:.{3 if row['ms_p50'] < 1e5 else 0}f}"
-        spread = " to ".join(map(summary.short, (row["ms_p20"], row["ms_p80"])))
+        spread = " to ".join(map(figures.short, (row["ms_p20"], row["ms_p80"])))
         print(f"  {label(row):38} {median:>9}  {spread:18} {times:>7} {memory:>6} {share:>6} {error:>7}")
     for row in rows:
         if row["ms_p50"] is None:
             line = f"{label(row)}: not measured: {row['reason']}"
-            print(textwrap.fill(line, summary.LINE, initial_indent="  ", subsequent_indent="    "))
+            print(textwrap.fill(line, figures.LINE, initial_indent="  ", subsequent_indent="    "))
     sys.stdout.flush()
 
 
@@ -364,8 +376,13 @@ def facts(on: str, program: str = "fastgrpo") -> dict:
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]  # nobody's folders
     return dict(
         device=device, threads=torch.get_num_threads(), python=platform.python_version(), versions=versions,
-        commit=_commit(), date=datetime.date.today().isoformat(), command=" ".join([program, *words]),
+        commit=_commit(), date=datetime.date.today().isoformat(), command=plain(" ".join([program, *words])),
     )  # fmt: skip
+
+
+def plain(command: str) -> str:
+    """A command without the files and folders that it writes to, which are of one machine."""
+    return re.sub(r" --(json|out|scratch)[ =]\S+", "", command)
 
 
 def cpu_name() -> str:

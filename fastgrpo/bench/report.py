@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 from fastgrpo.bench import targets
 from fastgrpo.bench.cases import OPS
+from fastgrpo.bench.command import plain
+from fastgrpo.bench.figures import colour, duration
 from fastgrpo.bench.implementations import label
 
 Rows = list[dict]
@@ -23,14 +24,12 @@ PAGE = Path("docs", "benchmarks.md")  # beside the README
 _TABLES = ("loss", "linear", "step", "logps")  # the others are in the rows
 _SHORT = {"loss": "from logits", "linear": "from hidden states", "step": "a step of TRL's trainer, two layers"}
 _SIDES = {"fastgrpo": "fastgrpo", "eager": "eager PyTorch", "trl": "TRL", "liger": "Liger"}
-_COLOURS = {"fastgrpo": "tab:blue", "eager": "tab:gray", "trl": "tab:orange", "liger": "tab:green", "copy": "black",
-            "GEMMs alone": "black", "F.linear_cross_entropy": "tab:purple", "torch.compile": "tab:brown"}  # fmt: skip
 
 
 def load(folder: Path) -> tuple[Rows, Rows]:
     """The rows of a folder's .jsonl files, in order; of a measurement that was repeated, the last.
 
-    Rows of other operations than `cases.OPS`, such as sweeps of a kernel's choices, are not for the report.
+    Rows of a rehearsal and of other operations than `cases.OPS` (sweeps of a kernel's choices) are not reported.
 
     Returns:
         (rows recorded on a committed tree, the other measurements, which are in no table and no plot).
@@ -40,7 +39,7 @@ def load(folder: Path) -> tuple[Rows, Rows]:
         for number, line in enumerate(file.read_text().splitlines(), 1):
             try:
                 row = json.loads(line)
-                if row["op"] not in OPS:
+                if row["op"] not in OPS or row.get("rehearsed"):
                     continue
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number}: expected a row of the bench, got {line[:60]!r}") from error
@@ -121,7 +120,7 @@ def section(rows: Rows, left_out: Rows = ()) -> str:
     points = targets.growth(growing)
     shown = rows if len(points) > 1 else [row for row in rows if row not in growing]
     commits = ", ".join(sorted({row["commit"][:12] for row in shown}))
-    commands = ", ".join(f"`{command}`" for command in sorted({_plain(row["command"]) for row in shown}))
+    commands = ", ".join(f"`{command}`" for command in sorted({plain(row["command"]) for row in shown}))
     parts = [f"## {_device(rows[0])}", f"{max(row['date'] for row in shown)}, commit {commits}: {commands}."]
     timed = {label(row) for row in rows if row["ms_p50"] is not None}
     for op in _TABLES:
@@ -133,7 +132,7 @@ def section(rows: Rows, left_out: Rows = ()) -> str:
     if missing := _missing(rows):
         parts.append(f"Not measured on this machine: {missing}.")
     if left_out:
-        commands = ", ".join(f"`{command}`" for command in sorted({_plain(row["command"]) for row in left_out}))
+        commands = ", ".join(f"`{command}`" for command in sorted({plain(row["command"]) for row in left_out}))
         parts.append(f"Left out, because the files had changes that were not committed: {len(left_out)} measurements "
                      f"of {commands}. They have to be recorded again.")  # fmt: skip
     parts.append(_targets_table(rows))
@@ -144,10 +143,6 @@ def _device(row: dict) -> str:
     versions = [f"{name} {row['versions'][name]}" for name in ("torch", "trl", "liger_kernel")
                 if name in row["versions"]]  # fmt: skip
     return "; ".join(filter(None, (row["device"], ", ".join(versions))))
-
-
-def _plain(command: str) -> str:
-    return re.sub(r" --json \S+", "", command)
 
 
 def _size(row: dict) -> str:
@@ -207,14 +202,10 @@ def _cells(row: dict | None, best: float | None) -> list[str]:
 def _facts(row: dict) -> tuple[str, str, str]:
     """(time, memory, error) of a row that has a time; empty where it holds none."""
     return (
-        _milliseconds(row["ms_p50"]),
+        duration(row["ms_p50"]),
         "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f} MiB",
         "" if row["rel_err"] is None else f"{row['rel_err']:.0e}",
     )
-
-
-def _milliseconds(ms: float) -> str:
-    return f"{ms / 1e3:.2f} s" if ms >= 1e3 else f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
 
 
 def _growth_table(rows: Rows, points: list[tuple[int, float, float | None]]) -> str:
@@ -227,7 +218,7 @@ def _growth_table(rows: Rows, points: list[tuple[int, float, float | None]]) -> 
     ]
     for tokens, ms, extra in points:
         memory = "" if extra is None else f"{extra:.0f} MiB"
-        lines.append(f"| {tokens:,} | {_milliseconds(ms)} | {_milliseconds(1e3 * ms / tokens)} | {memory} |")
+        lines.append(f"| {tokens:,} | {duration(ms)} | {duration(1e3 * ms / tokens)} | {memory} |")
     return "\n".join(lines)
 
 
@@ -259,8 +250,14 @@ def plot(rows: Rows, path: Path) -> None:
                     points = sorted((_xs(r)[vary], r[key]) for r in chosen if label(r) == name and r[key])
                     if points:
                         style = "--" if name in ("GEMMs alone", "fastgrpo (torch)") else "-"
-                        colour = _COLOURS.get(name.split(" (")[0])
-                        axis.plot(*zip(*points, strict=True), style, marker="o", ms=3, label=name, color=colour)
+                        axis.plot(
+                            *zip(*points, strict=True),
+                            style,
+                            marker="o",
+                            ms=3,
+                            label=name,
+                            color=colour(name.split(" (")[0]),
+                        )
                 axis.set_xscale("log", base=2)
                 axis.set_yscale("log")
                 axis.set_xlabel(size)

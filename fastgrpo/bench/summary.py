@@ -5,9 +5,8 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from fastgrpo.bench.figures import LINE, colour, duration, multiple
 from fastgrpo.bench.implementations import label
-
-LINE = 100  # columns that what is printed has at most
 
 Rows = list[dict]
 
@@ -20,7 +19,6 @@ _SIDES = {
     "floor": ("copy", "GEMMs alone"),
 }
 _WIDTH, _TIME = 8, 11
-_COLOURS = {"fastgrpo": "tab:blue", "copy": "lightgray", "GEMMs alone": "lightgray"}
 
 
 def _cases(rows: Rows) -> dict[str, Rows]:
@@ -29,20 +27,6 @@ def _cases(rows: Rows) -> dict[str, Rows]:
     for row in sorted((row for row in rows if row["ms_p50"] is not None), key=lambda row: row["ms_p50"]):
         found.setdefault(row["case"], []).append(row)
     return {case: found[case] for case in dict.fromkeys(row["case"] for row in rows) if case in found}
-
-
-def _time(ms: float) -> str:
-    return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
-
-
-def short(ms: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{ms:.3f}" if ms < 0.1 else f"{ms:.3g}" if ms < 999 else f"{ms:.0f}"
-
-
-def multiple(ratio: float) -> str:
-    """Three digits or more, and at most seven characters up to a million."""
-    return f"{ratio:.{2 if ratio < 9.995 else 1 if ratio < 99.95 else 0}f}x"
 
 
 def table(rows: Rows) -> str:
@@ -55,7 +39,7 @@ def table(rows: Rows) -> str:
         for row in found:
             best.setdefault(row["impl"], row["ms_p50"])
         ours = best.get("fastgrpo")
-        cells = f"{'-' if ours is None else _time(ours):>{_TIME}}"
+        cells = f"{'-' if ours is None else duration(ours):>{_TIME}}"
         for impls in _SIDES.values():
             times = [best[impl] for impl in impls if impl in best]
             cells += f"{multiple(min(times) / ours) if ours and times else '-':>{_WIDTH}}"
@@ -91,9 +75,9 @@ def draw(rows: Rows, path: Path) -> None:
         for axis in axes.flat[len(cases) :]:
             axis.set_axis_off()
         for axis, (case, found) in zip(axes.flat, cases.items(), strict=False):
-            colours = [_COLOURS.get(row["impl"], "tab:gray") for row in found]
+            colours = [colour(row["impl"]) for row in found]
             drawn = axis.barh([label(row) for row in found], [row["ms_p50"] for row in found], color=colours)
-            axis.bar_label(drawn, [_time(row["ms_p50"]) for row in found], padding=3)
+            axis.bar_label(drawn, [duration(row["ms_p50"]) for row in found], padding=3)
             axis.invert_yaxis()  # the fastest on top
             axis.set_xscale("log")
             axis.margins(x=0.25)

@@ -14,7 +14,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the command and its options."""
     bench = commands.add_parser(
         "bench",
-        help="measure fastgrpo beside its peers on this machine; without arguments, in about a minute",
+        help="measure fastgrpo beside its peers on this machine; without arguments, in less than two minutes on two "
+        "cores",
         usage="fastgrpo bench [OPTION ...]",
         description="Check every implementation against float64, then time it beside the others: medians of turns in "
         "one process. Prints a table for each size, who could not be measured and why, the project's targets and a "

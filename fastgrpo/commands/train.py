@@ -30,8 +30,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--dataset", help="hub id, or a JSONL or Parquet file, with the columns prompt and answer; needs --model")
     add("--dataset-config", help="configuration of a hub dataset")
     add("--split", default=defaults.SPLIT, help="split of a hub dataset")
-    add("--prompt-column", default="prompt", help="column with the prompts")
-    add("--answer-column", default="answer", help="column with the answers")
+    add("--prompt-column", default=defaults.PROMPT_COLUMN, help="column with the prompts")
+    add("--answer-column", default=defaults.ANSWER_COLUMN, help="column with the answers")
     add("--held-out", type=whole(1), help=f"rows kept for the accuracy {_by_task('held_out')}")
 
     add = train.add_argument_group("reward and loss").add_argument
@@ -52,12 +52,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--steps", type=whole(1), help=f"optimiser steps {_by_task('steps')}")
     add("--learning-rate", type=number(least=0), help=_by_task("learning_rate", "g"))
     add("--batch-size", type=whole(1), help=f"completions per micro-batch and process {_by_task('batch_size')}")
-    add("--gradient-accumulation-steps", type=whole(1), default=1, help="micro-batches per step")
-    add("--seed", type=whole(0), default=0, help="of all that is random")
+    add("--gradient-accumulation-steps", type=whole(1), default=defaults.ACCUMULATION,
+        help="micro-batches per step")  # fmt: skip
+    add("--seed", type=whole(0), default=defaults.SEED, help="of all that is random")
 
     add = train.add_argument_group("output").add_argument
-    add("--output-dir", default="fastgrpo-train", help="folder for the metrics, the model and checkpoints")
-    add("--save-steps", type=whole(0), default=50, help="steps between checkpoints, 0: none")
+    add("--output-dir", default=defaults.OUTPUT_DIR, help="folder for the metrics, the model and checkpoints")
+    add("--save-steps", type=whole(0), default=defaults.SAVE_STEPS, help="steps between checkpoints, 0: none")
     add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
 
     add = train.add_argument_group(
@@ -68,7 +69,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--cold-start", help="r1 with --model: long-form solutions, a file with the columns prompt and completion")
     add("--general", help="r1 with --model: samples of everything else, a file with the columns prompt and completion")
     add("--reward-model", help="r1 with --model: a sequence classifier that scores replies to the general prompts")
-    add("--sft-learning-rate", type=number(least=0), default=1e-5, help="of supervised stages, with --model")
+    add("--sft-learning-rate", type=number(least=0), default=defaults.SFT_LEARNING_RATE,
+        help="of supervised stages, with --model")  # fmt: skip
 
 
 def _by_task(name: str, form: str = "") -> str:

@@ -255,7 +255,7 @@ def load_rows(options: argparse.Namespace, needed: list[str], wanted_by: str) ->
     return data
 
 
-def load_table(argument: str, name: str, config: str | None = None, split: str = "train") -> Dataset:
+def load_table(argument: str, name: str, config: str | None = None, split: str = _defaults.SPLIT) -> Dataset:
     """A JSONL or Parquet file, or a dataset of the hub."""
     path = Path(name)
     kind = _FILE_TYPES.get(path.suffix)

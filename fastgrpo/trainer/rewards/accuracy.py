@@ -51,10 +51,9 @@ def accuracy_reward(completions: list, answer: list, **_: Any) -> list[float | N
       and 0.75, and a unit counts where both have one: "12 apples" is 12, but not "12 pears";
     - as choices, where one of them is a letter alone: "E: the text", "(E)" and "Option E" are "E".
 
-    Formulas are compared by Hugging Face's
-    math-verify where that package is installed, on Linux: in a process of their own, so that it needs no signals here
-    and any thread may call, a second for each, and None for those that nine seconds do not reach. Without the package,
-    formulas are equal as text or not at all.
+    Formulas are compared by Hugging Face's math-verify where that package is installed, on Linux: in a process of
+    their own, so that it needs no signals here and any thread may call, a second for each, and None for those that
+    nine seconds do not reach. Without the package, formulas are equal as text or not at all.
     """
     pairs: list[tuple[str, str] | None] = []
     for completion, truth in zip(completions, answer, strict=True):

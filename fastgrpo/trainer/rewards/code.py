@@ -31,10 +31,10 @@ def code_reward(completions: list, test_cases: list, **_: Any) -> list[float | N
     - statements such as "assert f(2) == 4": of several in one text, each assertion is a case, run after the statements
       in front of it that are none.
 
-    The code is run once for each case. It passes an input when it ends with exit status
-    0 and its output is the expected one, but for white space at the ends of lines and of the text; it passes a
-    statement when that, appended to the code, raises nothing and is reached. After a run that is stopped at the time
-    limit, the remaining cases count as not passed.
+    The code is run once for each case. It passes an input when it ends with exit status 0 and its output is the
+    expected one, but for white space at the ends of lines and of the text; it passes a statement when that, appended
+    to the code, raises nothing and is reached. After a run that is stopped at the time limit, the remaining cases
+    count as not passed.
 
     No block: 0. None where there are no test cases, and, with a warning, for what the time limit of the call does not
     reach. Several run at once, one for each CPU. Linux only; see `Limits` for the limits, and sandbox.py for what they
