@@ -367,11 +367,11 @@ def compute_metrics(
     sums = layout.seq_sum(torch.where(batch.mask[:, None], table, 0.0))  # (S, columns); the last: the lengths
     totals, lengths = sums.sum(0), sums[:, -1:]
     means = totals / totals[-1].clamp(min=1)
-    metrics = dict(zip((*vectors, *shares), means.unbind(), strict=False))
+    metrics = {name: means[i] for i, name in enumerate((*vectors, *shares))}
     if per_sequence and shares:
         of_sequence = sums / lengths.clamp(min=1)
         means = of_sequence.sum(0) / max(sequences, 1)
-        metrics |= dict(zip(shares, means[len(vectors) :].unbind(), strict=False))
+        metrics |= {name: means[len(vectors) + i] for i, name in enumerate(shares)}
     if "clip_ratio/low_mean" in shares:
         metrics["clip_ratio/region_mean"] = metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"]
         if not per_sequence:
