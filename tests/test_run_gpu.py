@@ -67,7 +67,7 @@ def test_the_first_call_rehearsed(tmp_path, scratch):
         for cluster in (-1, 1, 2, 4, 8, 16):
             assert ("cuda", "loss and gradient in place", f"cluster={cluster}", dtype) in told
             assert ("cuda", "statistics", f"cluster={cluster}", dtype) in told
-    assert ("cuda", "statistics", "cluster=16,buffers=4,blocks=1,evict_first=1", "bf16") in told
+    assert ("cuda", "statistics", "cluster=16,buffers=4,blocks=2,evict_first=1", "bf16") in told
 
     rows = rows_of(tmp_path / "rows.jsonl")
     assert all(FIELDS <= row.keys() and row["rehearsed"] and row["commit"] == "abc123" for row in rows)

@@ -25,6 +25,7 @@ TRAINING = """
 import json
 import sys
 
+import torch
 import trl
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
@@ -49,6 +50,8 @@ if __name__ == "__main__":
     facts["trainers"] = [x.GRPOTrainer.__module__ for x in (trl, trl.trainer, trl.trainer.grpo_trainer)]
     with open(f"{output}-{trainer.accelerator.process_index}.json", "w") as file:
         json.dump(facts, file)
+    if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads abort some runs
+        torch.distributed.destroy_process_group()
 """
 
 # where a script finds itself, and how it ends; without TRL, because Python alone is what this is compared with
