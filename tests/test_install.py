@@ -76,7 +76,7 @@ TRAIN = "not installed here: pip install 'fastgrpo[train]'"
 MISSING = {
     "fastgrpo.trainer": f"fastgrpo.trainer needs accelerate, datasets, transformers, {TRAIN}",
     "fastgrpo.trainer.rewards": f"fastgrpo.trainer needs accelerate, datasets, transformers, {TRAIN}",
-    "fastgrpo.integrations.trl": "fastgrpo.integrations.trl needs trl, transformers, accelerate, datasets, not installed here: pip install 'fastgrpo[trl]'",  # noqa: E501
+    "fastgrpo.integrations.trl": "fastgrpo.integrations.trl needs trl, not installed here: pip install 'fastgrpo[trl]'",  # noqa: E501
 }
 
 
@@ -96,11 +96,11 @@ def test_missing_packages_are_named_at_import(bare, module):
         (["fastgrpo", "bench", "--report"], "fastgrpo bench --report needs matplotlib, .*'fastgrpo.bench.'"),
         (
             ["fastgrpo.integrations.trl", "x.py"],
-            "fastgrpo.integrations.trl needs trl, transformers, .*'fastgrpo.trl.'",
+            "fastgrpo.integrations.trl needs trl, .*'fastgrpo.trl.'",
         ),
         (
             ["fastgrpo.integrations.trl", "grpo"],
-            "fastgrpo.integrations.trl needs trl, transformers, .*'fastgrpo.trl.'",
+            "fastgrpo.integrations.trl needs trl, .*'fastgrpo.trl.'",
         ),
     ],
 )
@@ -184,4 +184,4 @@ def test_release_runs_what_make_and_ci_run():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(made) <= targets
     in_ci = [target for target in re.findall(r"^make (.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)]
-    assert made == " ".join(in_ci).split()
+    assert made == [target for target in " ".join(in_ci).split() if target != "check"]  # the style is CI's alone

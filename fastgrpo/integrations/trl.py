@@ -21,7 +21,7 @@ if __name__ == "__main__":  # python -m fastgrpo.integrations.trl
     from fastgrpo.integrations._trl_script import main
 
     sys.exit(main(sys.argv[1:]))
-require("fastgrpo.integrations.trl", "trl", "trl", "transformers", "accelerate", "datasets")
+require("fastgrpo.integrations.trl", "trl", "trl")
 
 import contextlib
 import functools
