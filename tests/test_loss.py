@@ -325,7 +325,8 @@ def test_inplace_allocates_nothing_that_grows_with_the_vocabulary(level):
             grpo_loss(leaf, ids, objective=objective, inplace=inplace, backend="cpu", **kwargs).loss.backward()
         return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
 
-    assert allocated(8 * 1000, True) == allocated(1000, True) > 0
+    small, large = allocated(1000, True), allocated(8 * 1000, True)
+    assert small > 0 and abs(large - small) < 64  # torch 2.9 counts a scalar or two otherwise
     assert allocated(8 * 1000, False) - allocated(1000, False) >= 7 * 28 * 1000 * 4  # the count sees a gradient
 
 
