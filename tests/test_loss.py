@@ -326,8 +326,9 @@ def test_inplace_allocates_nothing_that_grows_with_the_vocabulary(level):
         return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
 
     small, large = allocated(1000, True), allocated(8 * 1000, True)
-    assert small > 0 and abs(large - small) < 64  # torch 2.9 counts a scalar or two otherwise
-    assert allocated(8 * 1000, False) - allocated(1000, False) >= 7 * 28 * 1000 * 4  # the count sees a gradient
+    gradient = 7 * 28 * 1000 * 4  # what a gradient would add
+    assert small > 0 and abs(large - small) < 1e-3 * gradient  # torch 2.9 counts some scalars otherwise
+    assert allocated(8 * 1000, False) - allocated(1000, False) > 0.999 * gradient  # the count sees one
 
 
 @pytest.mark.gpu
