@@ -235,7 +235,7 @@ def linear_loss(
     n_learn, n_scored, *lengths = counts or count_rows(learn, every)
     order = None if n_learn == n else order_rows(learn, every)
     vectors = [inv_temperature, advantages, row_weight, h, old, ref, sampling, importance_ratio]
-    if order is not None:  # all vectors in the order of their way, once; a row of every chunk is then a slice
+    if order is not None:  # gathered once in the order of projection; the rows of a chunk are then a slice
         ids, every = ids[order], torch.ones_like(every)
         vectors = _gather(vectors, order)
     inv_temperature, advantages, row_weight, h, old, ref, sampling, importance_ratio = vectors
