@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.checks import FLOATS, INTEGERS, check, check_dtype
+from fastgrpo.batch.checks import FLOATS, INTEGERS, check, check_dtype
 
 SCALE_REWARDS = ("group", "batch", "none")
 _EPS = 1e-4  # as in TRL; it bounds the advantages of a group of nearly equal rewards

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from fastgrpo import backends
-from fastgrpo.checks import FLOATS, check, check_dtype
-from fastgrpo.layout import Batch, Packed, check_rows, make_batch
-from fastgrpo.linear_ops import LinearLoss, encode_objective, linear_loss, linear_stats, wanted_statistics
-from fastgrpo.loss import GRPOLoss, GRPOOutput, make_output, objective_of_stats
-from fastgrpo.objective import Objective, entropy_weight, row_weight
-from fastgrpo.projection import count_rows, default_chunk, wide
+from fastgrpo.batch.batch import wide
+from fastgrpo.batch.inputs import Inputs, check_rows, make_batch, takes
+from fastgrpo.engine import autograd
+from fastgrpo.engine.head import make_head
+from fastgrpo.loss import GRPOLoss
+from fastgrpo.objective import Objective
+from fastgrpo.objective.options import check_objective
+from fastgrpo.output import GRPOOutput, make_output
 
 
+@takes(Inputs)
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -25,21 +27,10 @@ def linear_grpo_loss(
     softcap: float | None = None,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
-    completion_mask: Tensor | None = None,
-    old_per_token_logps: Tensor | None = None,
-    ref_per_token_logps: Tensor | None = None,
-    rewards: Tensor | None = None,
-    num_generations: int | None = None,
-    scale_rewards: str = "group",
-    importance_sampling_ratio: Tensor | None = None,
-    sampling_per_token_logps: Tensor | None = None,
-    num_items_in_batch: Tensor | float | None = None,
-    loss_scale: Tensor | float = 1.0,
-    temperature: float | Tensor = 1.0,
-    cu_seqlens: Tensor | None = None,
     objective: Objective = Objective(),  # noqa: B008 (frozen)
     return_stats: bool = True,
     backend: str = "auto",
+    **inputs: Unpack[Inputs],
 ) -> GRPOOutput:
     """The GRPO loss of a batch of completions from their hidden states, a chunk of logits at a time.
 
@@ -90,185 +81,13 @@ def linear_grpo_loss(
     DAPO's (arXiv:2503.14476) by default; `Objective` names the papers of the others.
     """
     check_rows(hidden, completion_ids, "hidden", "H")
-    dtype, vocab = check_head(hidden, weight, bias, logit_scale, softcap, vocab_size, chunk_size)
-    batch = make_batch(
-        completion_ids,
-        advantages,
-        objective=objective,
-        dtype=wide(dtype),
-        vocab_size=vocab,
-        completion_mask=completion_mask,
-        old_per_token_logps=old_per_token_logps,
-        ref_per_token_logps=ref_per_token_logps,
-        rewards=rewards,
-        num_generations=num_generations,
-        scale_rewards=scale_rewards,
-        importance_sampling_ratio=importance_sampling_ratio,
-        sampling_per_token_logps=sampling_per_token_logps,
-        num_items_in_batch=num_items_in_batch,
-        loss_scale=loss_scale,
-        temperature=temperature,
-        cu_seqlens=cu_seqlens,
-    )
-    head = (hidden if hidden.dim() == 3 else hidden[None], weight, bias)
-    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in head]
-    one_pass = objective.is_token_local and any(needs)
-    options = head_options(hidden, vocab, logit_scale, softcap, chunk_size, dtype, backend, one_pass)
-    inv_temperature = batch.inv_temperature if logit_scale == 1 else batch.inv_temperature * logit_scale
-    batch.skip_inert = not return_stats
-    batch.leave_out_inert(objective)
-    scored = batch.scored if batch.masked or batch.scored is not batch.mask else None
-    want_entropy = return_stats or objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
-
-    in_one_pass, counts = _row_counts(objective, batch, scored, options[2]) if any(needs) else (False, [])
-    if not in_one_pass:
-        count = counts[1] if counts else -1
-        logps, _, entropies = linear_stats(*head, batch.ids, scored, count, inv_temperature, want_entropy, *options)
-        loss, *terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
-    else:
-        weights, bonus_weight = row_weight(objective, batch), entropy_weight(objective, batch)
-        h = bonus_weight
-        # fp16 gradients of a mean would round to 0; a power of two keeps them in range until the upstream factor comes
-        scale = (
-            _power_of_two(objective, batch, weights, h)
-            if torch.float16 in (dtype, hidden.dtype, weight.dtype)
-            else None
-        )
-        if scale is not None:
-            weights, h = weights * scale, None if h is None else h * scale
-        call = linear_loss if torch.compiler.is_compiling() else LinearLoss.apply
-        loss, table, *_ = call(
-            *head,
-            batch.ids,
-            scored,
-            _learners(objective, batch),
-            inv_temperature,
-            batch.advantages,
-            weights,
-            h,
-            batch.old,
-            batch.ref if objective.beta != 0 else None,
-            batch.sampling,
-            batch.importance_ratio,
-            None if objective.is_token_local else batch.seq.long(),
-            batch.layout.num_sequences,
-            counts,
-            batch.importance_ratio_per_sequence,
-            *encode_objective(objective),
-            want_entropy,
-            needs,
-            *options,
-        )
-        loss = loss if scale is None else loss / scale
-        statistics = dict(zip(wanted_statistics(objective, want_entropy), table.unbind(), strict=True))
-        logps, entropies = statistics["logp"], statistics.get("entropy")
-    loss = loss.to(torch.float32)
-    if not return_stats:
-        return GRPOOutput(loss)
-    if in_one_pass and objective.is_token_local:
-        bonus = None if bonus_weight is None else (bonus_weight * entropies).sum()
-        terms = statistics["ratio"], statistics.get("kl"), None, bonus
-    elif in_one_pass:  # of whole sequences
-        with torch.no_grad():
-            _, *terms = objective_of_stats(objective, logps, entropies, batch, want_entropy)
-    return make_output(objective, batch, loss, logps, entropies, *terms)
-
-
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    vocab_size: int | None,
-    chunk_size: int | None,
-) -> tuple[torch.dtype, int]:
-    """(dtype of the GEMMs, V) of a head, after checking that it fits hidden; a ValueError names the argument."""
-    width, device = hidden.shape[-1], hidden.device
-    matrix = isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) > 0
-    check(matrix and weight.shape[1] == width, "weight", f"a tensor of shape (V, {width})", weight)
-    check_dtype("weight", weight, *FLOATS)
-    check(weight.device == device, "weight", f"device {device}", weight)
-    if bias is not None:
-        fits = isinstance(bias, Tensor) and bias.shape == weight.shape[:1]
-        check(fits, "bias", f"a tensor of shape ({len(weight)},)", bias)
-        check_dtype("bias", bias, *FLOATS)
-        check(bias.device == device, "bias", f"device {device}", bias)
-    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
-        check(number or (name == "softcap" and value is None), name, "a number > 0", value)
-    cap = 1.0 if softcap is None else softcap / logit_scale
-    check(1e-30 <= cap <= 1e30, "softcap", "softcap / logit_scale between 1e-30 and 1e30", softcap)
-    for name, value, most in (("vocab_size", vocab_size, len(weight)), ("chunk_size", chunk_size, float("inf"))):
-        whole = value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most)
-        check(whole, name, f"None or an integer from 1 to {most}" if most < float("inf") else "None or an integer > 0",
-              value)  # fmt: skip
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    else:
-        check(weight.dtype == dtype, "weight", f"hidden's dtype, {dtype}, outside autocast", weight)
-    return dtype, len(weight) if vocab_size is None else vocab_size
-
-
-def head_options(
-    hidden: Tensor,
-    vocab: int,
-    logit_scale: float,
-    softcap: float | None,
-    chunk_size: int | None,
-    dtype: torch.dtype,
-    backend: str,
-    one_pass: bool = False,
-) -> tuple[int, float, int, torch.dtype, str]:
-    """(vocab, softcap, chunk, dtype, backend) as the operators take them.
-
-    The caller puts `logit_scale` into the temperature; the softcap is divided by it here.
-    """
-    chunk = chunk_size or _default_chunk(vocab, dtype, hidden.device)
-    backend = backends.select(hidden, backend, dtype, one_pass=vocab if one_pass and softcap is None else 0)
-    # c·tanh(s·x/c) = s · (c/s)·tanh(x / (c/s))
-    return vocab, 0.0 if softcap is None else softcap / logit_scale, chunk, dtype, backend
-
-
-_default_chunk = torch.compiler.assume_constant_result(default_chunk)
-
-
-def _learners(objective: Objective, batch: Batch) -> Tensor | None:
-    """(N,) bool: the scored rows that may have a gradient; None: all of them."""
-    if not batch.may_be_inert(objective) or batch.scored is not batch.mask:  # the others were left out already
-        return None
-    return batch.scored & (batch.advantages != 0)
-
-
-def _row_counts(objective: Objective, batch: Batch, scored: Tensor | None, chunk: int) -> tuple[bool, list[int]]:
-    """(whether the gradient can be made in the forward pass, `counts` of linear_loss if they had to be known here)."""
-    if objective.is_token_local or batch.ids.numel() <= chunk:
-        return True, []  # chunks may end at any row, or there is one chunk
-    if objective.top_entropy_quantile < 1 or torch.compiler.is_compiling():
-        return False, []  # the quantile is over the whole batch, and a graph cannot hold the sequences' lengths
-    learn, layout = _learners(objective, batch), batch.layout
-    if scored is not None or learn is not None:
-        learn = batch.scored if learn is None else learn
-        counts = count_rows(learn, batch.scored, layout)
-    else:
-        n, s = batch.ids.numel(), layout.num_sequences
-        counts = [n, n, *(layout.cu_seqlens.diff().tolist() if isinstance(layout, Packed) else [n // s] * s)]
-    return max(counts[2:]) <= chunk, counts
-
-
-def _power_of_two(objective: Objective, batch: Batch, weights: Tensor, h: Tensor | None) -> Tensor:
-    """The power of two, 0-dim, that brings the largest coefficient of a row to about 2^8.
-
-    It uses what is known before the pass. fp16 reaches from 2^-24 to 2^16, so 2^8 leaves room for small probabilities
-    below it and for ratios above it.
-    """
-    size = batch.scored_only(batch.advantages).abs() + objective.beta
-    if batch.importance_ratio is not None:
-        size = size * batch.scored_only(batch.importance_ratio, fill=1.0)
-    size = size * weights.abs()
-    top = torch.cat([size, size if h is None else h.abs(), size.new_zeros(1)]).amax()
-    return torch.where((top > 0) & top.isfinite(), torch.exp2(8 - torch.ceil(torch.log2(top))), 1.0)
+    check_objective(objective, inputs)
+    head = make_head(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size,
+                     chunk_size=chunk_size, backend=backend)  # fmt: skip
+    batch = make_batch(completion_ids, advantages, inputs, dtype=wide(head.dtype), vocab_size=head.vocab)
+    hidden = hidden if hidden.dim() == 3 else hidden[None]
+    logps, entropies, terms = autograd.hidden_loss(hidden, head, objective, batch, return_stats)
+    return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats)
 
 
 class LinearGRPOLoss(GRPOLoss):
@@ -290,4 +109,4 @@ class LinearGRPOLoss(GRPOLoss):
         self, hidden: Tensor, weight: Tensor, completion_ids: Tensor, advantages: Tensor | None = None, **inputs
     ) -> GRPOOutput:
         options = {**self.options, **inputs}
-        return linear_grpo_loss(hidden, weight, completion_ids, advantages, objective=self.objective, **options)
+        return self.function(hidden, weight, completion_ids, advantages, objective=self.objective, **options)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgrpo import backends, ops
-from fastgrpo.layout import Padded, check_ids, check_rows, make_inv_temperature, make_mask
-from fastgrpo.linear import check_head, head_options
-from fastgrpo.linear_ops import linear_stats
-from fastgrpo.loss import as_rows
-from fastgrpo.projection import wide
+from fastgrpo import backends
+from fastgrpo.backends import Rows
+from fastgrpo.batch.batch import wide
+from fastgrpo.batch.inputs import check_ids, check_rows, make_inv_temperature, make_mask
+from fastgrpo.batch.layout import Padded
+from fastgrpo.engine import autograd
+from fastgrpo.engine.head import make_head
+from fastgrpo.engine.logits import Sweeps, as_rows
+from fastgrpo.engine.plan import Roles
 
 
 def selective_logps(
@@ -47,14 +50,10 @@ def selective_logps(
     Equivalent to: trl.trainer.utils.selective_log_softmax, and entropy_from_logits for the entropy.
     """
     check_rows(logits, completion_ids, "logits", "V")
-    shape, device = completion_ids.shape, completion_ids.device
-    ids = completion_ids.reshape(-1).long().contiguous()
-    scored = make_mask(mask, shape, device, "mask")
-    check_ids(ids, scored, logits.size(-1), mask_name="mask")
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    inv_temperature = make_inv_temperature(temperature, _layout(shape), shape, scored, dtype)
-    backend = backends.select(logits, backend)
-    logps, _, entropies = ops.row_stats(as_rows(logits), ids, scored, inv_temperature, return_entropy, backend)
+    rows = _rows(completion_ids, mask, temperature, wide(logits.dtype), logits.size(-1))
+    sweeps = Sweeps(backends.select(logits, backend))
+    logps, _, entropies = autograd.stats(as_rows(logits), sweeps, rows, return_entropy)
+    shape = completion_ids.shape
     return (logps.view(shape), entropies.view(shape)) if return_entropy else logps.view(shape)
 
 
@@ -101,19 +100,23 @@ def linear_logps(
     Equivalent to: `selective_logps` of softcap(logit_scale · (hidden @ weightᵀ + bias)) in hidden's dtype.
     """
     check_rows(hidden, completion_ids, "hidden", "H")
-    dtype, vocab = check_head(hidden, weight, bias, logit_scale, softcap, vocab_size, chunk_size)
-    shape, device = completion_ids.shape, completion_ids.device
-    ids = completion_ids.reshape(-1).long().contiguous()
-    scored = make_mask(mask, shape, device, "mask")
-    check_ids(ids, scored, vocab, mask_name="mask")
-    inv_temperature = make_inv_temperature(temperature, _layout(shape), shape, scored, wide(dtype)) * logit_scale
-    options = head_options(hidden, vocab, logit_scale, softcap, chunk_size, dtype, backend)
-    rows = hidden if hidden.dim() == 3 else hidden[None]
-    scored = None if mask is None else scored
-    logps, _, entropies = linear_stats(rows, weight, bias, ids, scored, -1, inv_temperature, return_entropy, *options)
+    head = make_head(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size,
+                     chunk_size=chunk_size, backend=backend)  # fmt: skip
+    ids, scored, inv_temperature = _rows(completion_ids, mask, temperature, wide(head.dtype), head.vocab)
+    rows, roles = Rows(ids, scored, head.scaled(inv_temperature)), Roles(None if mask is None else scored, None)
+    hidden = hidden if hidden.dim() == 3 else hidden[None]
+    logps, _, entropies = autograd.hidden_scores(hidden, head, rows, roles, return_entropy)
+    shape = completion_ids.shape
     return (logps.view(shape), entropies.view(shape)) if return_entropy else logps.view(shape)
 
 
-def _layout(shape: torch.Size) -> Padded:
-    """The layout of ids; each packed row counts as a sequence, since no boundaries are needed here."""
-    return Padded(*shape) if len(shape) == 2 else Padded(shape[0], 1)
+def _rows(
+    completion_ids: Tensor, mask: Tensor | None, temperature: float | Tensor, dtype: torch.dtype, vocab: int
+) -> Rows:
+    """The arguments of a call, checked and put on rows; each packed row counts as a sequence."""
+    shape = completion_ids.shape
+    ids = completion_ids.reshape(-1).long().contiguous()
+    scored = make_mask(mask, shape, completion_ids.device, "mask")
+    check_ids(ids, scored, vocab, mask_name="mask")
+    layout = Padded(*shape) if len(shape) == 2 else Padded(shape[0], 1)
+    return Rows(ids, scored, make_inv_temperature(temperature, layout, shape, scored, dtype))

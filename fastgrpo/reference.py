@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
-from fastgrpo.layout import check_rows, make_batch
-from fastgrpo.loss import GRPOOutput, make_output
-from fastgrpo.objective import Objective, compute_objective
+from fastgrpo.batch.inputs import Inputs, check_rows, make_batch, takes
+from fastgrpo.objective import Objective
+from fastgrpo.objective.options import check_objective
+from fastgrpo.objective.terms import compute_terms, only_where, row_weights
+from fastgrpo.output import GRPOOutput, make_output
 
 
+@takes(Inputs)
 def grpo_loss_reference(
     logits: Tensor,
     completion_ids: Tensor,
@@ -18,7 +22,7 @@ def grpo_loss_reference(
     *,
     objective: Objective = Objective(),  # noqa: B008 (frozen)
     return_stats: bool = True,
-    **options,
+    **inputs: Unpack[Inputs],
 ) -> GRPOOutput:
     """`grpo_loss` as a textbook would write it: log_softmax, gather, the objective, autograd.
 
@@ -26,7 +30,7 @@ def grpo_loss_reference(
     copies of the logits, and can be differentiated any number of times.
 
     Args:
-        logits, completion_ids, advantages, objective, return_stats, **options: as in `grpo_loss`, which also has
+        logits, completion_ids, advantages, objective, return_stats and the rest: as in `grpo_loss`, which also has
             `inplace` and `backend`.
 
     Returns:
@@ -36,23 +40,20 @@ def grpo_loss_reference(
         ValueError: names the argument, what was expected and what came.
     """
     check_rows(logits, completion_ids, "logits", "V")
+    check_objective(objective, inputs)
     vocab = logits.size(-1)
-    batch = make_batch(
-        completion_ids, advantages, objective=objective, dtype=logits.dtype, vocab_size=vocab, **options
-    )
-    scored = batch.scored[:, None]
-    z = torch.where(scored, logits.reshape(-1, vocab), 0.0) * batch.inv_temperature[:, None]
+    batch = make_batch(completion_ids, advantages, inputs, dtype=logits.dtype, vocab_size=vocab)
+    z = torch.where(batch.mask[:, None], logits.reshape(-1, vocab), 0.0) * batch.inv_temperature[:, None]
     all_logps = z.log_softmax(-1)
-    logps = all_logps.gather(-1, torch.where(batch.scored, batch.ids, 0)[:, None])[:, 0]
+    logps = all_logps.gather(-1, torch.where(batch.mask, batch.ids, 0)[:, None])[:, 0]
     p = all_logps.exp()
     entropies = -(p * torch.where(p == 0, 0.0, all_logps)).sum(-1)  # p log p is 0 at p = 0
-    terms = compute_objective(objective, logps, entropies, batch)
-    if not return_stats:
-        return GRPOOutput(terms.loss)
-    logps, entropies = (batch.scored_only(x.detach()) for x in (logps, entropies))
-    return make_output(objective, batch, terms.loss, logps, entropies, *terms[1:])
+    terms = compute_terms(objective, batch, logps, entropies, row_weights(objective, batch), batch.mask)
+    logps, entropies = (only_where(batch.mask, x.detach()) for x in (logps, entropies))
+    return make_output(objective, batch, logps, entropies, terms, return_stats)
 
 
+@takes(Inputs)
 def linear_grpo_loss_reference(
     hidden: Tensor,
     weight: Tensor,
@@ -63,14 +64,16 @@ def linear_grpo_loss_reference(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
-    **options,
+    objective: Objective = Objective(),  # noqa: B008 (frozen)
+    return_stats: bool = True,
+    **inputs: Unpack[Inputs],
 ) -> GRPOOutput:
     """`linear_grpo_loss` as a textbook would write it: all logits, then `grpo_loss_reference`.
 
     It computes in the dtype of hidden and weight.
 
     Args:
-        hidden, weight, completion_ids, advantages, bias, logit_scale, softcap, vocab_size, **options: as in
+        hidden, weight, completion_ids, advantages, bias, logit_scale, softcap, vocab_size and the rest: as in
             `linear_grpo_loss`, which also has `chunk_size` and `backend`.
 
     Returns:
@@ -81,7 +84,9 @@ def linear_grpo_loss_reference(
     """
     check_rows(hidden, completion_ids, "hidden", "H")
     logits = project(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], logit_scale, softcap)
-    return grpo_loss_reference(logits, completion_ids, advantages, **options)
+    return grpo_loss_reference(
+        logits, completion_ids, advantages, objective=objective, return_stats=return_stats, **inputs
+    )
 
 
 def project(

@@ -27,12 +27,11 @@ from fastgrpo import (
     Objective,
     backends,
     grpo_loss,
-    layout,
     linear_grpo_loss,
     linear_grpo_loss_reference,
-    linear_ops,
-    projection,
 )
+from fastgrpo.batch import inputs
+from fastgrpo.engine import plan, projection
 from fastgrpo.objective import LOSS_TYPES
 from fastgrpo.reference import project
 
@@ -344,8 +343,7 @@ def test_few_small_kernels_around_the_gemms(options, before, around, monkeypatch
     hidden, weight, ids, kwargs = make_linear_inputs(("old", "ref"), dtype=torch.bfloat16)
     kwargs |= {key: options[key] for key in ("return_stats",) if key in options}
     objective = Objective(**{key: value for key, value in options.items() if key != "return_stats"})
-    monkeypatch.setattr(layout, "_values_can_be_checked", lambda x: False)  # as on a GPU
-    monkeypatch.setattr(linear_ops, "linear_loss", linear_ops.linear_loss._init_fn)  # a mode sees no operator's body
+    monkeypatch.setattr(inputs, "_values_can_be_checked", lambda x: False)  # as on a GPU
     with Launches() as launches:
         linear_grpo_loss(hidden.requires_grad_(), weight.requires_grad_(), ids, objective=objective, **kwargs)
     gemms = [i for i, name in enumerate(launches.names) if name == "mm"]
@@ -529,10 +527,10 @@ def test_module_holds_objective_and_options(backend, device):
 
 
 def test_chunks_hold_whole_sequences_and_no_more_than_they_may():
-    parts = projection.cut_sequences([7, 6, 5, 0, 11], 11)
+    parts = plan.cut_sequences([7, 6, 5, 0, 11], 11)
     assert parts == [(slice(0, 7), slice(0, 1)), (slice(7, 18), slice(1, 4)), (slice(18, 29), slice(4, 5))]
-    assert projection.cut_sequences([0, 0], 4) == projection.cut(0, 0, 4) == []
-    assert projection.cut(2, 9, 3) == [slice(2, 4), slice(4, 6), slice(6, 9)]
+    assert plan.cut_sequences([0, 0], 4) == plan.cut(0, 0, 4) == []
+    assert plan.cut(2, 9, 3) == [slice(2, 4), slice(4, 6), slice(6, 9)]
 
 
 PEAK = """

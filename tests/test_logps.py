@@ -4,7 +4,10 @@ import pytest
 import torch
 from cases import assert_close, loss_and_grad, make_inputs, make_linear_inputs, softcap_on, truth
 
-from fastgrpo import Objective, grpo_loss, linear_logps, projection, selective_logps
+from fastgrpo import Objective, grpo_loss, linear_logps, selective_logps
+from fastgrpo.backends import Rows
+from fastgrpo.engine import projection
+from fastgrpo.engine.logits import Sweeps
 from fastgrpo.reference import project
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -206,13 +209,11 @@ def test_a_masked_temperature_may_be_anything(backend, device):
 
 def test_an_id_out_of_range_touches_only_its_own_row(backend, device):
     """Where ids are not checked (a GPU, a compiled graph): NaN for that row and no read outside it."""
-    from fastgrpo import ops
-
     logits, ids, _ = make_inputs(batch=1, length=5, vocab=40, device=device, backend=backend)
     flat = ids.view(-1).clone()
     flat[1], flat[3] = 40, -1
     mask, inv_temperature = torch.ones(5, dtype=torch.bool, device=device), torch.ones(5, device=device)
-    logps, lse, entropies = ops.row_stats(logits, flat, mask, inv_temperature, True, backend)
+    logps, lse, entropies = Sweeps(backend).stats(logits, Rows(flat, mask, inv_temperature), True)
     want, want_entropies = exact(logits, ids)
     good = torch.tensor([0, 2, 4])
     assert logps[[1, 3]].isnan().all() and lse.isfinite().all() and entropies.isfinite().all()
@@ -329,8 +330,10 @@ def test_linear_logps_do_only_the_work_that_is_asked_for(monkeypatch, backend, d
     hidden, weight, ids, _ = make_linear_inputs(batch=3, length=3, device=device, backend=backend)
     seen, kernels = [], backends.get(backend)
     stats, grad, logits = kernels.row_stats, kernels.row_grad, projection.Projection.logits
-    monkeypatch.setattr(kernels, "row_stats", lambda *a: seen.append(("stats", a[4])) or stats(*a))
-    monkeypatch.setattr(kernels, "row_grad", lambda *a: seen.append(("grad", a[5] is not None)) or grad(*a))
+    monkeypatch.setattr(
+        kernels, "row_stats", lambda *a, **k: seen.append(("stats", k["want_entropy"])) or stats(*a, **k)
+    )
+    monkeypatch.setattr(kernels, "row_grad", lambda *a, **k: seen.append(("grad", a[4] is not None)) or grad(*a, **k))
     monkeypatch.setattr(
         projection.Projection, "logits", lambda s, rows: seen.append(len(s._take(rows))) or logits(s, rows)
     )

@@ -26,12 +26,14 @@ from fastgrpo import (
     grpo_loss,
     grpo_loss_reference,
     linear_grpo_loss,
-    ops,
     selective_logps,
 )
-from fastgrpo.layout import make_batch
-from fastgrpo.loss import token_inputs
+from fastgrpo.backends import Rows
+from fastgrpo.backends.select import _warn_once
+from fastgrpo.batch.inputs import make_batch
+from fastgrpo.engine.logits import Sweeps, fuse
 from fastgrpo.objective import LOSS_TYPES
+from fastgrpo.objective.terms import row_weights
 
 REL = {torch.float32: 1e-5}  # bf16 and fp16 are held against plain torch instead
 TABLE = list(itertools.product(LOSS_TYPES, LEVELS, ("plain", "old", "beta", "beta-old")))
@@ -304,7 +306,7 @@ def test_float64_goes_through_torch():
 
 def test_auto_says_when_torch_stands_in(monkeypatch):
     monkeypatch.setattr(backends.get("cpu"), "unavailable", lambda: "no compiler was there")
-    backends._warn_once.cache_clear()
+    _warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="cpu kernels are not used.*no compiler was there"):
         assert backends.select(torch.zeros(1, 1, 4)) == "torch"
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: no compiler was there"):
@@ -375,18 +377,16 @@ def test_ratios_beyond_fp32_in_the_fused_objective(name, backend, device):
     x, advantages, scale = (torch.tensor(column, device=device) for column in zip(*table, strict=True))
     logps = selective_logps(logits, ids, backend=backend)
     old = logps - x[:, None]
-    batch = make_batch(
-        ids,
-        advantages,
-        objective=objective,
-        dtype=torch.float32,
+    inputs = dict(
         old_per_token_logps=old,
         ref_per_token_logps={"here": logps, "near": logps + 0.25, "old": old}[ref],
         importance_sampling_ratio=scale[:, None],
     )
-    rows, spec = token_inputs(objective, batch)
-    call = (batch.ids, batch.scored, batch.inv_temperature, False, *rows, list(spec), backend)
-    loss, _, _, _, _, _, g = (value.double().cpu() for value in ops.token_loss_(logits, *call))
+    batch = make_batch(ids, advantages, inputs, dtype=torch.float32)
+    rows = Rows(batch.ids, batch.mask, batch.inv_temperature)
+    how = fuse(rows, objective, batch, row_weights(objective, batch))
+    result = Sweeps(backend).token_loss(logits, how, False, out=logits)
+    loss, g = result.loss.double().cpu(), result.g.double().cpu()
     p = torch.randn(vocab, generator=torch.Generator().manual_seed(0)).double().softmax(-1)
     logp = logps[0].item()
     for i, (_, advantage, factor) in enumerate(table):

@@ -1,5 +1,7 @@
 """The operators as torch sees them: opcheck, torch.compile, fakes."""
 
+import math
+
 import pytest
 import torch
 from cases import (
@@ -13,16 +15,18 @@ from cases import (
 )
 from torch.library import opcheck
 
-from fastgrpo import GRPOOutput, Objective, grpo_loss, linear_grpo_loss, linear_logps, linear_ops, ops, selective_logps
-from fastgrpo.layout import make_batch
-from fastgrpo.loss import token_inputs
-from fastgrpo.objective import entropy_weight, row_weight
+from fastgrpo import GRPOOutput, Objective, grpo_loss, linear_grpo_loss, linear_logps, selective_logps
+from fastgrpo.backends import Rows
+from fastgrpo.batch.inputs import make_batch
+from fastgrpo.engine import ops
+from fastgrpo.engine.logits import fuse
+from fastgrpo.objective.terms import row_weights
 
 
 def _arguments(backend, device, extras=("old", "ref")):
     logits, ids, kwargs = make_inputs(extras, vocab=37, device=device, backend=backend)
     objective = Objective(beta=0.1, entropy_coef=0.1)
-    batch = make_batch(ids, kwargs.pop("advantages"), objective=objective, dtype=torch.float32, **kwargs)
+    batch = make_batch(ids, kwargs.pop("advantages"), kwargs, dtype=torch.float32)
     return logits, batch, objective
 
 
@@ -37,11 +41,10 @@ def test_opcheck(backend, device):
     for h in (None, torch.randn_like(lse)):
         stats = (batch.ids, lse, entropy, g, h, batch.inv_temperature, backend)
         opcheck(ops.row_grad, (logits, *stats))
-        opcheck(ops.row_grad_, (logits.clone(), *stats))
     opcheck(ops.scale_, (logits.clone(), torch.tensor(2.0, device=device), backend))
     if backend != "torch":
-        token_rows, spec = token_inputs(objective, batch)
-        inputs = (*rows, True, *token_rows, list(spec), backend)
+        _, token_rows, spec = fuse(Rows(*rows), objective, batch, row_weights(objective, batch))
+        inputs = (*rows, True, *token_rows, ops.spec_numbers(spec), backend)
         opcheck(ops.token_loss, (leaf, *inputs))
         opcheck(ops.token_loss_, (logits.clone(), *inputs))
 
@@ -67,6 +70,19 @@ def test_compile_fullgraph(loss_type, level, inplace, backend, device):
         assert_close(got.metrics[name], want.metrics[name], 1e-5, name)
 
 
+def test_compile_for_any_vocabulary():
+    """A graph is made for one V, since the choice of a backend may depend on it; another V gets another graph."""
+
+    def step(x, ids):
+        return selective_logps(x, ids).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for V in (33, 47):
+        x, ids = torch.randn(2, 3, V), torch.randint(V, (2, 3))
+        assert_close(compiled(x, ids), step(x, ids), 1e-6)
+
+
 def test_compile_selective_logps(backend, device):
     logits, ids, _ = make_inputs(device=device, backend=backend)
 
@@ -81,35 +97,36 @@ def test_compile_selective_logps(backend, device):
     assert_close(got, want, 1e-6)
 
 
-@pytest.mark.parametrize("softcap, dtype", [(0.0, torch.float32), (4.0, torch.bfloat16)])
+@pytest.mark.parametrize("softcap, dtype", [(None, torch.float32), (4.0, torch.bfloat16)])
 def test_opcheck_linear(softcap, dtype, backend, device):
     hidden, weight, ids, kwargs = make_linear_inputs(
         ("old", "ref"), vocab=37, dtype=dtype, device=device, backend=backend
     )
-    objective = objective_for("grpo", "sequence", dict(beta=0.1, entropy_coef=0.1))
-    batch = make_batch(ids, kwargs.pop("advantages"), objective=objective, dtype=torch.float32, **kwargs)
+    objective = objective_for("grpo", "token", dict(beta=0.1, entropy_coef=0.1))
+    batch = make_batch(ids, kwargs.pop("advantages"), kwargs, dtype=torch.float32)
     head = [x.clone().requires_grad_() for x in (hidden, weight, torch.randn(37, device=device).to(dtype))]
-    softcap = softcap_on(backend, softcap) or 0.0
-    options = (37, softcap, 4, dtype, backend)
+    options = (37, softcap_on(backend, softcap) or math.inf, 4, dtype, backend)
     for mask, want_entropy in ((None, False), (batch.mask, True)):
-        rows = (batch.ids, mask, -1, batch.inv_temperature, want_entropy)
-        opcheck(linear_ops.linear_stats, (*head, *rows, *options))
-    _, lse, entropy = linear_ops.linear_stats(*head, *rows, *options)
+        rows = (batch.ids, mask, batch.inv_temperature, want_entropy)
+        opcheck(ops.linear_stats, (*head, *rows, *options))
+    _, lse, entropy = ops.linear_stats(*head, *rows, *options)
     g = torch.randn_like(lse)
     for h, needs in ((None, [True, False, True]), (torch.randn_like(lse), [True, True, True])):
         rows = (batch.ids, lse.detach(), entropy.detach(), g, h, batch.inv_temperature, needs)
-        opcheck(linear_ops.linear_grad, (*(x.detach() for x in head), *rows, *options))
-    options = (37, softcap, ids.numel(), dtype, backend)
-    rows = (batch.ids, batch.mask, None, batch.inv_temperature, batch.advantages, row_weight(objective, batch),
-            entropy_weight(objective, batch), batch.old, batch.ref, None, None, batch.seq.long())  # fmt: skip
-    how = (len(ids), [], False, *linear_ops.encode_objective(objective), True, [True, True, True])
-    opcheck(linear_ops.linear_loss, (*head, *rows, *how, *options))
+        opcheck(ops.linear_grad, (*(x.detach() for x in head), *rows, *options))
+    if backend != "torch":  # which has no fused objective
+        rows = Rows(batch.ids, batch.mask, batch.inv_temperature)
+        _, token, spec = fuse(rows, objective, batch, row_weights(objective, batch))
+        token = (token.weight, token.advantages, token.old, token.ref, token.policy_scale, token.h)
+        how = (ops.spec_numbers(spec), True, [True, True, True])
+        rows = (batch.ids, batch.mask, None, batch.inv_temperature)
+        opcheck(ops.linear_loss, (*head, *rows, *token, *how, *options))
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5])
 @pytest.mark.parametrize("loss_type, level", [("dapo", "token"), ("grpo", "sequence"), ("vespo", "token")])
 def test_compile_fullgraph_linear(loss_type, level, chunk_size, backend, device):
-    """One operator with the gradient in the forward pass, or two where a graph cannot know the sequences' lengths."""
+    """One operator with the gradient in the forward pass where kernels hold the objective, else two."""
     objective = objective_for(loss_type, level, dict(beta=0.1, entropy_coef=0.01, delta=1.5))
     hidden, weight, ids, kwargs = make_linear_inputs(("old", "ref"), device=device, backend=backend)
     cap = softcap_on(backend, 5.0)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from fastgrpo.engine.plan import cut
 from fastgrpo.logps import linear_logps, selective_logps
 from fastgrpo.objective import Objective
-from fastgrpo.projection import cut
 from fastgrpo.reference import grpo_loss_reference
 
 OPS = {

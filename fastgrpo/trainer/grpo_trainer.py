@@ -31,7 +31,7 @@ from transformers import (
 
 from fastgrpo.linear import linear_grpo_loss
 from fastgrpo.logps import linear_logps
-from fastgrpo.loss import GRPOOutput
+from fastgrpo.output import GRPOOutput
 from fastgrpo.trainer import sharding
 from fastgrpo.trainer.adapters import add_reference, reference
 from fastgrpo.trainer.base import HeadTrainer

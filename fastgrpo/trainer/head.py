@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from fastgrpo.linear_ops import no_autocast
+from fastgrpo.engine.hidden import no_autocast
 from fastgrpo.reference import project
 
 

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fastgrpo.loss import GRPOOutput
 from fastgrpo.objective import Objective
+from fastgrpo.output import GRPOOutput
 
 
 def reduce_metrics(

@@ -6,68 +6,17 @@ GEMMs make the gradients of hidden states and weight from them (4NHV). This file
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastgrpo.backends import cpu
-from fastgrpo.layout import Packed, Padded
+from fastgrpo.batch.batch import wide
+from fastgrpo.engine.head import Head
+from fastgrpo.engine.plan import Plan, cut
 
-CPU_BYTES = 512 << 20  # of a chunk's logits; chunks are few and large, because each adds its dW to a sum in memory
-GPU_SHARE = 32  # a chunk takes at most 1/32 of a GPU's memory
-GPU_ROWS = 8192  # more rows make the GEMMs no faster
-LEAST_ROWS = 256
 SLICE = 4096  # so many rows of dW stay in a CPU's cache between their GEMM and their sum
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def default_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The number of rows in a chunk, by the memory that their logits take."""
-    row = vocab * dtype.itemsize
-    if device.type == "cpu":
-        return max(LEAST_ROWS, CPU_BYTES // row)
-    memory = torch.get_device_module(device).get_device_properties(device).total_memory
-    return min(GPU_ROWS, max(LEAST_ROWS, memory // GPU_SHARE // row))
-
-
-def cut(start: int, stop: int, chunk: int) -> list[slice]:
-    """[start, stop) cut into equal parts of at most `chunk`."""
-    count = -(-(stop - start) // chunk)
-    edges = [start + (stop - start) * i // max(count, 1) for i in range(count + 1)]
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-
-
-def cut_sequences(lengths: list[int], chunk: int) -> list[tuple[slice, slice]]:
-    """(rows, sequences) of each chunk, which holds as many whole sequences as fit; none is longer than a chunk."""
-    parts, row, first, begin = [], 0, 0, 0
-    for i, length in enumerate(lengths):
-        if row + length - begin > chunk:
-            parts.append((slice(begin, row), slice(first, i)))
-            first, begin = i, row
-        row += length
-    parts.append((slice(begin, row), slice(first, len(lengths))))
-    return [part for part in parts if part[0].stop > part[0].start]
-
-
-def count_rows(learn: Tensor, scored: Tensor, layout: Padded | Packed | None = None) -> list[int]:
-    """[rows that learn, rows that are scored, and with a layout the rows that learn in each sequence].
-
-    Waits for the device once.
-    """
-    counts = torch.stack([learn, scored]).sum(1)
-    if layout is not None:
-        counts = torch.cat([counts, layout.seq_sum(learn.to(torch.float64)).long()])
-    return counts.tolist()
-
-
-def order_rows(learn: Tensor, scored: Tensor) -> Tensor:
-    """(N,) rows in the order in which they are projected: those that learn, those only scored, the others."""
-    return torch.argsort(learn.view(torch.int8) + scored.view(torch.int8), descending=True, stable=True)
 
 
 def _large(rows: int, width: int, dtype: torch.dtype, device: torch.device, stride: int | None = None) -> Tensor:
@@ -80,33 +29,24 @@ def _large(rows: int, width: int, dtype: torch.dtype, device: torch.device, stri
 
 
 class Projection:
-    """logits = hidden @ weightᵀ + bias of some rows at a time.
+    """The logits of some rows at a time.
 
     Args:
         hidden (B, T, H): any strides; row r is token r % T of sequence r // T.
-        weight (V', H), bias (V') or None: only their first `vocab` rows are used.
-        dtype: of the GEMMs. The weight is cast to it once, hidden chunk by chunk.
-        chunk: the most rows at a time.
+        head: its weight is cast to its dtype once, hidden chunk by chunk.
+        rows: the most at a time.
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        vocab: int,
-        dtype: torch.dtype,
-        chunk: int,
-    ):
-        device = hidden.device
+    def __init__(self, hidden: Tensor, head: Head, rows: int):
+        device, vocab, dtype = hidden.device, head.vocab, head.dtype
         self.hidden, self.dtype = hidden, dtype
-        self.weight = weight[:vocab]
-        if weight.dtype != dtype:
+        self.weight = head.weight[:vocab]
+        if head.weight.dtype != dtype:
             self.weight = _large(*self.weight.shape, dtype, device).copy_(self.weight)
-        self.bias = None if bias is None else bias[:vocab].to(dtype)
+        self.bias = None if head.bias is None else head.bias[:vocab].to(dtype)
         # on a GPU rows begin at multiples of 128 bytes, as the fast GEMMs require, whatever V is
         stride = vocab if device.type == "cpu" else -(-vocab // 64) * 64
-        self._buffer = _large(chunk, vocab, dtype, device, stride)
+        self._buffer = _large(rows, vocab, dtype, device, stride)
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         """(1, n, V), valid until the next call; the caller writes their gradient over them."""
@@ -132,27 +72,25 @@ class Gradients:
     """Collects dL/dhidden, dL/dweight and dL/dbias over the chunks of a `Projection`.
 
     Args:
-        needs: which of the three are wanted; the others are empty.
-        chunks: how many chunks there will be. dL/dweight adds up in fp32 over more than one, whatever the weight is.
-        rows: how many rows there will be; the others have gradient 0.
+        needs: which of the three are wanted; the others are None.
+        plan: its chunks that learn. dL/dweight adds up in fp32 over more than one, whatever the weight is.
         hold: gives the dtype of a gradient from that of its tensor.
     """
 
     def __init__(
         self,
         projection: Projection,
-        weight: Tensor,
-        bias: Tensor | None,
-        needs: list[bool],
-        chunks: int,
-        rows: int,
+        head: Head,
+        needs: Sequence[bool],
+        plan: Plan,
         hold: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
     ):
         self.projection, self.needs, self.started = projection, needs, False
-        hidden, device, sums = projection.hidden, weight.device, wide(projection.dtype)
+        hidden, weight, bias, chunks = projection.hidden, head.weight, head.bias, len(plan.learn)
+        device, sums = weight.device, wide(projection.dtype)
         shape = hidden.shape if needs[0] else (0, 0, 0)
         self.d_hidden = torch.empty(shape, dtype=hold(hidden.dtype), device=device)
-        if rows < hidden.shape[0] * hidden.shape[1]:
+        if plan.learners < hidden.shape[0] * hidden.shape[1]:
             self.d_hidden.zero_()
         # dW of more than one chunk adds up in fp32, and is cast when the buffer of logits is free
         self.shape, self.dtype = weight.shape if needs[1] else torch.Size([0, 0]), hold(weight.dtype)
@@ -179,13 +117,14 @@ class Gradients:
             self.d_bias[: dz.shape[1]] += dz.sum(0, dtype=self.d_bias.dtype)
         self.started = True
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(dL/dhidden (B, T, H), dL/dweight (V', H), dL/dbias (V')), each empty where it is not needed."""
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dL/dhidden (B, T, H), dL/dweight (V', H), dL/dbias (V')), None where it is not wanted."""
         self.projection = None
         d_weight = self.sum
         if d_weight.dtype != self.dtype:
             d_weight = _large(*self.shape, self.dtype, d_weight.device).copy_(d_weight)
-        return self.d_hidden, d_weight, self.d_bias.to(self.bias_dtype)
+        gradients = (self.d_hidden, d_weight, self.d_bias.to(self.bias_dtype))
+        return tuple(x if need else None for x, need in zip(gradients, self.needs, strict=True))
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -1,0 +1,1 @@
+"""The arguments of a call as frozen rows: checked once, in one layout and one dtype."""

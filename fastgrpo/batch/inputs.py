@@ -1,0 +1,275 @@
+"""The arguments that a call gives for its batch: declared once, checked once, put on rows."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable
+from typing import Any, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastgrpo.advantages import SCALE_REWARDS, check_groups, group_advantages
+from fastgrpo.batch.batch import Batch
+from fastgrpo.batch.checks import FLOATS, INTEGERS, check, check_dtype
+from fastgrpo.batch.layout import Layout, Packed, Padded
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class PolicyInputs(TypedDict, total=False):
+    """The keyword arguments of every loss; `grpo_loss` says what each of them is."""
+
+    completion_mask: Tensor | None
+    old_per_token_logps: Tensor | None
+    ref_per_token_logps: Tensor | None
+    rewards: Tensor | None
+    num_generations: int | None
+    scale_rewards: str
+    importance_sampling_ratio: Tensor | None
+    sampling_per_token_logps: Tensor | None
+    num_items_in_batch: Tensor | float | None
+    loss_scale: Tensor | float
+    cu_seqlens: Tensor | None
+
+
+class Inputs(PolicyInputs, total=False):
+    """Those of a loss that makes its logps from logits."""
+
+    temperature: float | Tensor
+
+
+DEFAULTS: dict[str, Any] = dict(scale_rewards="group", loss_scale=1.0, temperature=1.0)  # of the others: None
+
+
+def takes(declared: type) -> Callable[[F], F]:
+    """Shows the arguments that `declared` names, with their defaults, in the signature of a function which takes them
+    as **inputs; a call of it is not wrapped."""
+
+    def show(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        at = next(i for i, p in enumerate(own) if p.name in ("objective", "return_stats"))
+        inputs = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS.get(name), annotation=kind)
+            for name, kind in ((name, x.__forward_arg__) for name, x in declared.__annotations__.items())
+        ]
+        function.__signature__ = signature.replace(parameters=[*own[:at], *inputs, *own[at:]])
+        return function
+
+    return show
+
+
+def check_rows(rows: Tensor, completion_ids: Tensor, name: str, width: str) -> None:
+    """`rows` is (B, T, width) beside ids (B, T), or (N, width) beside (N,); same device, floating point."""
+    check(isinstance(rows, Tensor), name, "a tensor", rows)
+    check_dtype(name, rows, *FLOATS)
+    check(rows.dim() in (2, 3), name, f"shape (B, T, {width}), or (N, {width}) with cu_seqlens", rows)
+    check(
+        isinstance(completion_ids, Tensor) and completion_ids.shape == rows.shape[:-1],
+        "completion_ids",
+        f"shape {tuple(rows.shape[:-1])} to match {name}",
+        completion_ids,
+    )
+    check_dtype("completion_ids", completion_ids, *INTEGERS)
+    check(completion_ids.device == rows.device, "completion_ids", f"device {rows.device}", completion_ids)
+    check(rows.size(-1) > 0, name, f"{width} > 0", rows)
+
+
+def _values_can_be_checked(x: Tensor) -> bool:
+    """Whether values may be read: on a CPU; on a GPU, where that waits, with FASTGRPO_DEBUG=1; not while compiling."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("FASTGRPO_DEBUG") == "1"
+
+
+def check_ids(ids: Tensor, mask: Tensor, vocab_size: int, mask_name: str = "completion_mask") -> None:
+    """Check that the ids of the rows in `mask` are in [0, V); those of other rows may be anything, such as -100."""
+    if not _values_can_be_checked(ids):
+        return
+    outside = ((ids < 0) | (ids >= vocab_size)) & mask
+    if bool(outside.any()):
+        where = int(outside.nonzero()[0])
+        raise ValueError(
+            f"completion_ids: expected ids in [0, {vocab_size}) where {mask_name} is set, got {int(ids[where])} at "
+            f"flat position {where}"
+        )
+
+
+def make_mask(mask: Tensor | None, shape: torch.Size, device: torch.device, name: str = "completion_mask") -> Tensor:
+    """(N,) bool from a mask of bools or real numbers, or all True."""
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device).view(-1)
+    check(isinstance(mask, Tensor) and mask.shape == shape, name, f"shape {tuple(shape)}", mask)
+    check_dtype(name, mask, torch.bool, *INTEGERS, *FLOATS)
+    check(mask.device == device, name, f"device {device}", mask)
+    return (mask != 0).reshape(-1)
+
+
+def make_inv_temperature(
+    temperature: float | Tensor, layout: Layout, shape: torch.Size, mask: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(N,) 1/temperature from a number, a value per sequence or a value per token; rows outside `mask` get 1."""
+    device = mask.device
+    expected = "a number > 0, or a tensor per sequence or per token"
+    if not isinstance(temperature, Tensor):
+        number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+        check(number and 0 < temperature < float("inf"), "temperature", expected, temperature)
+        return torch.full((shape.numel(),), 1.0 / temperature, dtype=dtype, device=device)
+    temperature = temperature.detach()
+    if temperature.dim() == 0:
+        check_dtype("temperature", temperature, *FLOATS, *INTEGERS)
+        rows = temperature.to(device, dtype).expand(shape.numel())
+    else:
+        rows, _ = _to_rows("temperature", temperature, layout, shape, device, dtype)
+    rows = torch.where(mask, rows, 1.0)
+    if _values_can_be_checked(rows):
+        check(bool(((rows > 0) & rows.isfinite()).all()), "temperature", "finite values > 0", temperature)
+    return rows.reciprocal()
+
+
+def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Layout:
+    """The layout of ids (B, T), or of packed ids (N,) with cu_seqlens."""
+    if len(shape) == 2:
+        check(cu_seqlens is None, "cu_seqlens", "None with padded (B, T) inputs", cu_seqlens)
+        return Padded(shape[0], shape[1])
+    check(
+        isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.numel() > 0,
+        "cu_seqlens",
+        "shape (S+1,) with packed (N,) inputs",
+        cu_seqlens,
+    )
+    check_dtype("cu_seqlens", cu_seqlens, *INTEGERS)
+    cu_seqlens = cu_seqlens.to(device, torch.int64)
+    if _values_can_be_checked(cu_seqlens):
+        ordered = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == shape[0] and bool((cu_seqlens.diff() >= 0).all())
+        check(ordered, "cu_seqlens", f"values from 0 up to {shape[0]}, never falling", cu_seqlens.tolist())
+    rows = torch.arange(shape[0], device=device)
+    return Packed(cu_seqlens.numel() - 1, cu_seqlens, torch.searchsorted(cu_seqlens, rows, right=True) - 1)
+
+
+def _to_rows(
+    name: str, x: Tensor, layout: Layout, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, bool]:
+    """(N,) from a value per token (`shape`) or per sequence ((S,) or (S, 1)), and whether it was per sequence."""
+    sequences = layout.num_sequences
+    expected = f"shape {tuple(shape)} (per token) or ({sequences},) (per sequence) on {device}"
+    check(isinstance(x, Tensor) and x.device == device, name, expected, x)
+    check_dtype(name, x, *FLOATS)
+    if x.shape in ((sequences,), (sequences, 1)):
+        return layout.to_rows(x.to(dtype).reshape(-1)).contiguous(), True
+    check(x.shape == shape, name, expected, x)
+    return x.to(dtype).reshape(-1).contiguous(), False
+
+
+def _scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor | float:
+    if isinstance(value, Tensor):
+        check(value.dim() == 0, name, "a number or a 0-dim tensor", value)
+        check_dtype(name, value, *FLOATS, *INTEGERS)
+        return value.detach().to(device, dtype)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    check(number, name, "a number or a 0-dim tensor", value)
+    return value
+
+
+def make_batch(
+    completion_ids: Tensor,
+    advantages: Tensor | None,
+    inputs: Inputs,
+    *,
+    dtype: torch.dtype,
+    vocab_size: int | None = None,
+    declared: type = Inputs,
+    groups_in_pass: bool = False,
+) -> Batch:
+    """The batch of a call whose ids fit its logits: checks the other arguments and puts them on rows.
+
+    Args:
+        inputs: what the caller gave of `declared`.
+        dtype: of the vectors.
+        vocab_size: ids are checked against it; None: they are not.
+        groups_in_pass: leave rewards to a pass over the logits, where it can make advantages of them.
+
+    Raises:
+        TypeError: an argument that is not declared.
+        ValueError: names the argument, what was expected and what came.
+    """
+    for name in inputs:
+        if name not in declared.__annotations__:
+            raise TypeError(f"unexpected keyword argument {name!r}")
+    given = {**DEFAULTS, **inputs}
+    shape, device = completion_ids.shape, completion_ids.device
+    layout = make_layout(shape, given.get("cu_seqlens"), device)
+    ids = completion_ids.reshape(-1).long().contiguous()
+    mask = make_mask(given.get("completion_mask"), shape, device)
+    if vocab_size is not None:
+        check_ids(ids, mask, vocab_size)
+
+    def per_token(name: str) -> Tensor | None:
+        if (x := given.get(name)) is None:
+            return None
+        check(isinstance(x, Tensor) and x.shape == shape, name, f"shape {tuple(shape)}", x)
+        check(x.device == device, name, f"device {device}", x)
+        check_dtype(name, x, *FLOATS)
+        return x.detach().to(dtype).reshape(-1).contiguous()
+
+    ratio, ratio_per_sequence = given.get("importance_sampling_ratio"), False
+    if ratio is not None:
+        ratio, ratio_per_sequence = _to_rows("importance_sampling_ratio", ratio, layout, shape, device, dtype)
+        ratio = ratio.detach()
+    items = given.get("num_items_in_batch")
+    if items is not None:
+        items = _scalar("num_items_in_batch", items, device, dtype)
+        check(isinstance(items, Tensor) or items >= 0, "num_items_in_batch", "a number >= 0", items)
+    return Batch(
+        layout=layout,
+        shape=shape,
+        ids=ids,
+        mask=mask,
+        masked=given.get("completion_mask") is not None,
+        inv_temperature=make_inv_temperature(given["temperature"], layout, shape, mask, dtype),
+        **_advantages(advantages, given, layout, shape, mask, dtype, groups_in_pass),
+        old=per_token("old_per_token_logps"),
+        ref=per_token("ref_per_token_logps"),
+        sampling=per_token("sampling_per_token_logps"),
+        importance_ratio=ratio,
+        importance_ratio_per_sequence=ratio_per_sequence,
+        num_items_in_batch=items,
+        loss_scale=_scalar("loss_scale", given["loss_scale"], device, dtype),
+    )
+
+
+def _advantages(
+    advantages: Tensor | None,
+    given: dict[str, Any],
+    layout: Layout,
+    shape: torch.Size,
+    mask: Tensor,
+    dtype: torch.dtype,
+    groups_in_pass: bool,
+) -> dict[str, Any]:
+    """The fields of a batch that are advantages, or rewards for a pass to make them of."""
+    rewards, scale_rewards, device = given.get("rewards"), given["scale_rewards"], mask.device
+    check((advantages is None) != (rewards is None), "advantages, rewards", "exactly one of the two", advantages)
+    check(scale_rewards in SCALE_REWARDS, "scale_rewards", f"one of {', '.join(SCALE_REWARDS)}", scale_rewards)
+    if advantages is not None:
+        # the objective takes no gradient through the advantages
+        check(isinstance(advantages, Tensor), "advantages", "a tensor", advantages)
+        rows, per_sequence = _to_rows("advantages", advantages.detach(), layout, shape, device, dtype)
+        if not per_sequence:
+            rows = torch.where(mask, rows, 0.0)
+        return dict(advantages=rows, advantages_per_token=not per_sequence)
+    per_sequence = isinstance(rewards, Tensor) and rewards.shape == (layout.num_sequences,)
+    check(per_sequence, "rewards", f"shape ({layout.num_sequences},)", rewards)
+    check(rewards.device == device, "rewards", f"device {device}", rewards)
+    check_dtype("rewards", rewards, *FLOATS, *INTEGERS, torch.bool)
+    check_groups(rewards, given.get("num_generations"))
+    rewards = rewards.detach().contiguous()
+    # a pass cannot take a std over the batch, nor float64 rewards
+    if groups_in_pass and scale_rewards != "batch" and rewards.dtype != torch.float64:
+        fields = dict(num_generations=given["num_generations"], scale_rewards=scale_rewards)
+        return dict(rewards=rewards.float(), **fields)
+    per_sequence = group_advantages(rewards, given.get("num_generations"), scale_rewards=scale_rewards)
+    return dict(advantages=layout.to_rows(per_sequence.to(dtype)))

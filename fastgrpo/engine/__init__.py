@@ -1,0 +1,1 @@
+"""From logits, or hidden states, to loss and gradient: sweep, objective, sweep."""

@@ -1,0 +1,327 @@
+"""What is differentiable: the engine as autograd functions of eager calls; compiled graphs take the operators instead.
+
+A function takes the tensors that have gradients and one call, whose tensors have none.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fastgrpo.backends import Rows, Scores, TokenLoss
+from fastgrpo.batch.batch import Batch
+from fastgrpo.engine import hidden as chunks
+from fastgrpo.engine import ops
+from fastgrpo.engine.head import Head
+from fastgrpo.engine.logits import Apart, Fused, How, Sweeps, empty_gradient, fuse, fuses
+from fastgrpo.engine.ops import refuse_double_backward
+from fastgrpo.engine.plan import Plan, Roles, plan_loss, plan_rows, roles
+from fastgrpo.objective.options import Objective
+from fastgrpo.objective.terms import Terms, Weights, only_where, row_weights
+
+
+class _Once(torch.autograd.Function):
+    """Hands on a gradient that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, *made_of: Tensor | None):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        refuse_double_backward()
+
+
+def _once(gradient: Tensor | None, *made_of: Tensor | None) -> Tensor | None:
+    """The gradient; its own differentiation in what it was made of, with create_graph=True, is an error."""
+    return _Once.apply(gradient, *made_of) if gradient is not None and torch.is_grad_enabled() else gradient
+
+
+# ---- from logits
+
+
+def stats(logits: Tensor, sweeps: Sweeps, rows: Rows, want_entropy: bool) -> Scores:
+    """The scores of each row, whose logp and entropy are differentiable in the logits."""
+    if torch.compiler.is_compiling():
+        return ops.stats(logits, sweeps, rows, want_entropy)
+    return Scores(*_Stats.apply(logits, _Scoring(sweeps, rows, want_entropy)))
+
+
+class _Scoring(NamedTuple):
+    sweeps: Sweeps
+    rows: Rows
+    want_entropy: bool
+
+
+class _Stats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, call: _Scoring):
+        logp, lse, entropy = call.sweeps.stats(logits, call.rows, call.want_entropy)
+        ctx.save_for_backward(logits, *call.rows, lse, entropy)
+        ctx.sweeps = call.sweeps
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # so that an entropy that nobody differentiates costs no gradient
+        return logp, lse, entropy
+
+    @staticmethod
+    def backward(ctx, d_logp: Tensor | None, _, d_entropy: Tensor | None):
+        if d_logp is None and d_entropy is None:
+            return None, None
+        logits, ids, mask, inv_temperature, lse, entropy = ctx.saved_tensors
+        gradient = empty_gradient(logits)
+        with torch.no_grad():
+            # masked rows have no gradient, whatever the upstream gradient is
+            g = torch.zeros_like(lse) if d_logp is None else torch.where(mask, d_logp, 0.0)
+            h = None if d_entropy is None else torch.where(mask, d_entropy, 0.0)
+            ctx.sweeps.grad(logits, Rows(ids, mask, inv_temperature), Scores(lse, lse, entropy), g, h, gradient)
+        return _once(gradient, logits, d_logp, d_entropy), None
+
+
+class _Learning(NamedTuple):
+    sweeps: Sweeps
+    how: How
+    want_entropy: bool
+
+
+def loss(logits: Tensor, sweeps: Sweeps, how: How, want_entropy: bool) -> tuple[Scores, Terms]:
+    """Scores and terms; the gradient is made in the backward pass, in a new tensor."""
+    if isinstance(how, Apart):
+        scores = stats(logits, sweeps, how.rows, want_entropy)
+        return scores, how.terms(scores.logp, scores.entropy)
+    if torch.compiler.is_compiling():
+        result = ops.fused_loss(logits, sweeps, how, want_entropy)
+    else:
+        result = TokenLoss(*_FusedLoss.apply(logits, _Learning(sweeps, how, want_entropy)))
+    return Scores(result.logp, result.lse, result.entropy), how.terms(result)
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, call: _Learning):
+        result = call.sweeps.token_loss(logits, call.how, call.want_entropy, out=None)
+        ids, _, inv_temperature = call.how.rows
+        lse, entropy, h = result.lse, result.entropy, call.how.token.h
+        ctx.save_for_backward(logits, ids, inv_temperature, lse, entropy, result.g, h)
+        ctx.sweeps = call.sweeps
+        ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
+        ctx.set_materialize_grads(False)
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor | None, *_):
+        if d_loss is None:
+            return None, None
+        logits, ids, inv_temperature, lse, entropy, g, h = ctx.saved_tensors
+        gradient = empty_gradient(logits)
+        with torch.no_grad():
+            rows, scores = Rows(ids, None, inv_temperature), Scores(lse, lse, entropy)
+            ctx.sweeps.grad(logits, rows, scores, g * d_loss, None if h is None else h * d_loss, gradient)
+        return _once(gradient, logits, d_loss), None
+
+
+def loss_in_place(logits: Tensor, sweeps: Sweeps, how: How, want_entropy: bool) -> tuple[Scores, Terms]:
+    """Scores and terms; the logits become their gradient, which one backward call hands out."""
+    call = _Learning(sweeps, how, want_entropy)
+    total, logp, lse, entropy, ratio, kl, bonus, *logged = _InPlace.apply(logits, call)
+    return Scores(logp, lse, entropy), Terms(total, ratio, kl, tuple(logged), bonus)
+
+
+class _InPlace(torch.autograd.Function):
+    """The gradient is made in the forward pass, over the logits; backward scales it and returns it, once."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, call: _Learning):
+        sweeps, how, want_entropy = call
+        buffer = logits.detach()
+        saved, compiling = (buffer,), torch.compiler.is_compiling()
+        # fp16 gradients wait for the upstream factor, because a GradScaler's keeps them from rounding to 0
+        ctx.wait = buffer.dtype == torch.float16
+        if ctx.wait:
+            scores = sweeps.stats(buffer, how.rows, want_entropy)
+            terms, g, h = how.coefficients(scores)
+            saved = (buffer, how.rows.ids, how.rows.inv_temperature, scores.lse, scores.entropy, g, h)
+        elif compiling and isinstance(how, Fused):
+            result = ops.fused_loss(buffer, sweeps, how, want_entropy, inplace=True)
+            scores, terms = Scores(result.logp, result.lse, result.entropy), how.terms(result)
+        else:
+            scores, terms = how.overwrite(buffer, sweeps, want_entropy)
+            # an operation that saved these logits for its own backward pass gets autograd's error about an in-place
+            # change, and does not read a gradient as logits
+            increment_version(buffer)  # which detach() shares with the logits
+        ctx.save_for_backward(*saved)
+        ctx.sweeps, ctx.handed_out = sweeps, False
+        constants = (*scores, terms.ratio, terms.kl, terms.bonus, *terms.logged)
+        ctx.mark_non_differentiable(*(x for x in constants if x is not None))
+        ctx.set_materialize_grads(False)
+        return terms.loss, *constants
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor | None, *_):
+        if d_loss is None:
+            return None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            refuse_double_backward()
+        if ctx.handed_out:
+            raise RuntimeError(
+                "fastgrpo: a second backward through a loss with inplace=True; its gradient, written over the logits, "
+                "was handed out by the first. Use inplace=False to keep the graph."
+            )
+        ctx.handed_out = True
+        buffer, *rest = ctx.saved_tensors
+        if ctx.wait:
+            ids, inv_temperature, lse, entropy, g, h = rest
+            rows, scores = Rows(ids, None, inv_temperature), Scores(lse, lse, entropy)
+            ctx.sweeps.grad(buffer, rows, scores, g * d_loss, None if h is None else h * d_loss, buffer)
+        elif torch.compiler.is_compiling():
+            ops.scale_(buffer, d_loss, ctx.sweeps.backend)
+        else:
+            ctx.sweeps.scale_(buffer, d_loss)
+        return buffer, None
+
+
+# ---- from hidden states
+
+
+def hidden_scores(
+    hidden: Tensor, head: Head, rows: Rows, roles: Roles, want_entropy: bool, plan: Plan | None = None
+) -> Scores:
+    """The scores of the rows that are scored, differentiable in hidden, weight and bias; the gradients project again.
+
+    Args:
+        plan: None: it is made here.
+    """
+    if torch.compiler.is_compiling():
+        return ops.scores(hidden, head, rows, roles, want_entropy)
+    plan = plan or plan_rows(len(rows.ids), roles, head.chunk, learn=False)
+    call = _HiddenScoring(head, rows, roles.scored, plan, want_entropy)
+    return Scores(*_HiddenScores.apply(hidden, head.weight, head.bias, call))
+
+
+class _HiddenScoring(NamedTuple):
+    head: Head
+    rows: Rows
+    scored: Tensor | None
+    plan: Plan
+    want_entropy: bool
+
+
+class _HiddenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenScoring):
+        head, rows, scored, plan, want_entropy = call
+        logp, lse, entropy = chunks.score(hidden, head, rows, plan, want_entropy)
+        ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, lse, entropy)
+        ctx.head = head
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return logp, lse, entropy
+
+    @staticmethod
+    def backward(ctx, d_logp: Tensor | None, _, d_entropy: Tensor | None):
+        if d_logp is None and d_entropy is None:
+            return None, None, None, None
+        hidden, weight, bias, ids, inv_temperature, scored, lse, entropy = ctx.saved_tensors
+        with torch.no_grad():
+            # rows that were not scored have no gradient, whatever the upstream gradient is
+            g, h = (
+                None if d is None else (d if scored is None else torch.where(scored, d, 0.0)).contiguous()
+                for d in (d_logp, d_entropy)
+            )
+            g = torch.zeros_like(lse) if g is None else g
+            rows, scores = Rows(ids, None, inv_temperature), Scores(lse, lse, entropy)
+            made = chunks.gradients(hidden, ctx.head, rows, scores, g, h, ctx.needs_input_grad[:3])
+        return *(_once(x, hidden, weight, bias, d_logp, d_entropy) for x in made), None
+
+
+def hidden_loss(
+    hidden: Tensor, head: Head, objective: Objective, batch: Batch, statistics: bool
+) -> tuple[Tensor, Tensor | None, Terms]:
+    """(logps, entropies, terms), the loss differentiable in hidden, weight and bias.
+
+    The gradients are made in the forward pass where they can be; else, and in a compiled graph unless the kernels hold
+    the objective, in the backward pass, which projects again.
+    """
+    weights, who = row_weights(objective, batch), roles(objective, batch, statistics)
+    rows = Rows(batch.ids, batch.mask, head.scaled(batch.inv_temperature))
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, head.weight, head.bias)]
+    want_entropy = statistics or objective.needs_entropy
+    fused = fuses(objective, head.backend, hidden, head.dtype, head.softcap)
+    compiling = torch.compiler.is_compiling()
+    plan = plan_loss(objective, batch, who, head.chunk) if any(needs) and not compiling else None
+    if not any(needs) or not (fused if plan is None else plan.fits):
+        scores = hidden_scores(hidden, head, rows, who, want_entropy, plan)
+        how = Apart(rows, objective, batch, weights, who.scored)
+        return scores.logp, scores.entropy, how.terms(scores.logp, scores.entropy)
+
+    scale = None
+    if torch.float16 in (head.dtype, hidden.dtype, head.weight.dtype):
+        scale = _power_of_two(objective, batch, weights, who.scored)
+        weights = Weights(*(None if x is None else x * scale for x in weights))
+    how = fuse(rows, objective, batch, weights) if fused else Apart(rows, objective, batch, weights, who.scored)
+    if plan is None:
+        loss, columns = ops.fused_hidden_loss(hidden, head, how, who, needs, want_entropy)
+        bonus = None if weights.entropy is None else (weights.entropy * columns["entropy"]).sum()
+    else:
+        call = _HiddenLearning(head, how, plan, tuple(needs), want_entropy)
+        loss, (columns, bonus) = _HiddenLoss.apply(hidden, head.weight, head.bias, call)
+    if scale is not None:
+        loss, bonus = loss / scale, None if bonus is None else bonus / scale
+    logged = tuple(columns[name] for name in objective.record.logs)
+    return columns["logp"], columns.get("entropy"), Terms(loss, columns["ratio"], columns.get("kl"), logged, bonus)
+
+
+def _power_of_two(o: Objective, batch: Batch, weights: Weights, scored: Tensor | None) -> Tensor:
+    """The power of two, 0-dim, that brings the largest coefficient of a row to about 2^8.
+
+    fp16 gradients of a mean would round to 0; this keeps them in range until the upstream factor comes. It uses what
+    is known before the pass. fp16 reaches from 2^-24 to 2^16, so 2^8 leaves room for small probabilities below it and
+    for ratios above it.
+    """
+    size = only_where(scored, batch.row_advantages()).abs() + o.beta
+    if batch.importance_ratio is not None:
+        size = size * only_where(scored, batch.importance_ratio, fill=1.0)
+    size = size * weights.loss.abs()
+    top = torch.cat([size, size if weights.entropy is None else weights.entropy.abs(), size.new_zeros(1)]).amax()
+    return torch.where((top > 0) & top.isfinite(), torch.exp2(8 - torch.ceil(torch.log2(top))), 1.0)
+
+
+class _HiddenLearning(NamedTuple):
+    head: Head
+    how: How
+    plan: Plan
+    needs: tuple[bool, ...]  # whether hidden, weight and bias need a gradient
+    want_entropy: bool
+
+
+class _HiddenLoss(torch.autograd.Function):
+    """Nothing else holds the gradients, so backward scales them in place and returns them, once."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenLearning):
+        loss, columns, bonus, gradients = chunks.learn(hidden, *call)
+        ctx.gradients, ctx.sweeps = [*gradients], call.head.sweeps
+        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+        ctx.set_materialize_grads(False)
+        return loss, (columns, bonus)  # the second has no gradient
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor | None, _):
+        if d_loss is None:
+            return None, None, None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            refuse_double_backward()
+        if not ctx.gradients:
+            raise RuntimeError(
+                "fastgrpo: a second backward through linear_grpo_loss; its gradients, made in the forward pass, were "
+                "handed out by the first. Call it again, or use linear_logps and policy_loss to keep the graph."
+            )
+        results = []
+        for dtype in ctx.dtypes:
+            gradient = ctx.gradients.pop(0)
+            if gradient is not None and gradient.numel() > 0:
+                ctx.sweeps.scale_(gradient.view(1, -1, gradient.shape[-1]), d_loss)
+            results.append(None if gradient is None else gradient.to(dtype))
+        return *results, None

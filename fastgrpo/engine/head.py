@@ -1,0 +1,107 @@
+"""`Head`: what makes logits of hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo import backends
+from fastgrpo.batch.checks import FLOATS, check, check_dtype
+from fastgrpo.engine.logits import Sweeps
+
+CPU_BYTES = 512 << 20  # of a chunk's logits; chunks are few and large, because each adds its dW to a sum in memory
+GPU_SHARE = 32  # a chunk takes at most 1/32 of a GPU's memory
+GPU_ROWS = 8192  # more rows make the GEMMs no faster
+LEAST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap(scale · (hidden @ weightᵀ + bias)), `chunk` rows at a time.
+
+    Their GEMM gives logits / scale. The kernels read those with the scale in the temperature, and the softcap divided
+    by it: c·tanh(s·x/c) = s · (c/s)·tanh(x / (c/s)).
+    """
+
+    weight: Tensor  # (V', H)
+    bias: Tensor | None  # (V',)
+    vocab: int  # V: the first rows of the weight are tokens, the others padding
+    scale: float
+    softcap: float | None  # of logits / scale
+    dtype: torch.dtype  # of the GEMMs
+    chunk: int
+    backend: str  # whose kernels sweep the logits
+
+    @property
+    def sweeps(self) -> Sweeps:
+        return Sweeps(self.backend, self.softcap)
+
+    def scaled(self, inv_temperature: Tensor) -> Tensor:
+        """(N,) what the kernels multiply the GEMM's logits by."""
+        return inv_temperature if self.scale == 1 else inv_temperature * self.scale
+
+
+def make_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Head:
+    """The head of hidden states that have been checked; the arguments are those of `linear_grpo_loss`.
+
+    Raises:
+        ValueError: names the argument, what was expected and what came.
+        RuntimeError: the named backend cannot run here.
+    """
+    width, device = hidden.shape[-1], hidden.device
+    matrix = isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) > 0
+    check(matrix and weight.shape[1] == width, "weight", f"a tensor of shape (V, {width})", weight)
+    check_dtype("weight", weight, *FLOATS)
+    check(weight.device == device, "weight", f"device {device}", weight)
+    if bias is not None:
+        fits = isinstance(bias, Tensor) and bias.shape == weight.shape[:1]
+        check(fits, "bias", f"a tensor of shape ({len(weight)},)", bias)
+        check_dtype("bias", bias, *FLOATS)
+        check(bias.device == device, "bias", f"device {device}", bias)
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+        check(number or (name == "softcap" and value is None), name, "a number > 0", value)
+    cap = None if softcap is None else softcap / logit_scale
+    check(cap is None or 1e-30 <= cap <= 1e30, "softcap", "softcap / logit_scale between 1e-30 and 1e30", softcap)
+    for name, value, most in (("vocab_size", vocab_size, len(weight)), ("chunk_size", chunk_size, float("inf"))):
+        whole = value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most)
+        check(whole, name, f"None or an integer from 1 to {most}" if most < float("inf") else "None or an integer > 0",
+              value)  # fmt: skip
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    else:
+        check(weight.dtype == dtype, "weight", f"hidden's dtype, {dtype}, outside autocast", weight)
+    vocab = len(weight) if vocab_size is None else vocab_size
+    return Head(
+        weight=weight,
+        bias=bias,
+        vocab=vocab,
+        scale=logit_scale,
+        softcap=cap,
+        dtype=dtype,
+        chunk=chunk_size or default_chunk(vocab, dtype, device),
+        backend=backends.select(hidden, backend, dtype, vocab=vocab, softcap=cap),
+    )
+
+
+@torch.compiler.assume_constant_result
+def default_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The number of rows in a chunk, by the memory that their logits take."""
+    row = vocab * dtype.itemsize
+    if device.type == "cpu":
+        return max(LEAST_ROWS, CPU_BYTES // row)
+    memory = torch.get_device_module(device).get_device_properties(device).total_memory
+    return min(GPU_ROWS, max(LEAST_ROWS, memory // GPU_SHARE // row))

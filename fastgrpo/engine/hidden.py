@@ -1,0 +1,123 @@
+"""From hidden states to scores, loss and gradients, a chunk of logits at a time. N = B·T rows, in any order of a plan.
+
+All is 2NHV FLOPs a GEMM: one for scores, two more for gradients, three for a loss whose gradients are made with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo.backends import Rows, Scores
+from fastgrpo.engine.head import Head
+from fastgrpo.engine.logits import How
+from fastgrpo.engine.plan import Plan, Roles, plan_rows
+from fastgrpo.engine.projection import Gradients, Projection
+
+HeadGradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
+
+
+class Learned(NamedTuple):
+    """A loss with its gradients; rows that were not scored have statistics of 0."""
+
+    loss: Tensor  # 0-dim
+    columns: dict[str, Tensor]  # (N,) by name: "logp", "entropy" if wanted, and those of the objective's terms
+    bonus: Tensor | None
+    gradients: HeadGradients  # of the loss; those of fp16 tensors in fp32
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def take_rows(rows: Rows, at: slice | Tensor) -> Rows:
+    return Rows(*(None if x is None else x[at] for x in rows))
+
+
+def columns(scores: Scores) -> list[Tensor]:
+    """What is kept of them."""
+    return [scores.logp] if scores.entropy is None else [scores.logp, scores.entropy]
+
+
+def score(hidden: Tensor, head: Head, rows: Rows, plan: Plan, want_entropy: bool) -> Scores:
+    """The scores of a plan's rows, which are 0 elsewhere."""
+    count = 2 + want_entropy
+    results = rows.inv_temperature.new_zeros(count, len(rows.ids))
+    with no_autocast(hidden):
+        projection = Projection(hidden, head, plan.longest)
+        for chunk in plan.score:
+            at = plan.at(chunk)
+            logits = projection.logits(at)  # (1, n, V)
+            scores = head.sweeps.stats(logits, take_rows(rows, at), want_entropy)
+            for result, values in zip(results, scores[:count], strict=True):
+                result[at] = values
+    return Scores(*results, *[None] * (3 - count))
+
+
+def gradients(
+    hidden: Tensor, head: Head, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, needs: Sequence[bool]
+) -> HeadGradients:
+    """The gradients of hidden, weight and bias from g = dL/dlogp and h = dL/dentropy, (N,) each.
+
+    Rows with both 0 enter no GEMM. Waits for the device once.
+    """
+    learn = g != 0 if h is None else (g != 0) | (h != 0)
+    plan = plan_rows(len(g), Roles(learn, None), head.chunk)
+    with no_autocast(hidden):
+        projection = Projection(hidden, head, plan.longest)
+        collected = Gradients(projection, head, needs, plan)
+        for chunk, _ in plan.learn:
+            at = plan.at(chunk)
+            logits = projection.logits(at)  # (1, n, V), and then their gradient
+            per_row = Scores(*(None if x is None else x[at] for x in scores))
+            head.sweeps.grad(logits, take_rows(rows, at), per_row, g[at], None if h is None else h[at], logits)
+            collected.add(at)
+        logits = projection = None  # frees the buffer before the weight's gradient is rounded
+        return collected.result()
+
+
+def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool], want_entropy: bool) -> Learned:
+    """A loss, and the gradients of hidden, weight and bias for dL = 1, in one pass over the chunks of a plan.
+
+    Rows that do not learn are only projected for their statistics; rows that are not scored are not projected.
+    """
+    if plan.order is not None:  # gathered once in the order of projection; the rows of a chunk are then a slice
+        how = how.take(plan.order)
+    vectors = how.rows.inv_temperature
+    names = [*["logp", "entropy"][: 1 + want_entropy], *how.columns()]
+    table, of_terms = vectors.new_zeros(len(names), len(vectors)), slice(1 + want_entropy, None)
+    losses, bonuses = [], []
+    with no_autocast(hidden):
+        projection = Projection(hidden, head, plan.longest)
+        collected = Gradients(projection, head, needs, plan, hold_dtype)
+        for chunk, layout in plan.learn:
+            at = plan.at(chunk)
+            logits = projection.logits(at)  # (1, n, V), and then their gradient
+            scores, terms = how.part(chunk, layout).overwrite(logits, head.sweeps, want_entropy)
+            torch.stack([*columns(scores), *terms.columns()], out=table[:, chunk])
+            losses.append(terms.loss)
+            bonuses += [] if terms.bonus is None else [terms.bonus]
+            collected.add(at)
+        for chunk in plan.score:
+            logits = projection.logits(plan.at(chunk))
+            scores = head.sweeps.stats(logits, take_rows(how.rows, chunk), want_entropy)
+            torch.stack(columns(scores), out=table[: of_terms.start, chunk])
+        logits = projection = None  # frees the buffer before the weight's gradient is rounded
+        made = collected.result()
+    if plan.rest is not None:
+        chunk, layout = plan.rest
+        terms = how.part(chunk, layout).look(*table[: of_terms.start, chunk])
+        torch.stack(terms.columns(), out=table[of_terms, chunk])
+    if plan.order is not None:
+        table = torch.empty_like(table).index_copy_(1, plan.order, table)
+    loss = sum(losses[1:], start=losses[0]) if losses else vectors.new_zeros(())
+    bonus = sum(bonuses[1:], start=bonuses[0]) if bonuses else None
+    return Learned(loss, dict(zip(names, table.unbind(), strict=True)), bonus, made)
+
+
+def hold_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gradients until the upstream factor comes; fp16 has too little range for unscaled ones."""
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -1,0 +1,201 @@
+"""The objective on rows of logits: between two sweeps in torch, or fused into one pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo import backends
+from fastgrpo.backends import Call, Rows, Scores, TokenLoss, TokenRows, TokenSpec
+from fastgrpo.batch.batch import Batch, take
+from fastgrpo.batch.layout import Layout
+from fastgrpo.objective.options import Objective
+from fastgrpo.objective.terms import Terms, Weights, compute_terms, term_columns
+
+
+class Sweeps(NamedTuple):
+    """The kernels of a call: a backend's, on logits with this softcap."""
+
+    backend: str
+    softcap: float | None = None
+
+    def stats(self, logits: Tensor, rows: Rows, want_entropy: bool) -> Scores:
+        """logp, lse and entropy of each row; those outside rows.mask are not read, and give 0."""
+        kernels = backends.get(self.backend)
+        return kernels.row_stats(logits, rows, want_entropy=want_entropy, softcap=self.softcap)
+
+    def grad(self, logits: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, out: Tensor) -> None:
+        """Writes dL/dlogits from g = dL/dlogp and h = dL/dentropy into `out`, which may be the logits."""
+        backends.get(self.backend).row_grad(logits, rows, scores, g, h, out, softcap=self.softcap)
+
+    def token_loss(self, logits: Tensor, how: Fused, want_entropy: bool, out: Tensor | None) -> TokenLoss:
+        """Statistics and objective of each row in one pass, and the gradient into `out` if there is one."""
+        kernels = backends.get(self.backend)
+        return kernels.token_loss(logits, *how, out, want_entropy=want_entropy, softcap=self.softcap)
+
+    def scale_(self, x: Tensor, factor: Tensor) -> None:
+        """x *= factor (0-dim), which is not read on the host of a GPU."""
+        backends.get(self.backend).scale_(x, factor)
+
+
+def fuses(o: Objective, backend: str, logits: Tensor, dtype: torch.dtype, softcap: float | None = None) -> bool:
+    """Whether a backend's kernels hold the objective between two looks at a row of logits of this dtype."""
+    return o.is_fused and _fuses(backend, logits.device.type, logits.device.index, dtype, softcap)
+
+
+@torch.compiler.assume_constant_result
+def _fuses(backend: str, device_type: str, index: int | None, dtype: torch.dtype, softcap: float | None) -> bool:
+    return backends.get(backend).refuses(Call(device_type, index, dtype, 1, softcap, fused=True)) is None
+
+
+class Fused(NamedTuple):
+    """An objective of single tokens on some rows, which the kernels hold."""
+
+    rows: Rows
+    token: TokenRows
+    spec: TokenSpec
+
+    def take(self, at: slice | Tensor) -> Fused:
+        """That on some of the rows."""
+        ids, mask, inv_temperature = self.rows
+        inv_temperature, *token = take([inv_temperature, *self.token], at)
+        return Fused(Rows(ids[at], mask[at], inv_temperature), TokenRows(*token), self.spec)
+
+    def part(self, at: slice, layout: Layout) -> Fused:
+        return self.take(at)
+
+    def overwrite(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool) -> tuple[Scores, Terms]:
+        """Scores and terms of logits that become their gradient, in one pass."""
+        result = sweeps.token_loss(logits, self, want_entropy, out=logits)
+        return Scores(result.logp, result.lse, result.entropy), self.terms(result)
+
+    def terms(self, result: TokenLoss) -> Terms:
+        """The terms of a pass."""
+        bonus = None if self.token.h is None else (self.token.h * result.entropy).sum()
+        return Terms(result.loss.sum(), result.ratio, result.kl if self.spec.beta != 0 else None, bonus=bonus)
+
+    def look(self, logp: Tensor, entropy: Tensor | None = None) -> Terms:
+        """The terms of rows that do not learn."""
+        return Terms(
+            logp.new_zeros(()), torch.ones_like(logp), torch.zeros_like(logp) if self.spec.beta != 0 else None
+        )
+
+    def columns(self) -> list[str]:
+        return ["ratio", *["kl"] * (self.spec.beta != 0)]
+
+
+def fuse(rows: Rows, o: Objective, batch: Batch, weights: Weights, *, skip_zero: bool = False) -> Fused:
+    """The objective of a batch as kernels take it; with `skip_zero` rows that cannot learn are not scored."""
+    advantages, grouped = batch.advantages, batch.advantages is None
+    token = TokenRows(
+        weight=weights.loss,
+        advantages=advantages,
+        rewards=batch.rewards,
+        seq=batch.seq() if grouped else None,
+        old=batch.old,
+        ref=batch.ref if o.beta != 0 else None,
+        policy_scale=batch.importance_ratio,
+        h=weights.entropy,
+    )
+    spec = TokenSpec(
+        kind=o.record.kind,
+        numbers=o.record.numbers(o),
+        beta=o.beta,
+        bias_correction=o.use_bias_correction_kl,
+        group_size=batch.num_generations,
+        scale_by_std=grouped and batch.scale_rewards == "group",
+        skip_zero=skip_zero and o.may_be_inert(batch.advantages_per_token),
+    )
+    return Fused(rows, token, spec)
+
+
+class Apart(NamedTuple):
+    """Any objective on some rows, in torch between two sweeps."""
+
+    rows: Rows
+    objective: Objective
+    batch: Batch
+    weights: Weights
+    scored: Tensor | None  # (N,) bool: the rows with scores; None: all
+
+    def take(self, at: slice | Tensor) -> Apart:
+        """That on some of the rows, in an order of which `part` makes sequences again."""
+        return self.part(at, self.batch.layout)
+
+    def part(self, at: slice | Tensor, layout: Layout) -> Apart:
+        """That on some of the rows, all of them scored, which make the sequences of `layout`."""
+        rows, weights = Rows(*(x[at] for x in self.rows)), Weights(*take(self.weights, at))
+        return Apart(rows, self.objective, self.batch.take(at, layout), weights, None)
+
+    def overwrite(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool) -> tuple[Scores, Terms]:
+        """Scores and terms of logits that become their gradient, in two sweeps."""
+        scores = sweeps.stats(logits, self.rows, want_entropy)
+        terms, g, h = self.coefficients(scores)
+        sweeps.grad(logits, self.rows, scores, g, h, out=logits)
+        return scores, terms
+
+    def terms(self, logps: Tensor, entropies: Tensor | None) -> Terms:
+        if self.objective.entropy_coef == 0 and entropies is not None:
+            entropies = entropies.detach()  # a statistic only: no gradient sweep for it
+        return compute_terms(self.objective, self.batch, logps, entropies, self.weights, self.scored)
+
+    def look(self, logp: Tensor, entropy: Tensor | None = None) -> Terms:
+        """The terms of rows that do not learn."""
+        return self.terms(logp, entropy)
+
+    def columns(self) -> list[str]:
+        return term_columns(self.objective)
+
+    def coefficients(self, scores: Scores) -> tuple[Terms, Tensor, Tensor | None]:
+        """(terms, g = dL/dlogp, h = dL/dentropy or None), g and h (N,), by autograd on vectors."""
+        with torch.enable_grad():
+            wanted = [scores.logp.detach().requires_grad_()]
+            entropies = scores.entropy
+            if self.objective.entropy_coef != 0:
+                entropies = entropies.detach().requires_grad_()
+                wanted.append(entropies)
+            terms = self.terms(wanted[0], entropies)
+            g, *h = torch.autograd.grad(terms.loss, wanted, materialize_grads=True)
+        return Terms(terms.loss.detach(), *terms[1:]), g, h[0] if h else None
+
+
+How = Fused | Apart
+
+
+def row_span(logits: Tensor) -> int | None:
+    """Elements from the first to the last of (B, T, V) logits; None if rows share memory, as expanded ones do."""
+    span = logits.size(-1)
+    for stride, size in sorted(zip(logits.stride()[:2], logits.shape[:2], strict=True)):
+        if size > 1:
+            if stride < span:
+                return None
+            span += stride * (size - 1)
+    return span
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """An uninitialised gradient, with the strides of the logits if they are a slice of rows.
+
+    With equal strides every row of both has the same alignment, so the kernels' wide accesses fit both.
+    """
+    span = row_span(logits)
+    if span is not None and span <= 1.25 * logits.numel():
+        return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def as_rows(logits: Tensor, inplace: bool = False) -> Tensor:
+    """The logits as (B, T, V) with unit stride in V; packed (N, V) becomes (1, N, V)."""
+    if logits.stride(-1) != 1 and logits.size(-1) > 1:
+        if inplace:
+            raise ValueError(f"logits: expected unit stride in V with inplace=True, got strides {logits.stride()}")
+        logits = logits.contiguous()
+    rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
+    if inplace and row_span(rows) is None:
+        raise ValueError(
+            "logits: expected rows that share no memory with inplace=True, got shape "
+            f"{tuple(logits.shape)} and strides {logits.stride()}"
+        )
+    return rows

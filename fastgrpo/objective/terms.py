@@ -1,0 +1,159 @@
+"""From vectors to the loss: `compute_terms`, in plain torch, differentiable in logps and entropies."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo.batch.batch import Batch
+from fastgrpo.batch.layout import Layout
+from fastgrpo.objective.losses import bounded_exp
+from fastgrpo.objective.options import Objective, Tokens
+
+_QUANTILE_LIMIT = 16_000_000  # elements; before 2.14 torch takes 2^24 at most
+
+
+class Weights(NamedTuple):
+    """What a row's loss and entropy are multiplied by in the loss of the whole batch; (N,) each."""
+
+    loss: Tensor  # mask, average and loss_scale in one number
+    entropy: Tensor | None  # dL/dentropy; None: no entropy bonus
+
+
+class Terms(NamedTuple):
+    """What the objective made of a batch; vectors are (N,), `loss` is 0-dim and differentiable."""
+
+    loss: Tensor
+    ratio: Tensor  # before the delta clamp; constant within a sequence at sequence level
+    kl: Tensor | None = None
+    logged: tuple[Tensor, ...] = ()  # weights, constant within a sequence, for the record's `logs`
+    bonus: Tensor | None = None  # the entropy bonus as it stands in the loss; None without one
+
+    def in_fp32(self) -> Terms:
+        """The same, the loss in fp32."""
+        return Terms(self.loss.to(torch.float32), *self[1:])
+
+    def columns(self) -> list[Tensor]:
+        """The vectors, as `term_columns` names them."""
+        return [self.ratio, *([] if self.kl is None else [self.kl]), *self.logged]
+
+
+def term_columns(o: Objective) -> list[str]:
+    """The vectors that the terms of an objective have."""
+    return ["ratio", *["kl"] * (o.beta != 0), *o.record.logs]
+
+
+def row_weights(o: Objective, batch: Batch) -> Weights:
+    """The weights of a batch's rows."""
+    mask = batch.mask.to(batch.dtype)
+    weight = o.record.average(o, batch, mask)
+    if isinstance(batch.loss_scale, Tensor) or batch.loss_scale != 1:
+        weight = weight * batch.loss_scale
+    if o.entropy_coef == 0:
+        return Weights(weight, None)
+    return Weights(weight, mask * (-o.entropy_coef * batch.loss_scale) / mask.sum().clamp(min=1))
+
+
+def only_where(scored: Tensor | None, x: Tensor, fill: float = 0.0) -> Tensor:
+    """`x`, with `fill` in the rows that are not scored, whose values may be NaN; None: all rows are."""
+    return x if scored is None else torch.where(scored, x, fill)
+
+
+def compute_terms(
+    o: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None, weights: Weights, scored: Tensor | None
+) -> Terms:
+    """The objective of a batch from its logps and entropies (N,); differentiable in both.
+
+    Rows that are not `scored` (N,) bool may hold anything in any input; they add exactly 0. None: all are scored.
+    """
+    mask = batch.mask.to(batch.dtype)
+    advantages, logps = only_where(scored, batch.row_advantages()), only_where(scored, logps)
+    old = logps.detach() if batch.old is None else only_where(scored, batch.old)
+    is_ratio = batch.importance_ratio
+    is_ratio = None if is_ratio is None else only_where(scored, is_ratio, fill=1.0)
+    log_ratio = _log_ratio(o, batch.layout, mask, logps, old)
+
+    factors, entropy_mask = [], None  # of the policy term alone
+    if o.off_policy_mask_threshold is not None:
+        sampling = old if batch.sampling is None else only_where(scored, batch.sampling)
+        drift = _seq_mean(batch.layout, mask, torch.nan_to_num(sampling - logps.detach(), nan=0.0))
+        factors.append((advantages >= 0) | (drift <= o.off_policy_mask_threshold))
+    if o.top_entropy_quantile < 1:
+        entropy_mask = high_entropy_mask(entropies, batch.mask, 1 - o.top_entropy_quantile)
+        factors.append(entropy_mask)
+    if is_ratio is not None and not o.record.takes_importance_ratio:
+        factors.append(is_ratio)
+    off = None
+    for factor in factors:
+        off = factor == 0 if off is None else off | (factor == 0)
+
+    token_log_ratio = (logps - old).detach()
+    tokens = Tokens(logps, log_ratio, token_log_ratio, advantages, is_ratio, off, mask, scored, batch)
+    loss, *logged = o.record.token(o, tokens)
+    for factor in factors:
+        loss = loss * factor
+    kl = None
+    if o.beta != 0:
+        kl = _kl(o, batch, mask, logps, old, only_where(scored, batch.ref))
+        loss = loss + o.beta * kl
+
+    total, h, bonus = (loss * weights.loss).sum(), weights.entropy, None
+    if h is not None:
+        if entropy_mask is not None:
+            h = h * entropy_mask * (mask.sum().clamp(min=1) / (mask * entropy_mask).sum().clamp(min=1))
+        bonus = (h * only_where(scored, entropies)).sum()
+        total, bonus = total + bonus, bonus.detach()
+    return Terms(total, log_ratio.detach().exp(), None if kl is None else kl.detach(), tuple(logged), bonus)
+
+
+def _seq_mean(layout: Layout, mask: Tensor, x: Tensor) -> Tensor:
+    """The mean over the loss tokens of each sequence, on its rows."""
+    return layout.to_rows(layout.seq_sum(x * mask) / layout.seq_sum(mask).clamp(min=1))
+
+
+def _log_ratio(o: Objective, layout: Layout, mask: Tensor, logps: Tensor, old: Tensor) -> Tensor:
+    """(N,) the logarithm of the ratio of the objective's level."""
+    if o.importance_sampling_level == "token":
+        return logps - old
+    mean = _seq_mean(layout, mask, logps - old)
+    return mean if o.importance_sampling_level == "sequence" else mean.detach() + (logps - logps.detach())
+
+
+def _kl(o: Objective, batch: Batch, mask: Tensor, logps: Tensor, old: Tensor, ref: Tensor) -> Tensor:
+    """(N,) the k3 estimate of the KL to the reference policy, or that times the ratio."""
+    if not o.use_bias_correction_kl:
+        diff = ref - logps
+        return torch.expm1(diff) - diff  # exp(d) - 1 - d without its cancellation
+    # in float64 up to the logps: its derivatives cancel, and are as large as exp(ref - logps) themselves
+    wide = logps.double()
+    return _kl_times_ratio(ref - wide, _log_ratio(o, batch.layout, mask, wide, old)).to(logps.dtype)
+
+
+def _kl_times_ratio(d: Tensor, log_ratio: Tensor) -> Tensor:
+    """exp(x) (exp(d) - 1 - d), which is exp(x + d) (1 - (1 + d) exp(-d)): a ratio near 0 beside a large exp(d)."""
+    n = torch.where(d > 0, -d, d)
+    share = torch.where(d > 0, n * n.exp() - torch.expm1(n), torch.expm1(n) - n)
+    return share * bounded_exp(log_ratio + torch.where(d > 0, d, 0.0), share == 0, 1.0)
+
+
+def high_entropy_mask(entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
+    """(N,) bool: the masked tokens whose entropy is at least the `threshold` quantile of the masked entropies.
+
+    The quantile is torch's, whose rounding depends on its version; but for any number of tokens, and without a host
+    sync.
+    """
+    if entropies.numel() == 0:
+        return mask
+    values = entropies.detach()
+    if values.numel() <= _QUANTILE_LIMIT:
+        quantile = torch.nanquantile(torch.where(mask, values, torch.nan), threshold)
+    else:  # as torch from 2.14 on
+        ordered = torch.where(mask, values, torch.inf).sort().values
+        share = torch.full((), threshold, dtype=torch.float32, device=mask.device)
+        rank = share.double() * (mask.sum() - 1).clamp(min=0)
+        below = rank.floor()
+        low, high = (ordered.gather(0, index.long().view(1)) for index in (below, rank.ceil()))
+        quantile = torch.where(low == high, low, torch.lerp(low, high, (rank - below).to(ordered.dtype)))
+    return (entropies >= quantile) & mask

@@ -1,0 +1,36 @@
+"""What a loss returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastgrpo.batch.batch import Batch
+from fastgrpo.objective.metrics import compute_metrics
+from fastgrpo.objective.options import Objective
+from fastgrpo.objective.terms import Terms
+
+
+class GRPOOutput(NamedTuple):
+    """What a loss returns: the loss, which alone is differentiable, and statistics.
+
+    With `return_stats=False` only `loss` is filled. All are fp32; from float64 inputs the statistics are float64.
+    """
+
+    loss: Tensor  # 0-dim
+    per_token_logps: Tensor | None = None  # like completion_ids; 0 where masked
+    entropies: Tensor | None = None  # like completion_ids, nats; 0 where masked
+    kl: Tensor | None = None  # like completion_ids; None when beta is 0
+    metrics: dict[str, Tensor] | None = None  # 0-dim tensors under TRL's names; reading one waits for the device
+
+
+def make_output(
+    objective: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None, terms: Terms, return_stats: bool
+) -> GRPOOutput:
+    """The public result from row vectors."""
+    if not return_stats:
+        return GRPOOutput(terms.loss)
+    metrics = compute_metrics(objective, batch, entropies, terms)
+    logps, entropies, kl = (None if x is None else x.detach().view(batch.shape) for x in (logps, entropies, terms.kl))
+    return GRPOOutput(terms.loss, logps, entropies, kl, metrics)
