@@ -109,7 +109,8 @@ def usable(output: Output, names=("cuda", "triton")) -> list[str]:
     """Those of these backends that run here; on a GPU all have to."""
     found = []
     for name in names:
-        why = backends.get(name).unavailable() or backends.get(name).supports(output.device, torch.bfloat16)
+        call = backends.Call(output.device, None, torch.bfloat16, 1)
+        why = backends.get(name).unavailable() or backends.get(name).refuses(call)
         print(f"{name}: {why or 'runs here'}", flush=True)
         if why is None:
             found.append(name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import backends
-from fastgrpo.backends import TokenRows, TokenSpec
+from fastgrpo.backends import Rows, Scores, TokenRows, TokenSpec
 from fastgrpo.bench import command, implementations
 from fastgrpo.bench.cases import DTYPES, Case
 
@@ -105,20 +105,21 @@ def poison(p: SimpleNamespace) -> None:
 
 
 def _token_loss(p: SimpleNamespace, backend, entropy: bool) -> dict[str, Tensor]:
-    rows = TokenRows(p.weight, p.advantages, None, None, None, None, None, p.h if entropy else None)
+    rows = Rows(p.ids, p.mask, p.inv_temperature)
+    token = TokenRows(p.weight, p.advantages, None, None, None, None, None, p.h if entropy else None)
     logits = p.work
-    found = backend.token_loss(logits, p.ids, p.mask, p.inv_temperature, entropy, rows, TokenSpec(), logits)
+    found = backend.token_loss(logits, rows, token, TokenSpec(), logits, want_entropy=entropy)
     return dict(gradient=logits, logp=found[1], lse=found[2]) | ({"entropy": found[3]} if entropy else {})
 
 
 def _statistics(p: SimpleNamespace, backend, entropy: bool) -> dict[str, Tensor]:
-    logp, lse, found = backend.row_stats(p.logits, p.ids, p.mask, p.inv_temperature, entropy)
+    logp, lse, found = backend.row_stats(p.logits, Rows(p.ids, p.mask, p.inv_temperature), want_entropy=entropy)
     return dict(logp=logp, lse=lse) | ({"entropy": found} if entropy else {})
 
 
 def _gradient(p: SimpleNamespace, backend, entropy: bool, *, inplace: bool) -> dict[str, Tensor]:
-    backend.row_grad(p.work if inplace else p.logits, p.ids, p.lse.float(), p.entropy.float(), p.g,
-                     p.h if entropy else None, p.inv_temperature, p.work)  # fmt: skip
+    rows, scores = Rows(p.ids, p.mask, p.inv_temperature), Scores(p.logp.float(), p.lse.float(), p.entropy.float())
+    backend.row_grad(p.work if inplace else p.logits, rows, scores, p.g, p.h if entropy else None, p.work)
     return dict(gradient=p.work)
 
 

@@ -1,4 +1,4 @@
-// What a call on rows of logits is told, by both libraries. fastgrpo/backends/_native.py mirrors it field by field.
+// What a call on rows of logits is told, by both libraries. fastgrpo/backends/native.py mirrors it field by field.
 //
 // Rows are r = b*tokens + t; vectors per row are contiguous. A field that a function does not name is not read.
 //   row_stats   reads  logits, softcap, ids, mask, inv_temperature                      writes logp, lse, entropy

@@ -19,7 +19,7 @@ namespace fastgrpo {
 
 enum ObjectiveKind : int32_t { kClip = 0, kCispo = 1, kSapo = 2 };
 
-// The scalars, in the order of TokenSpec in fastgrpo/backends/__init__.py (skip_zero stays with the caller).
+// The scalars, in the order of TokenSpec in fastgrpo/backends/contract.py (skip_zero stays with the caller).
 struct ObjectiveSpec {
   int32_t kind;
   float clip_low;   // 1 - epsilon

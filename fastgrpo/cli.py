@@ -62,7 +62,7 @@ def _env(_: argparse.Namespace) -> None:
 def _why_not(name: str) -> str | None:
     """Why a backend cannot run here, and what to do about it; None where it can."""
     from fastgrpo import backends
-    from fastgrpo.backends._native import library_path
+    from fastgrpo.backends.native import library_path
 
     why = backends.get(name).unavailable()
     if why is None:

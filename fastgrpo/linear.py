@@ -112,8 +112,7 @@ def linear_grpo_loss(
     )
     head = (hidden if hidden.dim() == 3 else hidden[None], weight, bias)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in head]
-    one_pass = objective.is_token_local and any(needs)
-    options = head_options(hidden, vocab, logit_scale, softcap, chunk_size, dtype, backend, one_pass)
+    options = head_options(hidden, vocab, logit_scale, softcap, chunk_size, dtype, backend)
     inv_temperature = batch.inv_temperature if logit_scale == 1 else batch.inv_temperature * logit_scale
     batch.skip_inert = not return_stats
     batch.leave_out_inert(objective)
@@ -219,14 +218,13 @@ def head_options(
     chunk_size: int | None,
     dtype: torch.dtype,
     backend: str,
-    one_pass: bool = False,
 ) -> tuple[int, float, int, torch.dtype, str]:
     """(vocab, softcap, chunk, dtype, backend) as the operators take them.
 
     The caller puts `logit_scale` into the temperature; the softcap is divided by it here.
     """
     chunk = chunk_size or _default_chunk(vocab, dtype, hidden.device)
-    backend = backends.select(hidden, backend, dtype, one_pass=vocab if one_pass and softcap is None else 0)
+    backend = backends.select(hidden, backend, dtype, vocab=vocab, softcap=softcap)
     # c·tanh(s·x/c) = s · (c/s)·tanh(x / (c/s))
     return vocab, 0.0 if softcap is None else softcap / logit_scale, chunk, dtype, backend
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import backends, ops
+from fastgrpo.backends import Rows, Scores
 from fastgrpo.layout import Batch, Packed, Padded
 from fastgrpo.loss import coefficients, token_inputs
 from fastgrpo.objective import Objective
@@ -90,7 +91,8 @@ def _row_stats(
     logits: Tensor, ids: Tensor, inv_temperature: Tensor, want_entropy: bool, softcap: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     every = torch.ones_like(ids, dtype=torch.bool)
-    return backends.get(backend).row_stats(logits, ids, every, inv_temperature, want_entropy, softcap)
+    rows = Rows(ids, every, inv_temperature)
+    return backends.get(backend).row_stats(logits, rows, want_entropy=want_entropy, softcap=softcap or None)
 
 
 @linear_stats.register_fake
@@ -134,7 +136,10 @@ def linear_grad(
             rows = _pick(part, order)
             per_row = (x if x is None else x[rows] for x in (lse, None if h is None else entropy, g, h))
             logits = projection.logits(rows)
-            backends.get(backend).row_grad(logits, ids[rows], *per_row, inv_temperature[rows], logits, softcap)
+            part_lse, part_entropy, part_g, part_h = per_row
+            backends.get(backend).row_grad(logits, Rows(ids[rows], None, inv_temperature[rows]),
+                                           Scores(None, part_lse, part_entropy), part_g, part_h, logits,
+                                           softcap=softcap or None)  # fmt: skip
             gradients.add(rows)
         logits = projection = None  # frees the buffer before the weight's gradient is rounded
         return gradients.result()
@@ -314,17 +319,17 @@ def _loss_and_gradient(
     o: Objective, batch: Batch, logits: Tensor, want_entropy: bool, softcap: float, backend: str
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """(loss, statistics) of a chunk; writes dL/dlogits over its logits."""
-    kernels, rows = backends.get(backend), (batch.ids, batch.scored, batch.inv_temperature)
+    kernels, rows = backends.get(backend), Rows(batch.ids, batch.scored, batch.inv_temperature)
+    options = dict(want_entropy=want_entropy, softcap=softcap or None)
     if backend != "torch" and o.is_token_local:
         token_rows, spec = token_inputs(o, batch)
-        loss, logp, _, entropy, kl, ratio, _ = kernels.token_loss(
-            logits, *rows, want_entropy, token_rows, spec, logits, softcap
-        )
+        loss, logp, _, entropy, kl, ratio, _ = kernels.token_loss(logits, rows, token_rows, spec, logits, **options)
         return loss.sum(), dict(logp=logp, entropy=entropy, ratio=ratio, kl=kl)
-    logp, lse, entropy = kernels.row_stats(logits, *rows, want_entropy, softcap)
+    scores = kernels.row_stats(logits, rows, **options)
+    logp, _, entropy = scores
     with _autograd_inside_an_operator():
-        terms, g, h = coefficients(o, (logp, lse, entropy), batch, want_entropy)
-    kernels.row_grad(logits, batch.ids, lse, entropy, g, h, batch.inv_temperature, logits, softcap)
+        terms, g, h = coefficients(o, ops.with_tensors(scores), batch, want_entropy)
+    kernels.row_grad(logits, rows, scores, g, h, logits, softcap=softcap or None)
     return terms.loss, dict(logp=logp, entropy=entropy, ratio=terms.ratio, kl=terms.kl)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo import backends, ops
-from fastgrpo.backends import TokenRows, TokenSpec
+from fastgrpo.backends import Kind, TokenRows, TokenSpec
 from fastgrpo.layout import Batch, check_rows, make_batch
 from fastgrpo.objective import (
     Objective,
@@ -133,8 +133,7 @@ def grpo_loss(
     )
     logits = as_rows(logits, inplace)
     inplace = inplace and logits.requires_grad and torch.is_grad_enabled()
-    one_pass = inplace and objective.is_token_local and logits.dtype != torch.float16
-    backend = backends.select(logits, backend, one_pass=logits.size(-1) if one_pass else 0)
+    backend = backends.select(logits, backend)
     batch.skip_inert = not return_stats
     want_entropy = return_stats or objective.entropy_coef != 0 or objective.top_entropy_quantile < 1
 
@@ -190,7 +189,7 @@ def _token_loss(op, logits: Tensor, objective: Objective, batch: Batch, want_ent
     """The same by the one-pass kernels: `op` is ops.token_loss, or ops.token_loss_, which writes over the logits."""
     rows, spec = token_inputs(objective, batch)
     loss, logps, _, entropies, kl, ratio, _ = op(
-        logits, batch.ids, batch.scored, batch.inv_temperature, want_entropy, *rows, list(spec), backend
+        logits, batch.ids, batch.scored, batch.inv_temperature, want_entropy, *rows, ops.encode_spec(spec), backend
     )
     bonus = None if rows.h is None else (rows.h * entropies).sum()
     kl = kl if objective.beta != 0 else None
@@ -212,20 +211,22 @@ def token_inputs(objective: Objective, batch: Batch) -> tuple[TokenRows, TokenSp
         policy_scale=batch.importance_ratio,
         h=entropy_weight(o, batch),
     )
+    kind = {"cispo": Kind.CISPO, "sapo": Kind.SAPO}.get(o.loss_type, Kind.CLIP)
+    numbers = {
+        Kind.CLIP: (1 - o.epsilon, o.clip_high, math.inf if o.delta is None else o.delta),
+        Kind.CISPO: (o.clip_high,),
+        Kind.SAPO: (o.sapo_temperature_pos, o.sapo_temperature_neg),
+    }
     spec = TokenSpec(
-        kind={"cispo": 1, "sapo": 2}.get(o.loss_type, 0),
-        clip_low=1 - o.epsilon,
-        clip_high=o.clip_high,
-        delta=math.inf if o.delta is None else o.delta,
+        kind=kind.value,  # a plain int: torch.compile cannot make a float of an enum
+        numbers=numbers[kind],
         beta=o.beta,
         bias_correction=o.use_bias_correction_kl,
-        tau_pos=o.sapo_temperature_pos,
-        tau_neg=o.sapo_temperature_neg,
         group_size=batch.num_generations if in_pass else 0,
         scale_by_std=in_pass and batch.scale_rewards == "group",
         skip_zero=batch.skip_inert and o.zero_advantage_is_inert,
     )
-    return rows, TokenSpec(*map(float, spec))
+    return rows, spec
 
 
 class _InPlaceLoss(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import backends
-from fastgrpo.backends import TokenRows, TokenSpec
+from fastgrpo.backends import Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
 
 def empty_gradient(logits: Tensor) -> Tensor:
@@ -35,6 +35,28 @@ def row_span(logits: Tensor) -> int | None:
     return span
 
 
+def with_tensors(results: Scores | TokenLoss) -> tuple[Tensor, ...]:
+    """The same for a schema, where entropies that were not wanted are empty."""
+    return tuple(results._replace(entropy=results.logp.new_empty(0)) if results.entropy is None else results)
+
+
+def encode_spec(spec: TokenSpec) -> list[float]:
+    """A TokenSpec as a schema can hold it."""
+    return [float(x) for x in (*spec._replace(numbers=len(spec.numbers)), *spec.numbers)]
+
+
+def _decode_spec(numbers: list[float]) -> TokenSpec:
+    kind, count, beta, *flags = numbers[: -int(numbers[1])]
+    bias_correction, group_size, scale_by_std, skip_zero = map(int, flags)
+    return TokenSpec(int(kind), tuple(numbers[-int(count) :]), beta, bool(bias_correction), group_size,
+                     bool(scale_by_std), bool(skip_zero))  # fmt: skip
+
+
+def _row_grad(logits, ids, lse, entropy, g, h, inv_temperature, out, backend) -> None:
+    rows, scores = Rows(ids, None, inv_temperature), Scores(None, lse, entropy)
+    backends.get(backend).row_grad(logits, rows, scores, g, h, out)
+
+
 def _rows_like(ids: Tensor, inv_temperature: Tensor, count: int) -> list[Tensor]:
     return [torch.empty(ids.shape, dtype=inv_temperature.dtype, device=ids.device) for _ in range(count)]
 
@@ -44,7 +66,8 @@ def row_stats(
     logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp, lse, entropy) of each row, (N,) fp32; entropy is empty unless wanted. Masked rows are not read."""
-    return backends.get(backend).row_stats(logits, ids, mask, inv_temperature, want_entropy)
+    scores = backends.get(backend).row_stats(logits, Rows(ids, mask, inv_temperature), want_entropy=want_entropy)
+    return with_tensors(scores)
 
 
 @row_stats.register_fake
@@ -66,7 +89,7 @@ def row_grad(
 ) -> Tensor:
     """The gradient of the logits from g = dL/dlogp and h = dL/dentropy of each row; rows with both 0 are not read."""
     out = empty_gradient(logits)
-    backends.get(backend).row_grad(logits, ids, lse, entropy, g, h, inv_temperature, out)
+    _row_grad(logits, ids, lse, entropy, g, h, inv_temperature, out, backend)
     return out
 
 
@@ -97,7 +120,7 @@ def row_grad_(
     backend: str,
 ) -> None:
     """row_grad, written over the logits."""
-    backends.get(backend).row_grad(logits, ids, lse, entropy, g, h, inv_temperature, logits)
+    _row_grad(logits, ids, lse, entropy, g, h, inv_temperature, logits, backend)
 
 
 @row_grad_.register_fake
@@ -135,10 +158,12 @@ def token_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logp, lse, entropy, kl, ratio, g) of each row: row_stats and the fused objective in one pass."""
-    rows = TokenRows(weight, advantages, rewards, seq, old, ref, policy_scale, h)
-    return backends.get(backend).token_loss(
-        logits, ids, mask, inv_temperature, want_entropy, rows, TokenSpec(*spec), None
+    rows, token = (
+        Rows(ids, mask, inv_temperature),
+        TokenRows(weight, advantages, rewards, seq, old, ref, policy_scale, h),
     )
+    kernels, spec = backends.get(backend), _decode_spec(spec)
+    return with_tensors(kernels.token_loss(logits, rows, token, spec, None, want_entropy=want_entropy))
 
 
 @torch.library.custom_op("fastgrpo::token_loss_", mutates_args=("logits",))
@@ -160,10 +185,12 @@ def token_loss_(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """token_loss that also writes the gradient over the logits, in the same pass."""
-    rows = TokenRows(weight, advantages, rewards, seq, old, ref, policy_scale, h)
-    return backends.get(backend).token_loss(
-        logits, ids, mask, inv_temperature, want_entropy, rows, TokenSpec(*spec), logits
+    rows, token = (
+        Rows(ids, mask, inv_temperature),
+        TokenRows(weight, advantages, rewards, seq, old, ref, policy_scale, h),
     )
+    kernels, spec = backends.get(backend), _decode_spec(spec)
+    return with_tensors(kernels.token_loss(logits, rows, token, spec, logits, want_entropy=want_entropy))
 
 
 def _token_loss_fake(logits, ids, mask, inv_temperature, want_entropy, *_):

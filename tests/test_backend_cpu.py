@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastgrpo.backends import TokenRows, TokenSpec, _native, cpu
+from fastgrpo.backends import Call, Rows, Scores, TokenRows, TokenSpec, cpu, native
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"cpu backend: {cpu.unavailable()}")
 
@@ -76,14 +76,14 @@ def test_accuracy(isa, dtype, vocab):
     inv_temperature = torch.tensor([1.0, 1 / 0.7, 0.9, 1.0])
     g, h = torch.randn(4, generator=generator), torch.randn(4, generator=generator)
 
-    logp, lse, entropy = cpu.row_stats(logits, ids, everything(4), inv_temperature, True)
+    logp, lse, entropy = cpu.row_stats(logits, Rows(ids, everything(4), inv_temperature), want_entropy=True)
     want_logp, want_lse, want_entropy, p, log_p = reference(logits, ids, inv_temperature)
     torch.testing.assert_close(logp.double(), want_logp, rtol=1e-6, atol=1e-30)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(entropy.double(), want_entropy, rtol=2e-6, atol=1e-6)
 
     for gradient_of_entropy in (None, h):
-        cpu.row_grad(logits, ids, lse, entropy, g, gradient_of_entropy, inv_temperature, out)
+        cpu.row_grad(logits, Rows(ids, None, inv_temperature), Scores(None, lse, entropy), g, gradient_of_entropy, out)
         want = reference_grad(ids, g, gradient_of_entropy, inv_temperature, want_entropy, p, log_p)
         # One rounding to the dtype; and the lse that came in was itself rounded to fp32.
         rtol = 1e-5 + HALF_ULP[dtype]
@@ -120,11 +120,11 @@ def test_special_rows(isa, dtype):
     logits = torch.stack(list(rows.values()))[None]
     n = len(rows)
     ids, ones = torch.full((n,), 5), torch.ones(n)
-    logp, lse, entropy = cpu.row_stats(logits, ids, everything(n), ones, True)
+    logp, lse, entropy = cpu.row_stats(logits, Rows(ids, everything(n), ones), want_entropy=True)
     want_logp, want_lse, want_entropy, p, log_p = reference(logits, ids, ones)
     out = poisoned(logits)
     g = torch.full((n,), 0.7)
-    cpu.row_grad(logits, ids, lse, entropy, g, ones, ones, out)
+    cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, lse, entropy), g, ones, out)
     want = reference_grad(ids, g, ones, ones, want_entropy, p, log_p)
     for i, name in enumerate(rows):
         assert logp[i].item() == pytest.approx(want_logp[i].item(), rel=1e-5, abs=1e-7), name
@@ -149,7 +149,7 @@ def test_not_a_number(isa, dtype):
     ids[5], ids[6] = 9001, -100
     mask = everything(7)
     mask[4] = False
-    logp, lse, entropy = cpu.row_stats(logits, ids, mask, ones, True)
+    logp, lse, entropy = cpu.row_stats(logits, Rows(ids, mask, ones), want_entropy=True)
     assert logp.isnan().tolist() == [True, True, True, True, False, True, True]
     assert logp[4] == lse[4] == entropy[4] == 0
     _, want_lse, want_entropy, _, _ = reference(logits[:, 5:], torch.zeros(2, dtype=torch.int64), torch.ones(2))
@@ -158,12 +158,12 @@ def test_not_a_number(isa, dtype):
 
     out = poisoned(logits)
     rows = clip_rows(7, torch.Generator().manual_seed(5))
-    results = cpu.token_loss(logits, ids, mask, ones, True, rows, TokenSpec(), logits.clone())
+    results = cpu.token_loss(logits, Rows(ids, mask, ones), rows, TokenSpec(), logits.clone(), want_entropy=True)
     assert torch.equal(results[0].isnan(), logp.isnan())
     assert all(result[4] == 0 for result in results)
     g = results[-1].clone()
     g[6] = 0.0
-    cpu.row_grad(logits, ids, lse, entropy, g, None, ones, out)
+    cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, lse, entropy), g, None, out)
     assert out.isnan().all(-1).tolist() == [[True, True, True, True, False, True, False]]
     assert not out[0, 4].any() and not out[0, 6].any()
 
@@ -177,9 +177,9 @@ def test_instruction_sets_agree(dtype, monkeypatch):
     found = {}
     for name in ISAS:
         monkeypatch.setenv("FASTGRPO_CPU_ISA", name)
-        logp, lse, entropy = cpu.row_stats(logits, ids, everything(8), ones, True)
+        logp, lse, entropy = cpu.row_stats(logits, Rows(ids, everything(8), ones), want_entropy=True)
         out = poisoned(logits)
-        cpu.row_grad(logits, ids, lse, entropy, g, h, ones, out)
+        cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, lse, entropy), g, h, out)
         found[name] = (logp, lse, entropy, out)
     for name in ISAS[1:]:
         for a, b in zip(found[name][:3], found[ISAS[0]][:3], strict=True):
@@ -200,7 +200,7 @@ def test_rounds_to_nearest(isa, dtype):
     logits[:, :, 64] = 0.0
     ids, zeros, ones = torch.zeros(n, dtype=torch.int64), torch.zeros(n), torch.ones(n)
     out = poisoned(logits)
-    cpu.row_grad(logits, ids, zeros, zeros[:0], -g, None, ones, out)
+    cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, zeros, None), -g, None, out)
     # The polynomial gives 1 - 7e-7 for p = 1: ties are out of its reach.
     clear = torch.arange(0, 60) % 4 != 2
     assert torch.equal(out[0, clear, 64], g[clear].to(dtype))
@@ -222,18 +222,18 @@ def test_bitwise_independence(isa, dtype):
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             out = logits.clone()
-            found.append((*cpu.token_loss(out, ids, mask, ones, True, rows, TokenSpec(), out), out))
+            found.append((*cpu.token_loss(out, Rows(ids, mask, ones), rows, TokenSpec(), out, want_entropy=True), out))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
-    logp, lse, entropy = cpu.row_stats(logits, ids, mask, ones, False)
-    assert torch.equal(logp, found[0][1]) and torch.equal(lse, found[0][2]) and entropy.numel() == 0
+    logp, lse, entropy = cpu.row_stats(logits, Rows(ids, mask, ones), want_entropy=False)
+    assert torch.equal(logp, found[0][1]) and torch.equal(lse, found[0][2]) and entropy is None
     for r in mask.nonzero()[:4, 0].tolist():
         alone = logits[0, r].clone()[None, None]
         one = everything(1)
-        single = cpu.row_stats(alone, ids[r : r + 1], one, ones[:1], True)
+        single = cpu.row_stats(alone, Rows(ids[r : r + 1], one, ones[:1]), want_entropy=True)
         assert [s.item() for s in single] == [found[0][k][r].item() for k in (1, 2, 3)]
 
 
@@ -244,16 +244,16 @@ def test_in_place(isa, dtype, with_entropy):
     logits = torch.randn(3, 2, 4099, generator=generator).to(dtype)
     ids, ones = torch.randint(4099, (6,), generator=generator), torch.ones(6)
     g, h = torch.randn(6, generator=generator), torch.randn(6, generator=generator) if with_entropy else None
-    _, lse, entropy = cpu.row_stats(logits, ids, everything(6), ones, with_entropy)
+    _, lse, entropy = cpu.row_stats(logits, Rows(ids, everything(6), ones), want_entropy=with_entropy)
     # Another layout than that of the logits: every second row of a larger buffer.
     out = poisoned(torch.empty(3, 4, 4099, dtype=dtype))
     same, rows = logits.clone(), clip_rows(6, generator, h=h)
-    cpu.token_loss(logits, ids, everything(6), ones, with_entropy, rows, TokenSpec(), out[:, ::2])
-    cpu.token_loss(same, ids, everything(6), ones, with_entropy, rows, TokenSpec(), same)
+    cpu.token_loss(logits, Rows(ids, everything(6), ones), rows, TokenSpec(), out[:, ::2], want_entropy=with_entropy)
+    cpu.token_loss(same, Rows(ids, everything(6), ones), rows, TokenSpec(), same, want_entropy=with_entropy)
     assert torch.equal(out[:, ::2], same)
-    cpu.row_grad(logits, ids, lse, entropy, g, h, ones, out[:, ::2])
+    cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, lse, entropy), g, h, out[:, ::2])
     assert out[:, 1::2].isnan().all()
-    cpu.row_grad(logits, ids, lse, entropy, g, h, ones, logits)
+    cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, lse, entropy), g, h, logits)
     assert torch.equal(out[:, ::2], logits)
 
 
@@ -265,28 +265,30 @@ def test_objective(kind, bias_correction):
     generator = torch.Generator().manual_seed(9)
     logits = torch.randn(1, n, vocab, generator=generator)
     ids, ones = torch.randint(vocab, (n,), generator=generator), torch.ones(n)
-    current = cpu.row_stats(logits, ids, everything(n), ones, False)[0]
-    spec = TokenSpec(
-        kind=kind, clip_high=1.3 if kind == 0 else 1.1, delta=1.5, beta=0.1, bias_correction=bias_correction
-    )
+    current = cpu.row_stats(logits, Rows(ids, everything(n), ones), want_entropy=False)[0]
+    numbers = [(0.8, 1.3, 1.5), (1.1,), (1.0, 1.05)][kind]
+    spec = TokenSpec(kind, numbers, beta=0.1, bias_correction=bias_correction)
     rows = clip_rows(n, generator, h=torch.randn(n, generator=generator) * 0.1)._replace(
         old=current + torch.randn(n, generator=generator) * 0.4,
         ref=current + torch.randn(n, generator=generator) * 0.4,
         policy_scale=torch.rand(n, generator=generator),
     )
     out = logits.clone()
-    loss, logp, _, entropy, kl, ratio, _ = cpu.token_loss(out, ids, everything(n), ones, True, rows, spec, out)
+    loss, logp, _, entropy, kl, ratio, _ = cpu.token_loss(
+        out, Rows(ids, everything(n), ones), rows, spec, out, want_entropy=True
+    )
 
     x = logits[0].double().requires_grad_()
     log_p = x.log_softmax(-1)
     lp, ent = log_p.gather(1, ids[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     A, c1 = rows.advantages.double(), (lp - rows.old).exp()
     if kind == 0:
-        ell = -torch.min(c1.clamp(max=spec.delta) * A, c1.clamp(spec.clip_low, spec.clip_high) * A)
+        low, high, delta = numbers
+        ell = -torch.min(c1.clamp(max=delta) * A, c1.clamp(low, high) * A)
     elif kind == 1:
-        ell = -c1.clamp(max=spec.clip_high).detach() * A * lp
+        ell = -c1.clamp(max=numbers[0]).detach() * A * lp
     else:
-        tau = torch.where(A > 0, spec.tau_pos, spec.tau_neg).double()
+        tau = torch.where(A > 0, *numbers).double()
         ell = -A * 4 / tau * torch.sigmoid(tau * (c1 - 1))
     k3 = (rows.ref - lp).exp() - (rows.ref - lp) - 1
     k3 = k3 * c1 if bias_correction else k3
@@ -306,7 +308,9 @@ def test_group_advantages_and_skipped_rows():
         rows = TokenRows(ones, None, rewards, seq, None, None, None, None)
         spec = TokenSpec(group_size=4, scale_by_std=scale_by_std, skip_zero=1)
         out = logits.clone()
-        loss, logp, _, _, _, ratio, g = cpu.token_loss(out, ids, everything(8), ones, False, rows, spec, out)
+        loss, logp, _, _, _, ratio, g = cpu.token_loss(
+            out, Rows(ids, everything(8), ones), rows, spec, out, want_entropy=False
+        )
         valid = rewards[[0, 1, 3]].double()
         want = torch.zeros(8, dtype=torch.float64)
         want[[0, 1, 3]] = (valid - valid.mean()) / (valid.std() + 1e-4 if scale_by_std else 1.0)
@@ -327,17 +331,22 @@ def test_scale(dtype):
 def test_empty():
     for shape in ((0, 3, 8), (2, 0, 8)):
         nothing = torch.empty(0)
-        results = cpu.row_stats(torch.empty(shape), nothing.long(), nothing.bool(), nothing, True)
+        results = cpu.row_stats(torch.empty(shape), Rows(nothing.long(), nothing.bool(), nothing), want_entropy=True)
         assert [r.shape for r in results] == [(0,)] * 3
 
 
 def test_says_why(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTGRPO_CPU_ISA", "mmx")
     with pytest.raises(ValueError, match="FASTGRPO_CPU_ISA.*'mmx' is unknown"):
-        cpu.row_stats(torch.zeros(1, 1, 4), torch.zeros(1, dtype=torch.int64), everything(1), torch.ones(1), False)
-    assert "float64" in cpu.supports("cpu", torch.float64) and "cuda" in cpu.supports("cuda", torch.float32)
+        cpu.row_stats(
+            torch.zeros(1, 1, 4),
+            Rows(torch.zeros(1, dtype=torch.int64), everything(1), torch.ones(1)),
+            want_entropy=False,
+        )
+    assert "float64" in cpu.refuses(Call("cpu", None, torch.float64, 4))
+    assert "cuda" in cpu.refuses(Call("cuda", 0, torch.float32, 4))
     cpu._load.cache_clear()
-    monkeypatch.setattr(_native, "__file__", str(tmp_path / "fastgrpo" / "backends" / "_native.py"))
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "fastgrpo" / "backends" / "native.py"))
     assert "does not exist" in cpu.unavailable()
     cpu._load.cache_clear()
     monkeypatch.undo()
@@ -347,11 +356,11 @@ def test_says_why(monkeypatch, tmp_path):
 def test_sources_beside_an_installed_package(tmp_path, monkeypatch):
     """Python in a checkout finds its sources first: not a compiler is missing there, but another folder."""
     sources, site = tmp_path / "sources", tmp_path / "site"
-    monkeypatch.setattr(_native, "library_path", lambda name: sources / "fastgrpo" / "lib" / f"lib{name}.so")
+    monkeypatch.setattr(native, "library_path", lambda name: sources / "fastgrpo" / "lib" / f"lib{name}.so")
     made = SimpleNamespace(locate_file=lambda path: site / path)
-    monkeypatch.setattr(_native.importlib.metadata, "distribution", lambda name: made)
-    assert "built without a C++ compiler" in _native.load("fastgrpo_cpu", "a C++ compiler")[1]
+    monkeypatch.setattr(native.importlib.metadata, "distribution", lambda name: made)
+    assert "built without a C++ compiler" in native.load("fastgrpo_cpu", "a C++ compiler")[1]
     (site / "fastgrpo" / "lib").mkdir(parents=True)
     (site / "fastgrpo" / "lib" / "libfastgrpo_cpu.so").touch()
-    why = _native.load("fastgrpo_cpu", "a C++ compiler")[1]
+    why = native.load("fastgrpo_cpu", "a C++ compiler")[1]
     assert f"the sources in {sources}" in why and f"in {site}, has them: run Python in another folder" in why

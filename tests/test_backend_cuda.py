@@ -13,7 +13,8 @@ from cases import assert_close, loss_and_grad, make_inputs, objective_for, rel_n
 from cuda_rows import DTYPES, exact, exact_grad, make, rows_of
 
 from fastgrpo import backends, grpo_loss, selective_logps
-from fastgrpo.backends import TokenSpec, cuda
+from fastgrpo.backends import Call, Rows, Scores, TokenSpec, cuda
+from fastgrpo.backends.select import _select
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a gradient's element
 CLUSTERS = (-1, 1, 2, 4, 8, 16)  # -1: two passes
@@ -54,10 +55,10 @@ def test_statistics_and_gradients(cluster, dtype, V, offset, extra, use, device)
     outside = torch.ones_like(logits._base, dtype=torch.bool)
     outside.as_strided(logits.shape, logits.stride(), offset).fill_(False)
     want = exact(logits, ids, inv_t)
-    logp, lse, entropy = cuda.row_stats(logits, ids, mask, inv_t, True)
+    logp, lse, entropy = cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     for got, true in zip((logp, lse, entropy), want[:3], strict=True):
         torch.testing.assert_close(got.double(), true, rtol=1e-6, atol=2e-6)
-    assert torch.equal(cuda.row_stats(logits, ids, mask, inv_t, False)[0], logp)
+    assert torch.equal(cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=False)[0], logp)
 
     g, h = torch.randn(2, 4, generator=torch.Generator().manual_seed(V)).to(device)
     for slope in (None, h):
@@ -68,18 +69,18 @@ def test_statistics_and_gradients(cluster, dtype, V, offset, extra, use, device)
             torch.full_like(logits._base, math.nan)[1 : 1 + logits.numel()],
         ):
             out = out.view(logits.shape)  # the second one at another address modulo 16
-            cuda.row_grad(logits, ids, lse, entropy, g, slope, inv_t, out)
+            cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, slope, out)
             torch.testing.assert_close(out.flatten(0, 1).double(), grad, rtol=ROUNDING[dtype], atol=atol)
         rows = rows_of(4, device, advantages=-4 * g, h=slope)  # the loss is advantage/4 at ratio 1
-        results = cuda.token_loss(logits, ids, mask, inv_t, False, rows, TokenSpec(), None)
+        results = cuda.token_loss(logits, Rows(ids, mask, inv_t), rows, TokenSpec(), None, want_entropy=False)
         into = torch.full_like(logits._base, math.nan).as_strided(logits.shape, logits.stride(), offset)
-        fused = cuda.token_loss(logits, ids, mask, inv_t, False, rows, TokenSpec(), into)
+        fused = cuda.token_loss(logits, Rows(ids, mask, inv_t), rows, TokenSpec(), into, want_entropy=False)
         for a, b in zip(results, fused, strict=True):
-            assert torch.equal(a, b)
-        assert torch.equal(fused[1], logp) and torch.equal(fused[6], g) and fused[3].numel() == 0
+            assert a is b is None or torch.equal(a, b)
+        assert torch.equal(fused[1], logp) and torch.equal(fused[6], g) and fused[3] is None
         torch.testing.assert_close(into.flatten(0, 1).double(), grad, rtol=ROUNDING[dtype], atol=atol)
         same = logits._base.clone().as_strided(logits.shape, logits.stride(), offset)
-        cuda.token_loss(same, ids, mask, inv_t, False, rows, TokenSpec(), same)
+        cuda.token_loss(same, Rows(ids, mask, inv_t), rows, TokenSpec(), same, want_entropy=False)
         assert torch.equal(same, into)
         assert into._base[outside].isnan().all() and same._base[outside].isnan().all()
 
@@ -132,7 +133,8 @@ def test_rows_that_do_not_count(cluster, use, device):
             use(cluster, seed=seed)
             out = logits._base.clone().as_strided(logits.shape, logits.stride(), 3)
             out.flatten(0, 1)[~scored] = math.nan  # not read
-            loss, got, lse, _, kl, ratio, g = cuda.token_loss(out, ids, mask, inv_t, False, rows, spec, out)
+            results = cuda.token_loss(out, Rows(ids, mask, inv_t), rows, spec, out, want_entropy=False)
+            loss, got, lse, _, kl, ratio, g = results
             for result in (loss, got, lse, kl, ratio, g):
                 assert (result[~scored] == 0).all() and result.isfinite().all()
             torch.testing.assert_close(got[scored].double(), logp[scored], rtol=1e-6, atol=2e-6)
@@ -152,7 +154,7 @@ def test_advantages_from_rewards(cluster, use, device):
         seq = torch.arange(n, dtype=torch.int32, device=device)
         rows = rows_of(n, device, rewards=groups.flatten().to(device), seq=seq)
         spec = TokenSpec(group_size=size, scale_by_std=scale_by_std, skip_zero=1)
-        loss, logp, *_ = cuda.token_loss(logits, ids, mask, inv_t, False, rows, spec, None)
+        loss, logp, *_ = cuda.token_loss(logits, Rows(ids, mask, inv_t), rows, spec, None, want_entropy=False)
         want = groups.double() - groups.double().nanmean(1, keepdim=True)
         if scale_by_std:
             std = [row[~row.isnan()].std(correction=min(1, len(row[~row.isnan()]) - 1)) for row in groups.double()]
@@ -183,7 +185,7 @@ def test_minus_infinity_and_huge_logits(dtype, cluster, use, device):
     x[9, 100:] -= 4000
     ids[:2], ids[5], ids[7], ids[8] = 2999, x[5].argmax(), 2999, 2999
     x[8, 2999] = 1.0
-    logp, lse, entropy = cuda.row_stats(logits, ids, mask, inv_t, True)
+    logp, lse, entropy = cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     want = exact(logits, ids, inv_t)
     for got, true in zip((logp, lse, entropy), want, strict=False):
         torch.testing.assert_close(got.double(), true, rtol=1e-6, atol=2e-6)
@@ -192,11 +194,11 @@ def test_minus_infinity_and_huge_logits(dtype, cluster, use, device):
     for slope in (None, h):
         true = exact_grad(ids, g, slope, inv_t, want[2], *want[3:])
         out = logits.clone()
-        cuda.token_loss(out, ids, mask, inv_t, True, rows._replace(h=slope), TokenSpec(), out)
+        cuda.token_loss(out, Rows(ids, mask, inv_t), rows._replace(h=slope), TokenSpec(), out, want_entropy=True)
         if cluster > 0:
             assert_close(out[0], true, ROUNDING[dtype], "one pass")
         apart = torch.full_like(logits, math.nan)
-        cuda.row_grad(logits, ids, lse, entropy, g, slope, inv_t, apart)
+        cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, slope, apart)
         for row in range(10):  # p = exp(z - lse) knows an lse of 1e4 to three digits
             tolerance = ROUNDING[dtype] + 2.0**-23 * abs(float(lse[row]))
             for got in (out, apart) if tolerance < 0.1 else ():
@@ -216,7 +218,7 @@ def test_not_a_number(cluster, use, device):
     logits[0, 5, int(ids[5])] = math.nan
     mask[3] = False
     ids[6], ids[7] = -100, 2**40
-    logp, lse, entropy = cuda.row_stats(logits, ids, mask, inv_t, True)
+    logp, lse, entropy = cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     assert logp.isnan().tolist() == [True, True, True, False, False, True, True, True, False]
     assert lse[0].isnan() and lse[1].isnan() and lse[2] == -math.inf and entropy[:3].isnan().all()
     assert logp[3] == lse[3] == entropy[3] == 0
@@ -224,11 +226,11 @@ def test_not_a_number(cluster, use, device):
     assert lse[6:].isfinite().all() and entropy[6:].isfinite().all()
     out = logits.clone()
     rows = rows_of(9, device, advantages=torch.ones(9, device=device), old=torch.zeros(9, device=device))
-    results = cuda.token_loss(out, ids, mask, inv_t, True, rows, TokenSpec(), out)
+    results = cuda.token_loss(out, Rows(ids, mask, inv_t), rows, TokenSpec(), out, want_entropy=True)
     assert torch.equal(results[0].isnan(), logp.isnan()) and all(r[3] == 0 for r in results)
     assert torch.equal(out[0].isnan().all(-1), logp.isnan()) and (out[0, 3:5] == 0).all()
     g = torch.tensor([1.0, 1.0, 1.0, 0.0, math.nan, 1.0, 0.0, 1.0, 1.0], device=device)
-    cuda.row_grad(logits, ids, lse, entropy, g, None, inv_t, out)
+    cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, None, out)
     assert out[0].isnan().all(-1).tolist() == [True, True, True, False, True, True, False, False, False]
 
 
@@ -245,9 +247,9 @@ def test_a_row_has_the_same_bits_everywhere(dtype, cluster, use, device):
             logits[0, n - 1] = row[0, 0]
             vectors = [ids.expand(n).contiguous(), torch.ones(n, dtype=torch.bool, device=device), inv_t.expand(n)]
             vectors[2] = vectors[2].contiguous()
-            found.append([x[n - 1] for x in cuda.row_stats(logits, *vectors, True)])
+            found.append([x[n - 1] for x in cuda.row_stats(logits, Rows(*vectors), want_entropy=True)])
             rows = rows_of(n, device, advantages=torch.ones(n, device=device))
-            results = cuda.token_loss(logits, *vectors, False, rows, TokenSpec(), logits)
+            results = cuda.token_loss(logits, Rows(*vectors), rows, TokenSpec(), logits, want_entropy=False)
             found.append([results[1][n - 1], results[2][n - 1], found[-1][2]])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -262,12 +264,12 @@ def test_confident_tokens_keep_their_digits(use, device):
     want = exact(logits, ids, inv_t)
     for cluster in CLUSTERS:
         use(cluster)
-        logp, _, entropy = cuda.row_stats(logits, ids, mask, inv_t, True)
+        logp, _, entropy = cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
         torch.testing.assert_close(logp.double(), want[0], rtol=1e-5, atol=0)
         torch.testing.assert_close(entropy.double(), want[2], rtol=1e-5, atol=0)
         out = logits.clone()
         rows = rows_of(2, device, advantages=torch.full((2,), -4.0, device=device))
-        cuda.token_loss(out, ids, mask, inv_t, False, rows, TokenSpec(), out)
+        cuda.token_loss(out, Rows(ids, mask, inv_t), rows, TokenSpec(), out, want_entropy=False)
         true = exact_grad(ids, torch.ones(2, device=device), None, inv_t, want[2], *want[3:])
         true[torch.arange(2), ids] = -torch.expm1(want[0])  # 1 - p
         torch.testing.assert_close(out[0].double(), true, rtol=1e-5, atol=0)
@@ -283,7 +285,7 @@ def test_a_real_vocabulary(V, use, device):
     for cluster in (0, -1):
         use(cluster)
         out = logits.clone()
-        results = cuda.token_loss(out, ids, mask, inv_t, True, rows, TokenSpec(), out)
+        results = cuda.token_loss(out, Rows(ids, mask, inv_t), rows, TokenSpec(), out, want_entropy=True)
         torch.testing.assert_close(results[1].double(), want[0], rtol=1e-6, atol=2e-6)
         torch.testing.assert_close(results[3].double(), want[2], rtol=1e-6, atol=2e-6)
         assert_close(out[0], grad, 2**-8)
@@ -295,11 +297,11 @@ def test_another_stride_for_the_gradient(use, device):
     out = torch.full((1, 3, 1003), math.nan, dtype=torch.bfloat16, device=device)
     rows = rows_of(3, device, advantages=torch.tensor([1.0, -2.0, 3.0], device=device))
     want = exact(logits, ids, inv_t)
-    cuda.token_loss(logits, ids, mask, inv_t, False, rows, TokenSpec(), out)
+    cuda.token_loss(logits, Rows(ids, mask, inv_t), rows, TokenSpec(), out, want_entropy=False)
     assert_close(out[0], exact_grad(ids, -0.25 * rows.advantages, None, inv_t, want[2], *want[3:]), 2**-8)
     use(2)
     with pytest.raises(ValueError, match=r"OnePass\(cluster=2, .*the gradient lies otherwise modulo 16 bytes"):
-        cuda.token_loss(logits, ids, mask, inv_t, False, rows, TokenSpec(), out)
+        cuda.token_loss(logits, Rows(ids, mask, inv_t), rows, TokenSpec(), out, want_entropy=False)
 
 
 @pytest.mark.parametrize("evict_first", [False, True])
@@ -318,7 +320,9 @@ def test_every_choice(buffers, blocks, evict_first, use, device):
             same = logits._base.clone().as_strided(logits.shape, logits.stride(), offset)
             apart = torch.zeros_like(logits._base.repeat(2)).as_strided(logits.shape, logits.stride(), offset + 8)
             for out in (same, apart):
-                got = cuda.token_loss(logits if out is apart else out, ids, mask, inv_t, True, rows, TokenSpec(), out)
+                got = cuda.token_loss(
+                    logits if out is apart else out, Rows(ids, mask, inv_t), rows, TokenSpec(), out, want_entropy=True
+                )
                 want, want_grad = (want, want_grad) if chosen or out is apart else (got, out)
                 assert torch.equal(out, want_grad) and all(map(torch.equal, got, want))
     true = exact(logits, ids, inv_t)
@@ -332,16 +336,20 @@ def test_shapes_are_remembered_apart(use, device):
     for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
         logits, ids, mask, inv_t = make(24, 1, 5003, dtype, device=device)
         for want_entropy in (False, True):
-            logp, *_ = cuda.row_stats(logits, ids, mask, inv_t, want_entropy)
+            logp, *_ = cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=want_entropy)
             torch.testing.assert_close(logp.double(), exact(logits, ids, inv_t)[0], rtol=1e-6, atol=2e-6)
 
 
 def test_rows_that_no_cluster_holds(use, device):
     V = 2_000_003
-    assert cuda.cluster(V, torch.bfloat16, 0) == 0 and cuda.cluster(151936, torch.bfloat16, 0) == 8
+    assert cuda.shape(V, torch.bfloat16, 0).cluster == 0 and cuda.shape(151936, torch.bfloat16, 0).cluster == 8
+    for vocab, why in ((V, "no room for such a row"), (151936, None)):
+        assert cuda.refuses(Call(device, 0, torch.bfloat16, vocab)) is None
+        refusal = cuda.refuses(Call(device, 0, torch.bfloat16, vocab, one_pass=True))
+        assert refusal is why or why in refusal
     logits, ids, mask, inv_t = make(1, 1, V, torch.bfloat16, device=device)
     want = exact(logits, ids, inv_t)
-    logp, _, entropy = cuda.row_stats(logits, ids, mask, inv_t, True)
+    logp, _, entropy = cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     torch.testing.assert_close(logp.double(), want[0], rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(entropy.double(), want[2], rtol=1e-6, atol=2e-6)
 
@@ -368,19 +376,18 @@ def test_first_update_has_ratio_one_exactly(use, device):
         assert torch.equal(out.per_token_logps, old * kwargs["completion_mask"])
 
 
-def test_auto_takes_it_for_one_pass_in_place(monkeypatch):
+def test_auto_takes_it_where_a_cluster_holds_a_row(monkeypatch):
+    """By device, dtype, V and softcap alone."""
     for name in ("cuda", "triton"):
         monkeypatch.setattr(backends.get(name), "unavailable", lambda: None)
-        monkeypatch.setattr(backends.get(name), "supports", lambda device_type, dtype: None)
-    monkeypatch.setattr(cuda, "cluster", lambda vocab, dtype, device: 8 if vocab < 10**6 else 0)
+    monkeypatch.setattr(cuda, "_no_one_pass", lambda vocab, dtype, device: None if vocab < 10**6 else "no room")
 
-    def auto(one_pass, device="cuda"):
-        return backends._select(device, 0, torch.bfloat16, "auto", one_pass)
+    def auto(vocab, device="cuda", dtype=torch.bfloat16, softcap=None):
+        return _select("auto", device, 0, dtype, vocab, softcap)
 
-    assert (
-        auto(151936) == "cuda" and auto(0) == "triton" and auto(10**6) == "triton" and auto(151936, "xpu") == "triton"
-    )
-    assert backends._select("cuda", 0, torch.float64, "auto", 151936) == "torch"
+    assert auto(151936) == auto(151936, dtype=torch.float16) == "cuda"
+    assert auto(10**6) == auto(151936, "xpu") == auto(151936, softcap=30.0) == "triton"
+    assert auto(151936, dtype=torch.float64) == "torch"
     monkeypatch.setattr(cuda, "unavailable", lambda: "not built")
     assert auto(151936) == "triton"
 
@@ -401,7 +408,7 @@ def test_bits_over_20_runs(cluster, use):
     first = None
     for _ in range(20):
         out = logits.clone()
-        results = [*cuda.token_loss(out, ids, mask, inv_t, True, rows, TokenSpec(), out), out]
+        results = [*cuda.token_loss(out, Rows(ids, mask, inv_t), rows, TokenSpec(), out, want_entropy=True), out]
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
 
@@ -409,15 +416,15 @@ def test_bits_over_20_runs(cluster, use):
 @needs_a_gpu
 def test_a_cuda_graph_holds_the_pass():
     logits, ids, kwargs = make_inputs(("old",), vocab=32000, dtype=torch.bfloat16, device="cuda")
-    rows = (ids.view(-1), kwargs["completion_mask"].view(-1) != 0, torch.ones(ids.numel(), device="cuda"))
+    rows = Rows(ids.view(-1), kwargs["completion_mask"].view(-1) != 0, torch.ones(ids.numel(), device="cuda"))
     objective = rows_of(ids.numel(), "cuda", advantages=torch.ones(ids.numel(), device="cuda"))
     eager = logits.clone()
-    want = cuda.token_loss(eager, *rows, True, objective, TokenSpec(), eager)
+    want = cuda.token_loss(eager, rows, objective, TokenSpec(), eager, want_entropy=True)
     static = logits.clone()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = cuda.token_loss(static, *rows, True, objective, TokenSpec(), static)
+        got = cuda.token_loss(static, rows, objective, TokenSpec(), static, want_entropy=True)
     static.copy_(logits)
     graph.replay()
     assert torch.equal(static, eager) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -440,6 +447,6 @@ def test_auto_on_this_gpu_waits_for_nothing():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_runs_where_the_tensors_are():
     logits, ids, mask, inv_t = make(1, 4, 1000, device="cuda:1")
-    logp, *_ = cuda.row_stats(logits, ids, mask, inv_t, True)
+    logp, *_ = cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     torch.testing.assert_close(logp.double(), exact(logits, ids, inv_t)[0], rtol=1e-6, atol=2e-6)
     assert torch.cuda.current_device() == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgrpo.backends import TokenRows, TokenSpec
+from fastgrpo.backends import Call, Rows, Scores, TokenRows, TokenSpec
 from fastgrpo.backends import triton as backend
 
 if (_why := backend.unavailable()) is not None:
@@ -78,7 +78,7 @@ def near(got, want, name="", atol=2e-6, rtol=1e-5):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_stats_and_gradient(V, dtype):
     logits, ids, mask, inv_t = make(1, 2, V, dtype)
-    logp, lse, entropy = backend.row_stats(logits, ids, mask, inv_t, True)
+    logp, lse, entropy = backend.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     want_logp, want_lse, want_entropy, log_p = truth(logits, ids, inv_t)
     near(logp, want_logp, "logp")
     near(lse, want_lse, "lse")
@@ -86,7 +86,7 @@ def test_stats_and_gradient(V, dtype):
     g, h = torch.tensor([1.5, -0.7], device=DEVICE), torch.tensor([0.2, -0.4], device=DEVICE)
     for weight in (None, h):
         out = torch.full_like(logits, float("nan"))
-        backend.row_grad(logits, ids, lse, entropy, g, weight, inv_t, out)
+        backend.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, weight, out)
         want = true_grad(log_p, ids, want_entropy, g, weight, inv_t)
         if V > 1:
             close(out.flatten(0, 1), want, TOLERANCE[dtype], f"gradient, h {weight}")
@@ -100,17 +100,17 @@ def test_stats_and_gradient(V, dtype):
 def test_any_base_and_stride(offset, V, stride_t, path):
     # Rows at odd addresses, in strided slices: nothing around a row is written, and what lies there (NaN) is not used.
     logits, ids, mask, inv_t = make(1, 2, V, torch.bfloat16, offset=offset, stride_t=stride_t)
-    logp, lse, entropy = backend.row_stats(logits, ids, mask, inv_t, True)
+    logp, lse, entropy = backend.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     want_logp, want_lse, want_entropy, log_p = truth(logits, ids, inv_t)
     near(logp, want_logp)
     near(entropy, want_entropy)
     g = torch.tensor([1.0, -2.0], device=DEVICE)
     want = true_grad(log_p, ids, None, g, None, inv_t)
     fresh = torch.empty(1, 2, V, dtype=torch.bfloat16, device=DEVICE)  # mostly of another phase than the logits
-    backend.row_grad(logits, ids, lse, entropy, g, None, inv_t, fresh)
+    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, None, fresh)
     close(fresh.flatten(0, 1), want, 2**-8)
     base = logits._base if logits._base is not None else logits
-    backend.row_grad(logits, ids, lse, entropy, g, None, inv_t, logits)
+    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, None, logits)
     assert torch.equal(logits, fresh)
     outside = torch.ones_like(base, dtype=torch.bool)
     outside.as_strided(logits.shape, logits.stride(), offset).fill_(False)
@@ -128,9 +128,9 @@ def test_parts_give_the_bits_of_whole_rows(dtype, monkeypatch):
             part = logits.view(4, 1, -1)[rows]
             for want_entropy in (True, False):
                 results.append([torch.full((4,), float("nan"), device=DEVICE) for _ in range(3)])
-                got = backend.row_stats(part, ids[rows], mask[rows], inv_t[rows], want_entropy)
+                got = backend.row_stats(part, Rows(ids[rows], mask[rows], inv_t[rows]), want_entropy=want_entropy)
                 for into, x in zip(results[-1], got, strict=True):
-                    into[rows] = x if x.numel() else float("nan")
+                    into[rows] = float("nan") if x is None else x
     logp, lse, entropy = results[0]
     for other in results[1:]:
         for a, b in zip((logp, lse, entropy), other, strict=True):
@@ -149,7 +149,7 @@ def test_minus_infinity_and_huge_logits(path):
     logits[0, 6] = -1e30
     logits[0, 7, :1499] = torch.finfo(torch.float32).min
     ids[:2], ids[5], ids[7] = 1499, logits[0, 5].argmax(), 1499
-    logp, lse, entropy = backend.row_stats(logits, ids, mask, inv_t, True)
+    logp, lse, entropy = backend.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     want_logp, want_lse, want_entropy, log_p = truth(logits, ids, inv_t)
     exact = torch.tensor([0, 1, 4, 5, 6])
     near(logp[exact], want_logp[exact], "logp")
@@ -160,7 +160,7 @@ def test_minus_infinity_and_huge_logits(path):
     near(logp[7], torch.zeros_like(logp[7]), "logp")
     g, h = torch.ones(8, device=DEVICE), torch.full((8,), 0.5, device=DEVICE)
     out = torch.full_like(logits, float("nan"))
-    backend.row_grad(logits, ids, lse, entropy, g, h, inv_t, out)
+    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, h, out)
     want = true_grad(log_p, ids, want_entropy, g, h, inv_t)
     assert float(out[0, 7].abs().max()) < 1e-6
     for row in (0, 1, 4, 5):
@@ -177,7 +177,7 @@ def test_not_a_number(path):
     logits[0, 3] = float("nan")
     logits[0, 4, int(ids[4])] = -math.inf
     mask[3] = False
-    logp, lse, entropy = backend.row_stats(logits, ids, mask, inv_t, True)
+    logp, lse, entropy = backend.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     assert logp[:3].isnan().all() and entropy[:3].isnan().all()
     assert lse[0].isnan() and lse[1].isnan() and lse[2] == -math.inf
     assert logp[3] == 0 and lse[3] == 0 and entropy[3] == 0
@@ -185,7 +185,7 @@ def test_not_a_number(path):
     assert logp[5].isfinite()
     g = torch.tensor([1.0, 1.0, 1.0, 0.0, float("nan"), 1.0], device=DEVICE)
     out = torch.full_like(logits, 7.0)
-    backend.row_grad(logits, ids, lse, entropy, g, torch.zeros_like(g), inv_t, out)
+    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, torch.zeros_like(g), out)
     assert (out[0, 3] == 0).all() and out[0, 4].isnan().all() and out[0, 5].isfinite().all()
     assert out[0, 0].isnan().all()
 
@@ -193,7 +193,7 @@ def test_not_a_number(path):
 def test_an_id_out_of_range_reads_nothing(path):
     logits, ids, mask, inv_t = make(1, 4, 1500)
     ids[0], ids[1], ids[2] = -100, 1500, 2**40
-    logp, lse, entropy = backend.row_stats(logits, ids, mask, inv_t, True)
+    logp, lse, entropy = backend.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     assert logp[:3].isnan().all() and logp[3].isfinite() and lse.isfinite().all() and entropy.isfinite().all()
 
 
@@ -205,13 +205,13 @@ def rows_of(n, **given):
 def objective(logp, entropy, rows, spec, advantages):
     """The clipped objective of TokenSpec in torch float64, as (loss, kl, ratio)."""
     ratio = (logp - (logp.detach() if rows.old is None else rows.old.double())).exp()
-    capped = ratio.clamp(max=spec.delta)
     if spec.kind == 0:
-        loss = -torch.min(capped * advantages, ratio.clamp(spec.clip_low, spec.clip_high) * advantages)
+        low, high, delta = spec.numbers
+        loss = -torch.min(ratio.clamp(max=delta) * advantages, ratio.clamp(low, high) * advantages)
     elif spec.kind == 1:
-        loss = -ratio.clamp(max=spec.clip_high).detach() * advantages * logp
+        loss = -ratio.clamp(max=spec.numbers[0]).detach() * advantages * logp
     else:
-        tau = torch.where(advantages > 0, spec.tau_pos, spec.tau_neg)
+        tau = torch.where(advantages > 0, *spec.numbers)
         loss = -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
     if rows.policy_scale is not None:
         loss = loss * rows.policy_scale.double()
@@ -227,10 +227,10 @@ def objective(logp, entropy, rows, spec, advantages):
 
 SPECS = {
     "clip": TokenSpec(),
-    "clip, delta, k3": TokenSpec(delta=1.1, beta=0.04),
+    "clip, delta, k3": TokenSpec(numbers=(0.8, 1.2, 1.1), beta=0.04),
     "clip, corrected k3": TokenSpec(beta=0.04, bias_correction=1),
-    "cispo": TokenSpec(kind=1, clip_high=1.05),
-    "sapo": TokenSpec(kind=2, beta=0.1),
+    "cispo": TokenSpec(kind=1, numbers=(1.05,)),
+    "sapo": TokenSpec(kind=2, numbers=(1.0, 1.05), beta=0.1),
 }
 
 
@@ -255,9 +255,9 @@ def test_token_loss(name, split, monkeypatch):
     loss, kl, ratio = objective(log_p.gather(1, ids[:, None])[:, 0], entropy, rows, spec, advantages.double())
     loss[mask].sum().backward()
     want = torch.where(mask[:, None], x.grad.flatten(0, 1), 0.0)
-    stats = backend.row_stats(logits, ids, mask, inv_t, True)
-    plain = backend.token_loss(logits, ids, mask, inv_t, True, rows, spec, None)
-    got = backend.token_loss(logits, ids, mask, inv_t, True, rows, spec, logits)
+    stats = backend.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
+    plain = backend.token_loss(logits, Rows(ids, mask, inv_t), rows, spec, None, want_entropy=True)
+    got = backend.token_loss(logits, Rows(ids, mask, inv_t), rows, spec, logits, want_entropy=True)
     for a, b in zip(plain, got, strict=True):
         assert torch.equal(a, b)
     for a, b in zip(stats, got[1:4], strict=True):
@@ -273,13 +273,13 @@ def test_on_policy_rows_and_rows_without_advantage(path):
     logits, ids, mask, inv_t = make(1, 4, 1500, torch.bfloat16)
     advantages = torch.tensor([1.0, 0.0, -2.0, 0.0], device=DEVICE)
     rows, spec = rows_of(4, advantages=advantages), TokenSpec(skip_zero=1)
-    logp = backend.row_stats(logits, ids, mask, inv_t, False)[0]
+    logp = backend.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=False)[0]
     want = true_grad(truth(logits, ids, inv_t)[3], ids, None, -0.25 * advantages, None, inv_t)
-    got = backend.token_loss(logits, ids, mask, inv_t, False, rows, spec, logits)
+    got = backend.token_loss(logits, Rows(ids, mask, inv_t), rows, spec, logits, want_entropy=False)
     loss, got_logp, lse, entropy, kl, ratio, g = got
     idle = advantages == 0
     assert torch.equal(got_logp[~idle], logp[~idle]) and (got_logp[idle] == 0).all() and (ratio[idle] == 0).all()
-    assert entropy.shape == (0,) and (kl == 0).all() and (ratio[~idle] == 1).all()
+    assert entropy is None and (kl == 0).all() and (ratio[~idle] == 1).all()
     assert torch.equal(g, -0.25 * advantages) and torch.equal(loss, -0.25 * advantages)
     close(logits.flatten(0, 1), want, 2**-8)
 
@@ -289,8 +289,8 @@ def test_ties_split_the_derivative(path):
     logits, ids, mask, inv_t = make(1, 2, 64)
     rows = rows_of(2, advantages=torch.tensor([1.0, -1.0], device=DEVICE))
     for low, high, delta, share in ((1.0, 1.2, math.inf, 1.0), (0.5, 1.0, 1.0, 1.0), (0.5, 0.9, math.inf, 0.0)):
-        spec = TokenSpec(clip_low=low, clip_high=high, delta=delta)
-        g = backend.token_loss(logits, ids, mask, inv_t, False, rows, spec, None)[6]
+        spec = TokenSpec(numbers=(low, high, delta))
+        g = backend.token_loss(logits, Rows(ids, mask, inv_t), rows, spec, None, want_entropy=False)[6]
         assert g[0] == -0.25 * share
         assert g[1] == 0.25
 
@@ -303,7 +303,7 @@ def test_advantages_from_rewards(path):
     for scale_by_std in (0, 1):
         rows = rows_of(n, rewards=groups.flatten().to(DEVICE), seq=torch.arange(n, dtype=torch.int32, device=DEVICE))
         spec = TokenSpec(group_size=size, scale_by_std=scale_by_std)
-        loss = backend.token_loss(logits, ids, mask, inv_t, False, rows, spec, None)[0]
+        loss = backend.token_loss(logits, Rows(ids, mask, inv_t), rows, spec, None, want_entropy=False)[0]
         want = groups.double() - groups.double().nanmean(1, keepdim=True)
         if scale_by_std:
             valid = [row[~row.isnan()] for row in groups.double()]
@@ -317,7 +317,7 @@ def test_advantages_from_rewards(path):
 # In bf16 parts are 2048 elements: one part; a pair, the second short; a pair; a pair and a short part.
 @pytest.mark.parametrize("V", [1500, 3000, 4096, 4099])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("offset, softcap", [(0, 0.0), (3, 20.0)])
+@pytest.mark.parametrize("offset, softcap", [(0, None), (3, 20.0)])
 def test_launch_choices_change_no_bit(offset, softcap, V, dtype):
     advantages = torch.tensor([1.0, -1.0, 0.0, -2.0, 1.0], device=DEVICE)
     first = None
@@ -328,7 +328,15 @@ def test_launch_choices_change_no_bit(offset, softcap, V, dtype):
         logits[1, 0] += 1e4  # a row that takes it whole
         rows = rows_of(5, advantages=advantages, h=0.1 * advantages)
         with backend.using(**choice):
-            got = backend.token_loss(logits, ids, mask, inv_t, True, rows, TokenSpec(skip_zero=1), logits, softcap)
+            got = backend.token_loss(
+                logits,
+                Rows(ids, mask, inv_t),
+                rows,
+                TokenSpec(skip_zero=1),
+                logits,
+                want_entropy=True,
+                softcap=softcap,
+            )
         got = [x.view(torch.int32) for x in (*got, logits.float())]
         first = first or got
         for i, (a, b) in enumerate(zip(first, got, strict=True)):
@@ -350,7 +358,7 @@ def test_choices_hold_inside_and_reach_the_launch(monkeypatch):
     def call(V):
         logits, ids, mask, inv_t = make(5, 1, V, torch.bfloat16)
         rows = rows_of(5, advantages=torch.ones(5, device=DEVICE))
-        backend.token_loss(logits, ids, mask, inv_t, False, rows, TokenSpec(), logits)
+        backend.token_loss(logits, Rows(ids, mask, inv_t), rows, TokenSpec(), logits, want_entropy=False)
         return launched.pop()
 
     outside = call(3000)
@@ -386,10 +394,10 @@ def test_nothing_to_do():
     logits = torch.empty(2, 0, 50, device=DEVICE)
     none = torch.empty(0, device=DEVICE)
     ids, mask = none.long(), none.bool()
-    assert [x.shape for x in backend.row_stats(logits, ids, mask, none, True)] == [(0,)] * 3
-    backend.row_grad(logits, ids, none, none, none, None, none, logits)
+    assert [x.shape for x in backend.row_stats(logits, Rows(ids, mask, none), want_entropy=True)] == [(0,)] * 3
+    backend.row_grad(logits, Rows(ids, None, none), Scores(None, none, none), none, None, logits)
     rows = rows_of(0, advantages=none)
-    got = backend.token_loss(logits, ids, mask, none, True, rows, TokenSpec(), logits)
+    got = backend.token_loss(logits, Rows(ids, mask, none), rows, TokenSpec(), logits, want_entropy=True)
     assert [x.shape for x in got] == [(0,)] * 7
     backend.scale_(logits, torch.tensor(2.0, device=DEVICE))
 
@@ -401,6 +409,6 @@ def test_versions_whose_interpreter_fails():
 
 
 def test_what_it_takes():
-    assert backend.supports(DEVICE, torch.float64) is not None
-    assert backend.supports(DEVICE, torch.float32) is None
-    assert backend.supports("meta", torch.float32) is not None
+    for device, dtype, taken in ((DEVICE, torch.float64, False), (DEVICE, torch.float32, True),
+                                 ("meta", torch.float32, False)):  # fmt: skip
+        assert (backend.refuses(Call(device, None, dtype, 100)) is None) == taken

@@ -524,7 +524,7 @@ def test_env_says_what_to_do(capsys, monkeypatch):
         raise importlib.metadata.PackageNotFoundError
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    monkeypatch.setattr("fastgrpo.backends._native.library_path", lambda name: Path("nowhere"))
+    monkeypatch.setattr("fastgrpo.backends.native.library_path", lambda name: Path("nowhere"))
     for name in ("cpu", "cuda", "triton"):
         monkeypatch.setattr(backends.get(name), "unavailable", lambda: "a reason")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -547,7 +547,7 @@ def test_env_says_what_to_do(capsys, monkeypatch):
 def test_env_says_to_rebuild_a_library_that_does_not_load(name, tmp_path, monkeypatch):
     old = tmp_path / "old.so"
     old.write_text("no library")
-    monkeypatch.setattr("fastgrpo.backends._native.library_path", lambda name: old)
+    monkeypatch.setattr("fastgrpo.backends.native.library_path", lambda name: old)
     backends.get(name)._load.cache_clear()
     monkeypatch.setattr(backends.get("cuda"), "_works", False)
     try:

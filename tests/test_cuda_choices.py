@@ -12,8 +12,8 @@ import pytest
 import torch
 from cuda_rows import DTYPES, make, rows_of
 
-from fastgrpo import backends, cli, grpo_loss
-from fastgrpo.backends import TokenSpec, cuda
+from fastgrpo import cli, grpo_loss
+from fastgrpo.backends import Call, Rows, Scores, TokenSpec, cuda, native
 
 cuda_unavailable = cuda.unavailable  # the true one: cuda_host puts another in its place
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, which answers for itself")
@@ -26,9 +26,21 @@ def new_machine(cuda_host_library, tmp_path):
         yield machine
 
 
-def _using(cluster, function, *arguments, **choices):
-    with cuda.using(cluster=cluster, **choices):
-        return function(*arguments)
+def _stats(logits, *rows, want_entropy=True, **choices):
+    with cuda.using(**choices):
+        return cuda.row_stats(logits, Rows(*rows), want_entropy=want_entropy)
+
+
+def _loss(logits, *rows, token, out, **choices):
+    with cuda.using(**choices):
+        return cuda.token_loss(logits, Rows(*rows), token, TokenSpec(), out, want_entropy=True)
+
+
+def _one_pass(vocab, dtype):
+    """Blocks of the cluster that holds such a row; 0, and a refusal: two passes."""
+    blocks = cuda.shape(vocab, dtype, 0).cluster
+    assert (cuda.refuses(Call("cpu", 0, dtype, vocab, one_pass=True)) is None) == (blocks > 0)
+    return blocks
 
 
 def test_choices_that_cannot_run(new_machine):
@@ -39,8 +51,8 @@ def test_choices_that_cannot_run(new_machine):
                 pass
     logits, ids, mask, inv_t = make(1, 1, 32_000, torch.bfloat16)
 
-    def stats(cluster=0, **choices):
-        return _using(cluster, cuda.row_stats, logits, ids, mask, inv_t, True, **choices)[1]
+    def stats(**choices):
+        return _stats(logits, ids, mask, inv_t, **choices)[1]
 
     fits = "cluster=1, blocks=1 with up to 3 buffers; cluster=1, blocks=2 with up to 1 buffers; cluster=2, blocks=1"
     for choices in (dict(cluster=1, blocks=2), dict(cluster=1, buffers=4), dict(cluster=1, blocks=2, buffers=3)):
@@ -52,7 +64,7 @@ def test_choices_that_cannot_run(new_machine):
         assert torch.equal(stats(**choices), want)  # what is said to fit does, and blocks=1 is of one block too
     new_machine.fastgrpo_host_largest_cluster(4)
     with pytest.raises(ValueError, match="cannot run a cluster of so many blocks") as error:
-        _using(8, cuda.row_stats, *make(1, 1, 31_999), True)  # another length: answers are remembered
+        _stats(*make(1, 1, 31_999), cluster=8)  # another length: answers are remembered
     fits = str(error.value).split("logits (")[1]
     assert "cluster=4, " in fits and "cluster=8, " not in fits
 
@@ -77,7 +89,7 @@ def test_bulk_copies(dtype, new_machine):
             logits, ids, mask, inv_t = make(3, 1, V, dtype, offset=offset, stride=stride)
             rows = rows_of(3, "cpu", advantages=torch.ones(3))
             for choices in (dict(), dict(evict_first=False)):
-                _using(2, cuda.token_loss, logits, ids, mask, inv_t, True, rows, TokenSpec(), logits, **choices)
+                _loss(logits, ids, mask, inv_t, token=rows, out=logits, cluster=2, **choices)
                 counts = (ctypes.c_int64 * 3)()
                 new_machine.fastgrpo_host_copies(counts)
                 copies = 2 * 2 * 3  # in and out, of two blocks, three rows
@@ -86,12 +98,12 @@ def test_bulk_copies(dtype, new_machine):
 
 def test_a_smaller_cluster_where_a_large_one_finds_no_room(new_machine):
     new_machine.fastgrpo_host_largest_cluster(8)
-    assert cuda.cluster(262_145, torch.bfloat16, 0) == 8
+    assert _one_pass(262_145, torch.bfloat16) == 8
     new_machine.fastgrpo_host_largest_cluster(2)
-    assert cuda.cluster(262_146, torch.bfloat16, 0) == 0
+    assert _one_pass(262_146, torch.bfloat16) == 0
     new_machine.fastgrpo_host_largest_cluster(16)
-    assert cuda.cluster(262_147, torch.bfloat16, 0) == 16
-    assert cuda.cluster(4096, torch.float32, 0) == 1
+    assert _one_pass(262_147, torch.bfloat16) == 16
+    assert _one_pass(4096, torch.float32) == 1
 
 
 def test_answers_are_remembered_and_failures_are_not(new_machine):
@@ -100,21 +112,21 @@ def test_answers_are_remembered_and_failures_are_not(new_machine):
     out_of_memory = 2
     new_machine.fastgrpo_host_fail_occupancy(out_of_memory)
     with pytest.warns(RuntimeWarning, match="asking cuda:0 for clusters: out of memory; asked again"):
-        assert cuda.cluster(32_000, torch.bfloat16, 0) == 0
-    assert cuda.cluster(32_000, torch.bfloat16, 0) == 2
+        assert "out of memory" in cuda.refuses(Call("cpu", 0, torch.bfloat16, 32_000, one_pass=True))
+    assert _one_pass(32_000, torch.bfloat16) == 2
     logits, ids, mask, inv_t = make(1, 1, 1000)
     new_machine.fastgrpo_host_fail_occupancy(out_of_memory)
     with pytest.raises(RuntimeError, match=r"row_stats of logits of shape \(1, 1, 1000\) on cpu: out of memory"):
-        cuda.row_stats(logits, ids, mask, inv_t, True)
-    one_pass = cuda.row_stats(logits, ids, mask, inv_t, True)
-    assert all(map(torch.equal, one_pass, cuda.row_stats(logits, ids, mask, inv_t, True)))
+        cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
+    one_pass = cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
+    assert all(map(torch.equal, one_pass, cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)))
     assert cuda.shape(1000, torch.float32, 0, entropy=True).cluster == 1
 
     new_machine.fastgrpo_host_largest_cluster(0)
-    assert cuda.cluster(2000, torch.bfloat16, 0) == 0
+    assert _one_pass(2000, torch.bfloat16) == 0
     new_machine.fastgrpo_host_largest_cluster(16)
     calls = new_machine.fastgrpo_host_calls()
-    assert cuda.cluster(2000, torch.bfloat16, 0) == 0
+    assert _one_pass(2000, torch.bfloat16) == 0
     assert new_machine.fastgrpo_host_calls() == calls
 
 
@@ -125,14 +137,18 @@ def test_calls_of_the_runtime(new_machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     logits, ids, mask, inv_t = make(2, 1, 1000, torch.bfloat16)
     rows = rows_of(2, "cpu", advantages=torch.ones(2))
+    one_pass = Call("cpu", 0, torch.bfloat16, 1000, one_pass=True)
     out, g, lse = torch.empty_like(logits), torch.ones(2), torch.zeros(2)
     calls = {
-        "choosing": (0, lambda: (real(), cuda.cluster(1000, torch.bfloat16, 0))),
-        "row_stats": (2, lambda: cuda.row_stats(logits, ids, mask, inv_t, False)),
-        "token_loss": (2, lambda: cuda.token_loss(logits, ids, mask, inv_t, True, rows, TokenSpec(), out)),
-        "row_grad": (2, lambda: cuda.row_grad(logits, ids, lse, lse, g, None, inv_t, out)),
+        "choosing": (0, lambda: (real(), cuda.refuses(one_pass))),
+        "row_stats": (2, lambda: cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=False)),
+        "token_loss": (
+            2,
+            lambda: cuda.token_loss(logits, Rows(ids, mask, inv_t), rows, TokenSpec(), out, want_entropy=True),
+        ),
+        "row_grad": (2, lambda: cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, lse), g, None, out)),
         "scale_": (2, lambda: cuda.scale_(logits, torch.tensor(0.5))),
-        "two passes": (3, lambda: _using(-1, cuda.token_loss, logits, ids, mask, inv_t, True, rows, TokenSpec(), out)),
+        "two passes": (3, lambda: _loss(logits, ids, mask, inv_t, token=rows, out=out, cluster=-1)),
     }
     found = {}
     for name, (_, call) in calls.items():
@@ -172,15 +188,15 @@ def test_how_rows_are_held_is_shown(new_machine, monkeypatch, capsys):
 
 def test_two_passes_below_9_0(new_machine):
     new_machine.fastgrpo_host_capability(8, 0)
-    assert cuda.cluster(32001, torch.bfloat16, 0) == 0
+    assert _one_pass(32001, torch.bfloat16) == 0
     assert "9.0" in cuda.shape(32001, torch.bfloat16, 0).why
     with pytest.raises(ValueError, match=r"OnePass\(cluster=2, .*\(none\), but it takes a GPU of .* 9.0"):
-        _using(2, cuda.row_stats, *make(1, 1, 50), True)
+        _stats(*make(1, 1, 50), cluster=2)
 
 
 def test_what_it_cannot_do(cuda_host_library, tmp_path, monkeypatch):
     """A machine without a GPU, one with an old GPU, and a launch that fails: each says why."""
-    path = backends._native.library_path("fastgrpo_cuda")
+    path = native.library_path("fastgrpo_cuda")
     assert ("does not exist" in cuda.unavailable()) == (not path.exists())
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run here: "):
         grpo_loss(torch.randn(1, 2, 8), torch.zeros(1, 2).long(), torch.ones(1), backend="cuda")
@@ -198,4 +214,4 @@ def test_what_it_cannot_do(cuda_host_library, tmp_path, monkeypatch):
         logits, ids, mask, inv_t = make(2, 1, 50)
         monkeypatch.setattr(cuda, "_place", lambda device: machine.fastgrpo_host_forget() or (0, 0))
         with pytest.raises(RuntimeError, match=r"row_stats of logits of shape \(2, 1, 50\) on cpu: out of bounds"):
-            cuda.row_stats(logits, ids, mask, inv_t, True)
+            cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)

@@ -329,8 +329,10 @@ def test_linear_logps_do_only_the_work_that_is_asked_for(monkeypatch, backend, d
     hidden, weight, ids, _ = make_linear_inputs(batch=3, length=3, device=device, backend=backend)
     seen, kernels = [], backends.get(backend)
     stats, grad, logits = kernels.row_stats, kernels.row_grad, projection.Projection.logits
-    monkeypatch.setattr(kernels, "row_stats", lambda *a: seen.append(("stats", a[4])) or stats(*a))
-    monkeypatch.setattr(kernels, "row_grad", lambda *a: seen.append(("grad", a[5] is not None)) or grad(*a))
+    monkeypatch.setattr(
+        kernels, "row_stats", lambda *a, **k: seen.append(("stats", k["want_entropy"])) or stats(*a, **k)
+    )
+    monkeypatch.setattr(kernels, "row_grad", lambda *a, **k: seen.append(("grad", a[4] is not None)) or grad(*a, **k))
     monkeypatch.setattr(
         projection.Projection, "logits", lambda s, rows: seen.append(len(s._take(rows))) or logits(s, rows)
     )

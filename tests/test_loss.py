@@ -29,6 +29,7 @@ from fastgrpo import (
     ops,
     selective_logps,
 )
+from fastgrpo.backends.select import _warn_once
 from fastgrpo.layout import make_batch
 from fastgrpo.loss import token_inputs
 from fastgrpo.objective import LOSS_TYPES
@@ -304,7 +305,7 @@ def test_float64_goes_through_torch():
 
 def test_auto_says_when_torch_stands_in(monkeypatch):
     monkeypatch.setattr(backends.get("cpu"), "unavailable", lambda: "no compiler was there")
-    backends._warn_once.cache_clear()
+    _warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="cpu kernels are not used.*no compiler was there"):
         assert backends.select(torch.zeros(1, 1, 4)) == "torch"
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here: no compiler was there"):
@@ -385,7 +386,7 @@ def test_ratios_beyond_fp32_in_the_fused_objective(name, backend, device):
         importance_sampling_ratio=scale[:, None],
     )
     rows, spec = token_inputs(objective, batch)
-    call = (batch.ids, batch.scored, batch.inv_temperature, False, *rows, list(spec), backend)
+    call = (batch.ids, batch.scored, batch.inv_temperature, False, *rows, ops.encode_spec(spec), backend)
     loss, _, _, _, _, _, g = (value.double().cpu() for value in ops.token_loss_(logits, *call))
     p = torch.randn(vocab, generator=torch.Generator().manual_seed(0)).double().softmax(-1)
     logp = logps[0].item()

@@ -14,7 +14,8 @@ import os
 import torch
 from torch import Tensor
 
-from ._native import DTYPES, Args, Rows, load
+from .contract import Call
+from .native import DTYPES, Args, RowCalls, load
 
 _ROWS = (None, ctypes.POINTER(Args), ctypes.c_int32, ctypes.c_int32)  # args, isa, threads
 
@@ -59,12 +60,12 @@ def unavailable() -> str | None:
     return _load()[1]
 
 
-def supports(device_type: str, dtype: torch.dtype) -> str | None:
-    """None, or why this backend cannot take logits of this kind."""
-    if device_type != "cpu":
-        return f"they are on {device_type}, not on the CPU"
-    if dtype not in DTYPES:
-        return f"{dtype} is not one of float32, bfloat16, float16"
+def refuses(call: Call) -> str | None:
+    """None, or why this backend cannot take such a call."""
+    if call.device_type != "cpu":
+        return f"they are on {call.device_type}, not on the CPU"
+    if call.dtype not in DTYPES:
+        return f"{call.dtype} is not one of float32, bfloat16, float16"
     return None
 
 
@@ -73,8 +74,8 @@ def _call(function: str, args: Args, _: torch.device) -> None:
     getattr(_library(), f"fastgrpo_cpu_{function}")(args, isa, torch.get_num_threads())
 
 
-_rows = Rows(_call)
-row_stats, row_grad, token_loss = _rows.row_stats, _rows.row_grad, _rows.token_loss
+_calls = RowCalls(_call)
+row_stats, row_grad, token_loss = _calls.row_stats, _calls.row_grad, _calls.token_loss
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._choices import Choices
-from ._native import DTYPES, Args, Rows, load, make_args
+from .choices import Choices
+from .contract import Call
+from .native import DTYPES, Args, RowCalls, load, make_args
 
 CLUSTERS = (1, 2, 4, 8, 16)
 _DEVICE_TYPE = "cuda"
@@ -129,12 +130,16 @@ def unavailable() -> str | None:
     return None if why is None else why.decode()
 
 
-def supports(device_type: str, dtype: torch.dtype) -> str | None:
-    """None, or why this backend cannot take logits of this kind."""
-    if device_type != _DEVICE_TYPE:
-        return f"they are on {device_type}, not on an NVIDIA GPU"
-    if dtype not in DTYPES:
-        return f"{dtype} is not one of float32, bfloat16, float16"
+def refuses(call: Call) -> str | None:
+    """None, or why this backend cannot take such a call."""
+    if call.device_type != _DEVICE_TYPE:
+        return f"they are on {call.device_type}, not on an NVIDIA GPU"
+    if call.dtype not in DTYPES:
+        return f"{call.dtype} is not one of float32, bfloat16, float16"
+    if call.softcap is not None:
+        return "softcap: expected None with backend 'cuda'; backend 'triton' takes one"
+    if call.one_pass:
+        return _no_one_pass(call.vocab, call.dtype, call.device_index or 0)
     return None
 
 
@@ -159,13 +164,13 @@ def shape(vocab: int, dtype: torch.dtype, device: int, one_pass: OnePass = OnePa
     return _ask(args, device, _as_choice(one_pass))
 
 
-def cluster(vocab: int, dtype: torch.dtype, device: int) -> int:
-    """The number of blocks that hold a row of `vocab` logits together; 0: this device does it in two passes."""
+def _no_one_pass(vocab: int, dtype: torch.dtype, device: int) -> str | None:
+    """None, or why this device takes two passes over rows of `vocab` logits."""
     try:
-        return shape(vocab, dtype, device).cluster
+        return shape(vocab, dtype, device).why
     except RuntimeError as error:
-        warnings.warn(f"fastgrpo: {error}; asked again at the next call", RuntimeWarning, stacklevel=2)
-        return 0
+        warnings.warn(f"fastgrpo: {error}; asked again at the next call", RuntimeWarning, stacklevel=3)
+        return str(error)
 
 
 def active_clusters(dtype: torch.dtype, device: int, blocks: int) -> dict[int, int]:
@@ -231,8 +236,8 @@ def _call(function: str, args: Args, device: torch.device) -> None:
         raise RuntimeError(f"backend 'cuda': {function} of logits of shape {logits} on {device}: {why}")
 
 
-_rows = Rows(_call)
-row_stats, row_grad, token_loss = _rows.row_stats, _rows.row_grad, _rows.token_loss
+_calls = RowCalls(_call)
+row_stats, row_grad, token_loss = _calls.row_stats, _calls.row_grad, _calls.token_loss
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

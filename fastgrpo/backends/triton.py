@@ -9,13 +9,14 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import TokenRows, TokenSpec
-from ._choices import Choices
+from .choices import Choices
+from .contract import Call, Kind, Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
 try:
     import triton
@@ -49,12 +50,14 @@ def _interpreter_unavailable(of_triton: str, of_numpy: str) -> str | None:
     return None
 
 
-def supports(device_type: str, dtype: torch.dtype) -> str | None:
-    """None when this backend can take logits of this kind, else why not."""
-    if device_type not in (("cpu", "cuda", "xpu") if _INTERPRETED else ("cuda", "xpu")):
-        return f"expected a GPU tensor, got one on {device_type}"
-    if dtype not in _DTYPES:
-        return f"expected float32, bfloat16 or float16, got {dtype}"
+def refuses(call: Call) -> str | None:
+    """None, or why this backend cannot take such a call."""
+    if call.device_type not in (("cpu", "cuda", "xpu") if _INTERPRETED else ("cuda", "xpu")):
+        return f"expected a GPU tensor, got one on {call.device_type}"
+    if call.dtype not in _DTYPES:
+        return f"expected float32, bfloat16 or float16, got {call.dtype}"
+    if call.one_pass:
+        return "its second reading of a row is from the L2 cache, which may have lost it"
     return None
 
 
@@ -161,25 +164,25 @@ def _same_phase(a: Tensor, b: Tensor) -> bool:
     return all(n % 16 == 0 for n in apart)
 
 
-# ---- the backend's functions, as `fastgrpo.backends` describes them
+# ---- the backend's functions, as `contract.Backend` describes them
 
 
-def row_stats(
-    logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, softcap: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def row_stats(logits: Tensor, rows: Rows, *, want_entropy: bool, softcap: float | None = None) -> Scores:
+    ids, mask, inv_temperature = rows
     n, V = ids.numel(), logits.shape[2]
     logp, lse = logits.new_empty(n, dtype=torch.float32), logits.new_empty(n, dtype=torch.float32)
-    entropy = logits.new_empty(n if want_entropy else 0, dtype=torch.float32)
+    entropy = torch.empty_like(logp) if want_entropy else None
+    scores = Scores(logp, lse, entropy)
     if n == 0:
-        return logp, lse, entropy
+        return scores
     geometry = _geometry(V, logits.dtype)
     partial, parts = None, 1
     if _split(n, V, geometry, logits.device):
         partial, parts = _partial(logits, ids, mask, inv_temperature, softcap, None, 0.0, want_entropy, geometry)
     _launch(kernels.stats_kernel, n, geometry, logits.device, logits, partial, ids, mask, inv_temperature,
-            softcap or None, logp, lse, entropy if want_entropy else None, *_layout(logits), parts, PART=geometry.PART,
+            softcap, logp, lse, entropy, *_layout(logits), parts, PART=geometry.PART,
             ENTROPY=want_entropy)  # fmt: skip
-    return logp, lse, entropy
+    return scores
 
 
 def _partial(
@@ -189,23 +192,22 @@ def _partial(
     n, parts = mask.numel(), geometry.parts(logits.shape[2])
     partial = logits.new_empty((n, parts, 2), dtype=torch.float32)
     _launch(kernels.part_kernel, n * parts, geometry, logits.device, logits, ids, mask, inv_temperature,
-            softcap or None, advantages, partial, *_layout(logits), parts, float(skip_zero), PART=geometry.PART,
+            softcap, advantages, partial, *_layout(logits), parts, float(skip_zero), PART=geometry.PART,
             ENTROPY=want_entropy)  # fmt: skip
     return partial, parts
 
 
 def row_grad(
     logits: Tensor,
-    ids: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
+    rows: Rows,
+    scores: Scores,
     g: Tensor,
     h: Tensor | None,
-    inv_temperature: Tensor,
     out: Tensor,
-    softcap: float = 0.0,
+    *,
+    softcap: float | None = None,
 ) -> None:
-    _row_grad(logits, ids, None, lse, entropy, g, h, inv_temperature, out, softcap)
+    _row_grad(logits, rows.ids, None, scores.lse, scores.entropy, g, h, rows.inv_temperature, out, softcap)
 
 
 def _row_grad(logits, ids, mask, lse, entropy, g, h, inv_temperature, out, softcap) -> None:
@@ -215,34 +217,34 @@ def _row_grad(logits, ids, mask, lse, entropy, g, h, inv_temperature, out, softc
     geometry = _geometry(logits.shape[2], logits.dtype)
     parts = geometry.parts(logits.shape[2])
     _launch(kernels.grad_kernel, ids.numel() * parts, geometry, logits.device, logits, out, ids, mask, lse,
-            None if h is None else entropy, g, h, inv_temperature, softcap or None, *_layout(logits), out.stride(0),
+            None if h is None else entropy, g, h, inv_temperature, softcap, *_layout(logits), out.stride(0),
             out.stride(1), parts, geometry.PART, SAME_PHASE=_same_phase(logits, out),
             INPLACE=out.data_ptr() == logits.data_ptr())  # fmt: skip
 
 
 def token_loss(
     logits: Tensor,
-    ids: Tensor,
-    mask: Tensor,
-    inv_temperature: Tensor,
-    want_entropy: bool,
-    rows: TokenRows,
+    rows: Rows,
+    token: TokenRows,
     spec: TokenSpec,
     out: Tensor | None,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *,
+    want_entropy: bool,
+    softcap: float | None = None,
+) -> TokenLoss:
+    ids, mask, inv_temperature = rows
     n, V = ids.numel(), logits.shape[2]
     device = logits.device
-    with_entropy = want_entropy or rows.h is not None
+    with_entropy = want_entropy or token.h is not None
     loss, logp, lse, kl, ratio, g = (logits.new_empty(n, dtype=torch.float32) for _ in range(6))
-    entropy = logits.new_empty(n if with_entropy else 0, dtype=torch.float32)
+    entropy = torch.empty_like(logp) if with_entropy else None
     if n > 0:
         geometry = _geometry(V, logits.dtype)
         split = _split(n, V, geometry, device)
         partial, parts = None, 1
         if split:
             partial, parts = _partial(
-                logits, ids, mask, inv_temperature, softcap, rows.advantages, spec.skip_zero, with_entropy, geometry
+                logits, ids, mask, inv_temperature, softcap, token.advantages, spec.skip_zero, with_entropy, geometry
             )
         inplace = out is not None and not split
         programs = n
@@ -251,21 +253,24 @@ def token_loss(
             geometry = _wide(geometry, V, choice.lanes)
             in_flight = _rows_in_flight(n, V * logits.element_size(), device)
             programs = min(n, choice.programs) if choice.programs else in_flight
-        numbers = [float(x) for x in (spec.kind, spec.clip_low, spec.clip_high, spec.delta, spec.beta,
-                   spec.bias_correction, spec.tau_pos, spec.tau_neg)]  # fmt: skip
-        by_group = rows.advantages is None
+        named = dict(clip_low=0.0, clip_high=0.0, delta=math.inf, tau_pos=1.0, tau_neg=1.0)
+        names = {Kind.CLIP: ("clip_low", "clip_high", "delta"), Kind.CISPO: ("clip_high",)}
+        named |= zip(names.get(spec.kind, ("tau_pos", "tau_neg")), spec.numbers, strict=True)
+        numbers = [float(x) for x in (spec.kind, named["clip_low"], named["clip_high"], named["delta"], spec.beta,
+                   spec.bias_correction, named["tau_pos"], named["tau_neg"])]  # fmt: skip
+        by_group = token.advantages is None
         _launch(
             kernels.token_kernel, programs, geometry, device, logits, partial, ids, mask, inv_temperature,
-            softcap or None, rows.advantages, rows.rewards if by_group else None, rows.seq if by_group else None,
-            rows.weight, rows.old, rows.ref if spec.beta else None, rows.policy_scale, rows.h, loss, logp, lse,
-            entropy if with_entropy else None, kl, ratio, g, *_layout(logits), parts, n, *numbers,
+            softcap, token.advantages, token.rewards if by_group else None, token.seq if by_group else None,
+            token.weight, token.old, token.ref if spec.beta else None, token.policy_scale, token.h, loss, logp, lse,
+            entropy, kl, ratio, g, *_layout(logits), parts, n, *numbers,
             int(spec.group_size), float(spec.scale_by_std), float(spec.skip_zero), PART=geometry.PART,
             PARTS=geometry.PARTS, ENTROPY=with_entropy, INPLACE=inplace,
             GROUP=triton.next_power_of_2(max(2, int(spec.group_size))) if by_group else 1,
         )  # fmt: skip
         if split and out is not None:
-            _row_grad(logits, ids, mask, lse, entropy, g, rows.h, inv_temperature, out, softcap)
-    return loss, logp, lse, entropy if want_entropy else entropy.new_empty(0), kl, ratio, g
+            _row_grad(logits, ids, mask, lse, entropy, g, token.h, inv_temperature, out, softcap)
+    return TokenLoss(loss, logp, lse, entropy if want_entropy else None, kl, ratio, g)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

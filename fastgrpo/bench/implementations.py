@@ -92,9 +92,9 @@ def needs(package: str, extra: str = "bench"):
 
 def _backend_cannot(name: str, mode: str, case: Case) -> str | None:
     module = backends.get(name)
-    why = module.unavailable() or module.supports(torch.device(case.device).type, DTYPES[case.dtype])
-    if why is None and name == "cuda" and case.softcap:
-        why = "no softcap"
+    device = torch.device(case.device)
+    call = backends.Call(device.type, device.index, DTYPES[case.dtype], case.V, case.softcap or None)
+    why = module.unavailable() or module.refuses(call)
     if why is None and mode == "in place" and case.dtype == "fp16":
         why = "fp16 gradients wait for the upstream factor"
     return why

@@ -36,6 +36,7 @@ import trl
 from torch import Tensor, nn
 
 from fastgrpo import backends
+from fastgrpo.backends import Rows
 from fastgrpo.linear import head_options, linear_grpo_loss
 from fastgrpo.linear_ops import no_autocast
 from fastgrpo.loss import GRPOOutput
@@ -100,12 +101,14 @@ class ChunkedLogProb(torch.autograd.Function):
             for rows in cut(0, n, chunk):
                 logits = projection.logits(rows)
                 ids, mask, inv_t = targets[rows], every[rows], inv_temperature[rows]
-                stats = kernels.row_stats(logits, ids, mask, inv_t, "entropy" in outputs, softcap)
+                entropy, cap = "entropy" in outputs, softcap or None
+                stats = kernels.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=entropy, softcap=cap)
                 for name, values in zip(("log_probs", "lse", "entropy"), stats, strict=True):
                     if name in results:
                         results[name][rows] = values
                 if "log_sum_sq_probs" in outputs:  # Σp² = Σexp(2z) / exp(2 lse)
-                    _, twice, _ = kernels.row_stats(logits, ids, mask, 2 * inv_t, False, softcap)
+                    doubled = Rows(ids, mask, 2 * inv_t)
+                    _, twice, _ = kernels.row_stats(logits, doubled, want_entropy=False, softcap=cap)
                     results["log_sum_sq_probs"][rows] = twice - 2 * stats[1]
                 if "mean_logits" in outputs:
                     z = logits[0] if not softcap else softcap * torch.tanh(logits[0].to(inv_t.dtype) / softcap)

@@ -222,7 +222,8 @@ def check_backend(args: GRPOConfig) -> None:
     if args.backend == "auto":
         return
     backend = backends.get(args.backend)
-    why = backend.unavailable() or backend.supports(args.device.type, torch.bfloat16 if args.bf16 else torch.float32)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    why = backend.unavailable() or backend.refuses(backends.Call(args.device.type, args.device.index, dtype, 1))
     if why is not None:
         raise UsageError(f"--backend: {args.backend} cannot be used here: {why}")
 

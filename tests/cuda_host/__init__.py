@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from unittest import mock
 
-from fastgrpo.backends import _native, cuda
+from fastgrpo.backends import cuda, native
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -80,7 +80,7 @@ def backend(path: Path):
     A kernel may touch the tensors of its own call only; a violation is the backend's RuntimeError.
     """
     lib = library(path)
-    pointer, call = _native._pointer, cuda._call
+    pointer, call = native._pointer, cuda._call
 
     def allowed(tensor):
         if tensor is not None:
@@ -94,13 +94,13 @@ def backend(path: Path):
         finally:
             lib.fastgrpo_host_forget()
 
-    with mock.patch.object(_native, "library_path", lambda name: path):
+    with mock.patch.object(native, "library_path", lambda name: path):
         forget_answers()
         assert cuda._load()[1] is None
     try:
         with (
-            mock.patch.object(_native, "_pointer", allowed),
-            mock.patch.object(cuda._rows, "_call", only_its_own),
+            mock.patch.object(native, "_pointer", allowed),
+            mock.patch.object(cuda._calls, "_call", only_its_own),
             mock.patch.multiple(
                 cuda, _call=only_its_own, _place=lambda device: (0, 0), _DEVICE_TYPE="cpu", _works=False
             ),

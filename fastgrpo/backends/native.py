@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import TokenRows, TokenSpec
+from .contract import Kind, Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
 _ABI = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -103,7 +103,9 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def make_args(logits: Tensor, out: Tensor | None = None, softcap: float = 0.0, **vectors: Tensor | None) -> Args:
+def make_args(
+    logits: Tensor, out: Tensor | None = None, softcap: float | None = None, **vectors: Tensor | None
+) -> Args:
     """The arguments of a call, whose fields point into the tensors."""
     batch, tokens, vocab = logits.shape
     return Args(
@@ -113,7 +115,7 @@ def make_args(logits: Tensor, out: Tensor | None = None, softcap: float = 0.0, *
         logits_stride=logits.stride()[:2],
         out_stride=(0, 0) if out is None else out.stride()[:2],
         dtype=DTYPES[logits.dtype],
-        softcap=softcap,
+        softcap=softcap or 0.0,
         logits=_pointer(logits),
         out=_pointer(out),
         **{name: _pointer(vector) for name, vector in vectors.items()},
@@ -124,102 +126,63 @@ def _new(logits: Tensor, count: int, rows: int) -> list[Tensor]:
     return [logits.new_empty(rows, dtype=torch.float32) for _ in range(count)]
 
 
-class Rows:
-    """The functions of a backend on rows of logits, given call(function, args, device), which calls the library."""
+class RowCalls:
+    """A backend's functions on rows of logits, given call(function, args, device), which calls the library."""
 
     def __init__(self, call: Callable[[str, Args, torch.device], None]):
         self._call = call
 
-    def row_stats(
-        self,
-        logits: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        inv_temperature: Tensor,
-        want_entropy: bool,
-        softcap: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logp, lse, entropy) of every row; 0 where mask is False, and there nothing is read."""
-        logp, lse = _new(logits, 2, ids.numel())
-        (entropy,) = _new(logits, 1, ids.numel() if want_entropy else 0)
-        wanted = entropy if want_entropy else None
-        rows = dict(ids=ids, mask=mask, inv_temperature=inv_temperature)
-        args = make_args(logits, None, softcap, **rows, logp=logp, lse=lse, entropy=wanted)
+    def row_stats(self, logits: Tensor, rows: Rows, *, want_entropy: bool, softcap: float | None = None) -> Scores:
+        scores = Scores(*_new(logits, 2, rows.ids.numel()), None)
+        if want_entropy:
+            scores = scores._replace(entropy=torch.empty_like(scores.logp))
+        args = make_args(logits, None, softcap, **rows._asdict(), **scores._asdict())
         self._call("row_stats", args, logits.device)
-        return logp, lse, entropy
+        return scores
 
     def row_grad(
         self,
         logits: Tensor,
-        ids: Tensor,
-        lse: Tensor,
-        entropy: Tensor,
+        rows: Rows,
+        scores: Scores,
         g: Tensor,
         h: Tensor | None,
-        inv_temperature: Tensor,
         out: Tensor,
-        softcap: float = 0.0,
+        *,
+        softcap: float | None = None,
     ) -> None:
-        """Writes dL/dlogits, given g = dL/dlogp and h = dL/dentropy, into `out`, which may be `logits` itself."""
-        entropy = None if h is None else entropy
-        rows = dict(ids=ids, lse=lse, entropy=entropy, g=g, h=h, inv_temperature=inv_temperature)
-        args = make_args(logits, out, softcap, **rows)
-        self._call("row_grad", args, logits.device)
+        entropy = None if h is None else scores.entropy
+        per_row = dict(ids=rows.ids, inv_temperature=rows.inv_temperature, lse=scores.lse, entropy=entropy, g=g, h=h)
+        self._call("row_grad", make_args(logits, out, softcap, **per_row), logits.device)
 
     def token_loss(
         self,
         logits: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        inv_temperature: Tensor,
-        want_entropy: bool,
-        rows: TokenRows,
+        rows: Rows,
+        token: TokenRows,
         spec: TokenSpec,
         out: Tensor | None,
-        softcap: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(loss, logp, lse, entropy, kl, ratio, g) of every row, and the gradient into `out` if given, in one pass.
-
-        `out` may be `logits` itself, or another tensor of that shape and dtype.
-        """
-        loss, logp, lse, kl, ratio, g = _new(logits, 6, ids.numel())
-        with_entropy = want_entropy or rows.h is not None
-        (entropy,) = _new(logits, 1, ids.numel() if with_entropy else 0)
-        args = make_args(
-            logits,
-            out,
-            softcap,
-            ids=ids,
-            mask=mask,
-            inv_temperature=inv_temperature,
-            weight=rows.weight,
-            advantages=rows.advantages,
-            rewards=rows.rewards,
-            seq=rows.seq,
-            old_logps=rows.old,
-            ref_logps=rows.ref,
-            policy_scale=rows.policy_scale,
-            h=rows.h,
-            loss=loss,
-            logp=logp,
-            lse=lse,
-            entropy=entropy if with_entropy else None,
-            kl=kl,
-            ratio=ratio,
-            g=g,
-        )
-        args.spec = Spec(
-            kind=int(spec.kind),
-            clip_low=spec.clip_low,
-            clip_high=spec.clip_high,
-            delta=spec.delta,
-            beta=spec.beta,
-            bias_correction=int(spec.bias_correction),
-            tau_pos=spec.tau_pos,
-            tau_neg=spec.tau_neg,
-        )
-        args.group_size = int(spec.group_size)
-        args.scale_by_std = int(spec.scale_by_std)
-        args.skip_zero = int(spec.skip_zero)
+        *,
+        want_entropy: bool,
+        softcap: float | None = None,
+    ) -> TokenLoss:
+        loss, logp, lse, kl, ratio, g = _new(logits, 6, rows.ids.numel())
+        entropy = torch.empty_like(logp) if want_entropy or token.h is not None else None
+        results = TokenLoss(loss, logp, lse, entropy, kl, ratio, g)
+        inputs = token._asdict()
+        inputs |= dict(old_logps=inputs.pop("old"), ref_logps=inputs.pop("ref"))
+        args = make_args(logits, out, softcap, **rows._asdict(), **inputs, **results._asdict())
+        args.spec = _spec(spec)
+        args.group_size, args.scale_by_std, args.skip_zero = spec.group_size, spec.scale_by_std, spec.skip_zero
         self._call("token_loss", args, logits.device)
-        return loss, logp, lse, entropy if want_entropy else entropy.new_empty(0), kl, ratio, g
+        return results if want_entropy else results._replace(entropy=None)
+
+
+def _spec(spec: TokenSpec) -> Spec:
+    names = {
+        Kind.CLIP: ("clip_low", "clip_high", "delta"),
+        Kind.CISPO: ("clip_high",),
+        Kind.SAPO: ("tau_pos", "tau_neg"),
+    }
+    numbers = dict(zip(names[spec.kind], spec.numbers, strict=True))
+    return Spec(kind=spec.kind, beta=spec.beta, bias_correction=spec.bias_correction, **numbers)

@@ -1,0 +1,143 @@
+"""What a backend is: functions on rows of logits, which know neither loss types nor layouts.
+
+A backend is a module with the functions of `Backend`. Logits are (B, T, V), with unit stride in V and any other
+strides; everything per row is (N,) with N = B·T, contiguous, and fp32 (float64 in the backend "torch", from float64
+logits) unless said otherwise. With a softcap c the logits are c·tanh(logit/c), and gradients those of the raw ones.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """What a backend is asked whether it can take."""
+
+    device_type: str
+    device_index: int | None  # None: the first
+    dtype: torch.dtype  # of the logits
+    vocab: int
+    softcap: float | None = None
+    fused: bool = False  # token_loss is wanted, too
+    one_pass: bool = False  # only if a row is held whole: one read of the logits and, in place, one write
+
+
+class Rows(NamedTuple):
+    """What is read beside each row of logits."""
+
+    ids: Tensor  # (N,) int64, the target; one outside of [0, V) has logp NaN
+    mask: Tensor  # (N,) bool: the rows that are read; the others may hold NaN, and their results are 0
+    inv_temperature: Tensor  # (N,), the factor of the logits
+
+
+class Scores(NamedTuple):
+    """The statistics of each row: what an objective is made of, and what `row_grad` needs."""
+
+    logp: Tensor  # (N,)
+    lse: Tensor  # (N,), of the logits over the temperature
+    entropy: Tensor | None  # (N,), in nats; None: not wanted
+
+
+class Kind(enum.IntEnum):
+    """The fused objective's loss of a token."""
+
+    CLIP = 0  # grpo, bnpo, dr_grpo, dapo, luspo
+    CISPO = 1
+    SAPO = 2
+
+
+class TokenRows(NamedTuple):
+    """What the fused objective reads per row; (N,) fp32 unless said otherwise."""
+
+    weight: Tensor  # factor of the row's loss: mask and normaliser
+    advantages: Tensor | None  # or None, and then the next two
+    rewards: Tensor | None  # (S,) fp32, one per sequence, in contiguous groups of spec.group_size
+    seq: Tensor | None  # (N,) int32: the sequence of each row
+    old: Tensor | None  # logps of the policy that sampled; None: the current ones, detached
+    ref: Tensor | None  # logps of the reference policy; None when beta is 0
+    policy_scale: Tensor | None  # factor of the policy term alone (importance sampling); None: 1
+    h: Tensor | None  # dL/dentropy; None: 0
+
+
+class TokenSpec(NamedTuple):
+    """The numbers of the fused objective."""
+
+    kind: int = Kind.CLIP
+    # The kind's own, at most 4: CLIP low, high, delta (inf: none); CISPO high; SAPO tau where A > 0, tau elsewhere.
+    numbers: tuple[float, ...] = (0.8, 1.2, math.inf)
+    beta: float = 0.0
+    bias_correction: bool = False
+    group_size: int = 0  # of rewards
+    scale_by_std: bool = False  # advantages of a group, by its standard deviation
+    skip_zero: bool = False  # rows without an advantage are not read; only where nothing else (beta, h) has a gradient
+
+
+class TokenLoss(NamedTuple):
+    """The results of the fused objective, (N,) each; 0 for rows that are not read."""
+
+    loss: Tensor
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor | None  # None: not wanted
+    kl: Tensor  # 0 when beta is 0
+    ratio: Tensor  # before it is clipped
+    g: Tensor  # dL/dlogp
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The functions of a backend's module."""
+
+    def unavailable(self) -> str | None:
+        """None, or why this backend cannot run on this machine."""
+
+    def refuses(self, call: Call) -> str | None:
+        """None, or why this backend cannot take such a call: its device, dtype, softcap, fused objective, or one pass
+        over rows of that length."""
+
+    def row_stats(self, logits: Tensor, rows: Rows, *, want_entropy: bool, softcap: float | None = None) -> Scores:
+        """The statistics of every row; 0 where the mask is False, and there nothing is read.
+
+        A row has the same bits in any company, with and without the entropy, and in `token_loss`.
+        """
+
+    def row_grad(
+        self,
+        logits: Tensor,
+        rows: Rows,
+        scores: Scores,
+        g: Tensor,
+        h: Tensor | None,
+        out: Tensor,
+        *,
+        softcap: float | None = None,
+    ) -> None:
+        """Writes dL/dlogits into `out`, (B, T, V) in the dtype of the logits, which may be `logits` itself.
+
+        Rows where g = dL/dlogp and h = dL/dentropy (None: 0) are both 0 are not read, and get zeroes. Of `rows` the
+        mask is not read, and of `scores` only lse and, if there is an h, the entropy.
+        """
+
+    def token_loss(
+        self,
+        logits: Tensor,
+        rows: Rows,
+        token: TokenRows,
+        spec: TokenSpec,
+        out: Tensor | None,
+        *,
+        want_entropy: bool,
+        softcap: float | None = None,
+    ) -> TokenLoss:
+        """`row_stats` and the fused objective of every row and, if `out` is given, the gradient as `row_grad` has it.
+
+        The logits are passed over once, group-normalised advantages included.
+        """
+
+    def scale_(self, x: Tensor, factor: Tensor) -> None:
+        """x *= factor, for (B, T, V) x and a factor of one element; x is not touched when it is 1."""
