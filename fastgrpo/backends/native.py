@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import itertools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .contract import Kind, Rows, Scores, TokenLoss, TokenRows, TokenSpec
+from .contract import Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
-_ABI = 4
+_ABI = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -22,13 +24,9 @@ class Spec(ctypes.Structure):
 
     _fields_ = [
         ("kind", ctypes.c_int32),
-        ("clip_low", ctypes.c_float),
-        ("clip_high", ctypes.c_float),
-        ("delta", ctypes.c_float),
+        ("numbers", ctypes.c_float * 4),
         ("beta", ctypes.c_float),
         ("bias_correction", ctypes.c_int32),
-        ("tau_pos", ctypes.c_float),
-        ("tau_neg", ctypes.c_float),
     ]
 
 
@@ -42,12 +40,44 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("dtype", "scale_by_std", "skip_zero")),
         ("softcap", ctypes.c_float),
         ("spec", Spec),
-        ("group_size", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("group_size", "sequences")),
         *((name, ctypes.c_void_p) for name in ("logits", "out", "ids", "mask", "inv_temperature")),
         *((name, ctypes.c_void_p) for name in ("weight", "advantages", "rewards", "seq")),
         *((name, ctypes.c_void_p) for name in ("old_logps", "ref_logps", "policy_scale", "h")),
         *((name, ctypes.c_void_p) for name in ("loss", "logp", "lse", "entropy", "kl", "ratio", "g")),
     ]
+
+
+class _Field(ctypes.Structure):
+    """FastgrpoField in csrc/args.h: a field as the library has it."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("offset", ctypes.c_int64), ("size", ctypes.c_int64)]
+
+
+def _fields(structure: type[ctypes.Structure], prefix: str = "") -> dict[str, tuple[int, int]]:
+    """{name: (offset, size)} of the fields of a structure, followed by those of structures in it."""
+    found = {prefix + name: (at.offset, at.size) for name, _ in structure._fields_ if (at := getattr(structure, name))}
+    for name, kind in structure._fields_:
+        if issubclass(kind, ctypes.Structure):
+            start, _ = found[prefix + name]
+            inside = _fields(kind, f"{prefix}{name}.")
+            found |= {field: (start + offset, size) for field, (offset, size) in inside.items()}
+    return found
+
+
+def _unlike(library: ctypes.CDLL, name: str) -> str | None:
+    """None, or the first field of Args that is not where the library has it."""
+    table = getattr(library, f"{name}_fields")
+    table.restype = ctypes.POINTER(_Field)
+    theirs = {at.name.decode(): (at.offset, at.size) for at in itertools.takewhile(lambda at: at.name, table())}
+    ours = _fields(Args)
+    for field in [*theirs, *ours]:
+        if theirs.get(field) != ours.get(field):
+            there, here = (
+                "{1} bytes at {0}".format(*at[field]) if field in at else "nothing" for at in (theirs, ours)
+            )
+            return f"the library has {there} for the field {field}, this package {here}"
+    return None
 
 
 def library_path(name: str) -> Path:
@@ -67,13 +97,11 @@ def load(name: str, tool: str, **functions: tuple) -> tuple[ctypes.CDLL | None, 
     try:
         library = ctypes.CDLL(str(path))
         found = getattr(library, f"{name}_abi")()
-        args_size = getattr(library, f"{name}_args_size")
-        args_size.restype = ctypes.c_int64
-        size = args_size()
+        why = f"interface {found}, this package needs {_ABI}" if found != _ABI else _unlike(library, name)
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded: {error}"
-    if (found, size) != (_ABI, ctypes.sizeof(Args)):
-        return None, f"{path} has interface {found}, this package needs {_ABI}: reinstall fastgrpo"
+    if why is not None:
+        return None, f"{path} is of another version ({why}): reinstall fastgrpo"
     for function, (result, *arguments) in functions.items():
         declared = getattr(library, f"{name}_{function}")
         declared.restype, declared.argtypes = result, arguments
@@ -115,7 +143,7 @@ def make_args(
         logits_stride=logits.stride()[:2],
         out_stride=(0, 0) if out is None else out.stride()[:2],
         dtype=DTYPES[logits.dtype],
-        softcap=softcap or 0.0,
+        softcap=math.inf if softcap is None else softcap,
         logits=_pointer(logits),
         out=_pointer(out),
         **{name: _pointer(vector) for name, vector in vectors.items()},
@@ -171,18 +199,13 @@ class RowCalls:
         results = TokenLoss(loss, logp, lse, entropy, kl, ratio, g)
         inputs = token._asdict()
         inputs |= dict(old_logps=inputs.pop("old"), ref_logps=inputs.pop("ref"))
+        if token.advantages is None:
+            inputs["advantages"] = torch.empty_like(token.rewards)  # the library works them out
+        else:
+            inputs["rewards"] = None
         args = make_args(logits, out, softcap, **rows._asdict(), **inputs, **results._asdict())
-        args.spec = _spec(spec)
+        args.spec = Spec(spec.kind, spec.numbers, spec.beta, spec.bias_correction)
         args.group_size, args.scale_by_std, args.skip_zero = spec.group_size, spec.scale_by_std, spec.skip_zero
+        args.sequences = 0 if token.rewards is None else token.rewards.numel()
         self._call("token_loss", args, logits.device)
         return results if want_entropy else results._replace(entropy=None)
-
-
-def _spec(spec: TokenSpec) -> Spec:
-    names = {
-        Kind.CLIP: ("clip_low", "clip_high", "delta"),
-        Kind.CISPO: ("clip_high",),
-        Kind.SAPO: ("tau_pos", "tau_neg"),
-    }
-    numbers = dict(zip(names[spec.kind], spec.numbers, strict=True))
-    return Spec(kind=spec.kind, beta=spec.beta, bias_correction=spec.bias_correction, **numbers)

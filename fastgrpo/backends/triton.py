@@ -57,7 +57,7 @@ def refuses(call: Call) -> str | None:
     if call.dtype not in _DTYPES:
         return f"expected float32, bfloat16 or float16, got {call.dtype}"
     if call.one_pass:
-        return "its second reading of a row is from the L2 cache, which may have lost it"
+        return "its second reading of a row is from the cache, which may have lost it"
     return None
 
 
