@@ -273,7 +273,7 @@ def sweeps(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
             found.append(row)
         del p, clock
     for backend in ("cuda", "triton"):
-        if best := _best(found, backend):
+        if (best := _best(found, backend)) is not None:
             print(f"the fastest, with and without the entropy together: --{backend} '{best}'")
     return int(failed > 0)
 

@@ -6,9 +6,11 @@
 //   token_loss  reads  what row_stats reads, the rows and scalars of the objective
 //               writes loss, logp, lse, entropy, kl, ratio, g, and out if there is one
 // Null pointers: entropy (not wanted), h, out, and the optional rows of the objective.
+// token_loss writes advantages, too, where it is given rewards.
 
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "objective.h"
@@ -19,30 +21,64 @@
 #define FASTGRPO_API extern "C" __attribute__((visibility("default")))
 #endif
 
-// Goes up with every change of an interface; the loader compares it, and the size of the struct.
-#define FASTGRPO_ABI 4
+// Goes up with every change of an interface; the loader compares it, and the fields of the struct.
+#define FASTGRPO_ABI 5
 
 namespace fastgrpo {
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-}
+using Strides = int64_t[2];  // of b and of t, in elements
+}  // namespace fastgrpo
+
+// FASTGRPO_ARGS(F) is F(type, name) of every field.
+#define FASTGRPO_ARGS(F)                                                                                          \
+  F(int64_t, batch)                                                                                               \
+  F(int64_t, tokens)                                                                                              \
+  F(int64_t, vocab)                                                                                               \
+  F(fastgrpo::Strides, logits_stride)                                                                             \
+  F(fastgrpo::Strides, out_stride)                                                                                \
+  F(int32_t, dtype)                                                                                               \
+  F(int32_t, scale_by_std)                                                                                        \
+  F(int32_t, skip_zero)                                                                                           \
+  F(float, softcap) /* logits are softcap * tanh(logit / softcap); inf: as they are */                            \
+  F(fastgrpo::ObjectiveSpec, spec)                                                                                \
+  F(int64_t, group_size)                                                                                          \
+  F(int64_t, sequences) /* of rewards */                                                                          \
+  F(const void*, logits)                                                                                          \
+  F(void*, out) /* another tensor, or logits itself */                                                            \
+  F(const int64_t*, ids)                                                                                          \
+  F(const uint8_t*, mask)                                                                                         \
+  F(const float*, inv_temperature)                                                                                \
+  F(const float*, weight)                                                                                         \
+  F(float*, advantages) /* of every row; with rewards, those of every sequence, which the call works out first */ \
+  F(const float*, rewards)                                                                                        \
+  F(const int32_t*, seq) /* the sequence of every row, with rewards */                                            \
+  F(const float*, old_logps)                                                                                      \
+  F(const float*, ref_logps)                                                                                      \
+  F(const float*, policy_scale)                                                                                   \
+  F(const float*, h)                                                                                              \
+  F(float*, loss)                                                                                                 \
+  F(float*, logp)                                                                                                 \
+  F(float*, lse)                                                                                                  \
+  F(float*, entropy)                                                                                              \
+  F(float*, kl)                                                                                                   \
+  F(float*, ratio)                                                                                                \
+  F(float*, g)
 
 struct FastgrpoArgs {
-  int64_t batch, tokens, vocab;
-  int64_t logits_stride[2], out_stride[2];  // of b and of t, in elements
-  int32_t dtype, scale_by_std, skip_zero;
-  float softcap;  // logits are softcap * tanh(logit / softcap); 0: as they are
-  fastgrpo::ObjectiveSpec spec;
-  int64_t group_size;
-
-  const void* logits;
-  void* out;  // another tensor, or logits itself
-  const int64_t* ids;
-  const uint8_t* mask;
-  const float* inv_temperature;
-
-  const float *weight, *advantages, *rewards;
-  const int32_t* seq;
-  const float *old_logps, *ref_logps, *policy_scale, *h;
-
-  float *loss, *logp, *lse, *entropy, *kl, *ratio, *g;
+  FASTGRPO_ARGS(FASTGRPO_FIELD)
 };
+
+// A field of FastgrpoArgs as the loader compares it with its own; the last one has no name.
+struct FastgrpoField {
+  const char* name;
+  int64_t offset, size;
+};
+
+#define FASTGRPO_ARGS_ENTRY(type, name) {#name, offsetof(FastgrpoArgs, name), sizeof(type)},
+#define FASTGRPO_SPEC_ENTRY(type, name) \
+  {"spec." #name, offsetof(FastgrpoArgs, spec) + offsetof(fastgrpo::ObjectiveSpec, name), sizeof(type)},
+
+namespace fastgrpo {
+constexpr FastgrpoField kArgsFields[] = {FASTGRPO_ARGS(FASTGRPO_ARGS_ENTRY)
+                                             FASTGRPO_SPEC(FASTGRPO_SPEC_ENTRY){nullptr, 0, 0}};
+}  // namespace fastgrpo

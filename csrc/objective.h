@@ -21,13 +21,7 @@ enum ObjectiveKind : int32_t { kClip = 0, kCispo = 1, kSapo = 2 };
 
 // The scalars, in the order of TokenSpec in fastgrpo/backends/contract.py (skip_zero stays with the caller).
 struct ObjectiveSpec {
-  int32_t kind;
-  float clip_low;   // 1 - epsilon
-  float clip_high;  // 1 + epsilon_high; for kCispo epsilon_high itself
-  float delta;      // two-sided clip of the unclipped term; inf: none
-  float beta;
-  int32_t bias_correction;
-  float tau_pos, tau_neg;
+  FASTGRPO_SPEC(FASTGRPO_FIELD)
 };
 
 struct ObjectiveRow {
@@ -62,22 +56,25 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
 
   float loss, d;  // of the policy term
   if (spec.kind == kCispo) {
-    const float r = c1 > spec.clip_high ? spec.clip_high : c1;
+    const float clip_high = spec.numbers[0];
+    const float r = c1 > clip_high ? clip_high : c1;
     loss = -r * A * lp;
     d = -r * A;
   } else if (spec.kind == kSapo) {
-    const float tau = A > 0 ? spec.tau_pos : spec.tau_neg;
+    const float tau = A > 0 ? spec.numbers[0] : spec.numbers[1];
     const float s = 1.0f / (1.0f + expf(-tau * (c1 - 1.0f)));
     loss = -A * s * (4.0f / tau);
     d = -A * 4.0f * s * (1.0f - s) * low * high;
   } else {
+    const float clip_low = spec.numbers[0], clip_high = spec.numbers[1];
+    const float delta = spec.numbers[2];  // clips the other term from above; inf: it does not
     // Comparisons are written so that a NaN ratio passes through every clamp, as it does in torch.
-    const float clamped = c1 < spec.clip_low ? spec.clip_low : c1 > spec.clip_high ? spec.clip_high : c1;
+    const float clamped = c1 < clip_low ? clip_low : c1 > clip_high ? clip_high : c1;
     const float slope = A * low * high;
-    const float l1 = c1 > spec.delta ? spec.delta * A : slope;
+    const float l1 = c1 > delta ? delta * A : slope;
     const float l2 = clamped * A;
-    const float m1 = c1 > spec.delta ? 0.0f : slope;
-    const float m2 = c1 < spec.clip_low || c1 > spec.clip_high ? 0.0f : slope;
+    const float m1 = c1 > delta ? 0.0f : slope;
+    const float m2 = c1 < clip_low || c1 > clip_high ? 0.0f : slope;
     loss = -(l1 < l2 ? l1 : l1 > l2 ? l2 : l1 == l2 ? l1 : l1 + l2);
     // A tie, which is the usual case inside the clip range, shares the gradient as torch.min does.
     d = -(l1 < l2 ? m1 : l1 > l2 ? m2 : 0.5f * (m1 + m2));

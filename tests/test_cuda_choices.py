@@ -131,8 +131,8 @@ def test_answers_are_remembered_and_failures_are_not(new_machine):
 
 
 def test_calls_of_the_runtime(new_machine, monkeypatch):
-    """After its first call, a kernel costs two: which device is this thread's, and the launch. Choosing a backend
-    costs none."""
+    """After its first call, a kernel costs two: which device is this thread's, and the launch; advantages of groups
+    are one launch more. Choosing a backend costs none."""
     real = cuda_unavailable
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     logits, ids, mask, inv_t = make(2, 1, 1000, torch.bfloat16)

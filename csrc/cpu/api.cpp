@@ -70,7 +70,7 @@ struct Row {
 
   // Before the row is read.
   void cap() {
-    if (args.softcap == 0) return;
+    if (args.softcap == INFINITY) return;
     thread_local std::vector<float> scratch;
     scratch.resize(args.vocab + kCapPadding);
     capped = scratch.data();
@@ -161,7 +161,7 @@ void gradient_row(const Args& a, const Sweeps* table, int64_t r, int64_t) {
 // The logits of row r, if this thread reads them next and they fit into L2 beside the present row.
 const void* row_to_fetch(const Row& present, int64_t r, int64_t end) {
   const Args& a = present.args;
-  if (r >= end || !a.mask[r] || a.softcap != 0 || a.vocab * element_size(a.dtype) > 384 << 10) return nullptr;
+  if (r >= end || !a.mask[r] || a.softcap != INFINITY || a.vocab * element_size(a.dtype) > 384 << 10) return nullptr;
   return Row(a, present.table, r).logits;
 }
 
@@ -171,8 +171,7 @@ void loss_row(const Args& a, const Sweeps* table, int64_t r, int64_t end) {
   bool scored = a.mask[r] != 0;
   float advantage = 0;
   if (scored) {
-    advantage = a.advantages != nullptr ? a.advantages[r]
-                                        : group_advantage(a.rewards, a.seq[r], a.group_size, a.scale_by_std != 0);
+    advantage = a.advantages[a.rewards == nullptr ? r : a.seq[r]];
     if (a.skip_zero && advantage == 0 && a.spec.beta == 0 && a.h == nullptr) scored = false;
   }
   Score s = {0.0, 0.0f, 0.0f, 0.0f};
@@ -231,6 +230,12 @@ void for_each_row(const Args& args, int32_t isa, int32_t max_threads, F f) {
   for (std::thread& helper : helpers) helper.join();
 }
 
+void advantages_of_groups(const Args& a) {
+  for (int64_t s = 0; a.rewards != nullptr && s < a.sequences; ++s) {
+    a.advantages[s] = group_advantage(a.rewards, s, a.group_size, a.scale_by_std != 0);
+  }
+}
+
 void prefer_large_pages_out(const Args& args) {
   const bool contiguous = (args.tokens == 1 || args.out_stride[1] == args.vocab) &&
                           (args.batch == 1 || args.out_stride[0] == args.tokens * args.vocab);
@@ -243,7 +248,7 @@ void prefer_large_pages_out(const Args& args) {
 
 int32_t fastgrpo_cpu_abi(void) { return FASTGRPO_ABI; }
 
-int64_t fastgrpo_cpu_args_size(void) { return sizeof(FastgrpoArgs); }
+const FastgrpoField* fastgrpo_cpu_fields(void) { return fastgrpo::kArgsFields; }
 
 void fastgrpo_cpu_row_stats(const FastgrpoArgs* args, int32_t isa, int32_t threads) {
   fastgrpo::for_each_row(*args, isa, threads, fastgrpo::stats_row);
@@ -256,6 +261,7 @@ void fastgrpo_cpu_row_grad(const FastgrpoArgs* args, int32_t isa, int32_t thread
 
 void fastgrpo_cpu_token_loss(const FastgrpoArgs* args, int32_t isa, int32_t threads) {
   fastgrpo::prefer_large_pages_out(*args);
+  fastgrpo::advantages_of_groups(*args);
   fastgrpo::for_each_row(*args, isa, threads, fastgrpo::loss_row);
 }
 

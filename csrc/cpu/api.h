@@ -7,7 +7,7 @@
 #include "../args.h"
 
 FASTGRPO_API int32_t fastgrpo_cpu_abi(void);
-FASTGRPO_API int64_t fastgrpo_cpu_args_size(void);
+FASTGRPO_API const FastgrpoField* fastgrpo_cpu_fields(void);
 
 // The number of an instruction set: of the best one when name is null or empty; -1 for a name that this library does
 // not hold, -2 for one that this CPU cannot run.

@@ -74,14 +74,19 @@ OnePassShape none(const char* why) {
 cudaError_t find_one_pass(const FastgrpoArgs& args, const Device& about, OnePass choice, OnePassShape& shape) {
   shape = none("it takes a GPU of compute capability 9.0 or later");
   if (about.capability < 90) return cudaSuccess;
-  cudaError_t error = one_pass_prepare(args, about.shared_limit);
+  cudaError_t error = one_pass_prepare(args.dtype, false, about.shared_limit);
+  if (error == cudaSuccess) error = one_pass_prepare(args.dtype, true, about.shared_limit);
   const bool open = choice.cluster == 0;
   const char* why = "the blocks of a cluster have no room for such a row";
   while (error == cudaSuccess) {
     shape = one_pass_shape(args.dtype, args.vocab, choice, about.shared_limit);
     if (shape.cluster == 0) break;
-    error = one_pass_clusters(args, shape, shape.clusters);
-    if (error != cudaSuccess || shape.clusters > 0) return error;
+    // Both kernels must be able to run: the bits of a row depend on its cut, and are the same with the entropy.
+    int clusters[2] = {0, 0};
+    error = one_pass_clusters(args.dtype, false, shape, clusters[false]);
+    if (error == cudaSuccess) error = one_pass_clusters(args.dtype, true, shape, clusters[true]);
+    shape.clusters = clusters[wants_entropy(args)];
+    if (error != cudaSuccess || (clusters[false] > 0 && clusters[true] > 0)) return error;
     why = "the device cannot run a cluster of so many blocks";
     choice.cluster = shape.cluster / 2;  // fewer blocks, with more memory each
     if (!open || choice.cluster == 0) break;
@@ -98,9 +103,8 @@ cudaError_t one_pass_for(const FastgrpoArgs& args, int device, const OnePass& ch
   Device about;
   cudaError_t error = ask(device, about);
   if (error != cudaSuccess) return error;
-  const bool entropy = args.entropy != nullptr || args.h != nullptr;
-  const auto key =
-      std::make_tuple(device, (int)args.dtype, entropy, args.vocab, choice.cluster, choice.buffers, choice.blocks);
+  const auto key = std::make_tuple(device, (int)args.dtype, wants_entropy(args), args.vocab, choice.cluster,
+                                   choice.buffers, choice.blocks);
   const std::lock_guard<std::mutex> lock(mutex);
   const auto at = known.find(key);
   if (at != known.end()) {
@@ -159,7 +163,7 @@ using namespace fastgrpo;
 
 int32_t fastgrpo_cuda_abi(void) { return FASTGRPO_ABI; }
 
-int64_t fastgrpo_cuda_args_size(void) { return sizeof(FastgrpoArgs); }
+const FastgrpoField* fastgrpo_cuda_fields(void) { return kArgsFields; }
 
 const char* fastgrpo_cuda_error(int32_t error) {
   return error == FASTGRPO_REFUSED ? "the choice cannot run" : cudaGetErrorString((cudaError_t)error);
@@ -195,13 +199,19 @@ int32_t fastgrpo_cuda_row_grad(const FastgrpoArgs* args, int32_t device, void* s
 int32_t fastgrpo_cuda_token_loss(const FastgrpoArgs* args, int32_t device, void* stream,
                                  const FastgrpoOnePass* choice) {
   return on_device(device, [&]() -> int32_t {
+    FastgrpoArgs first = *args;
+    // A gradient that bulk copies cannot bring there takes a second pass; the statistics are those of any other call.
+    if (args->out != nullptr && !same_phase(*args) && !refused(*choice)) first.out = nullptr;
     OnePassShape shape;
-    cudaError_t error = how_to(*args, device, *choice, shape);
+    cudaError_t error = how_to(first, device, *choice, shape);
     if (error != cudaSuccess) return error;
-    if (shape.cluster > 0) return one_pass(*args, shape, (cudaStream_t)stream);
-    if (refused(*choice)) return FASTGRPO_REFUSED;
-    error = stats(*args, (cudaStream_t)stream);
-    return error != cudaSuccess || args->out == nullptr ? error : grad(*args, (cudaStream_t)stream);
+    const bool held = shape.cluster > 0;
+    if (!held && refused(*choice)) return FASTGRPO_REFUSED;
+    if (args->loss != nullptr && args->rewards != nullptr) error = advantages_of_groups(*args, (cudaStream_t)stream);
+    if (error != cudaSuccess) return error;
+    error = held ? one_pass(first, shape, (cudaStream_t)stream) : stats(first, (cudaStream_t)stream);
+    const bool done = args->out == nullptr || (held && first.out != nullptr);
+    return error != cudaSuccess || done ? error : grad(*args, (cudaStream_t)stream);
   });
 }
 

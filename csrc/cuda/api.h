@@ -28,12 +28,13 @@ struct FastgrpoOnePassShape {
 #define FASTGRPO_REFUSED (-1)
 
 FASTGRPO_API int32_t fastgrpo_cuda_abi(void);
-FASTGRPO_API int64_t fastgrpo_cuda_args_size(void);
+FASTGRPO_API const FastgrpoField* fastgrpo_cuda_fields(void);
 FASTGRPO_API const char* fastgrpo_cuda_error(int32_t error);
 
 // Null, or why no device here can run the kernels.
 FASTGRPO_API const char* fastgrpo_cuda_unavailable(void);
-// How token_loss, or row_stats, holds rows like these (dtype, vocab, entropy, and where out is).
+// How token_loss, or row_stats, holds rows like these: dtype and vocab say, and where out is. Whether there is an
+// entropy changes nothing but how many clusters run at once.
 FASTGRPO_API int32_t fastgrpo_cuda_one_pass(const FastgrpoArgs* args, int32_t device, const FastgrpoOnePass* choice,
                                             FastgrpoOnePassShape* shape);
 

@@ -12,14 +12,20 @@ namespace fastgrpo {
 using OnePass = FastgrpoOnePass;
 using OnePassShape = FastgrpoOnePassShape;
 
+inline bool wants_entropy(const FastgrpoArgs& args) { return args.entropy != nullptr || args.h != nullptr; }
+
+// args.advantages of every sequence, from args.rewards. sm_80.
+cudaError_t advantages_of_groups(const FastgrpoArgs& args, cudaStream_t stream);
+
 // row_stats when args.loss is null, else token_loss; writes args.out if there is one. sm_90.
 // The shape is of the fewest blocks that have room, where the choice leaves it open; its cluster is 0 where none have.
 // shared_limit: bytes that a block may have.
 OnePassShape one_pass_shape(int32_t dtype, int64_t vocab, const OnePass& choice, int shared_limit);
-// Once per device, before the others: lets blocks have so much shared memory, and clusters be as large as they can.
-cudaError_t one_pass_prepare(const FastgrpoArgs& args, int shared_limit);
+// Once per device and kernel, before the others: lets blocks have so much shared memory, and clusters be as large as
+// they can.
+cudaError_t one_pass_prepare(int32_t dtype, bool entropy, int shared_limit);
 // How many clusters the current device holds at once; 0: it cannot run one.
-cudaError_t one_pass_clusters(const FastgrpoArgs& args, const OnePassShape& shape, int& clusters);
+cudaError_t one_pass_clusters(int32_t dtype, bool entropy, const OnePassShape& shape, int& clusters);
 cudaError_t one_pass(const FastgrpoArgs& args, const OnePassShape& shape, cudaStream_t stream);
 
 // The same without args.out, and row_grad, which also serves token_loss: with a mask, it zeroes what is outside of it,

@@ -112,7 +112,6 @@ FASTGRPO_DEVICE void move_rows(const OnePassArgs& p) {
   const uint64_t policy = cache_policy(p.shape.evict_first != 0);
   Turn in, out;
   int held = 0;
-  Advantage advantage;
   const auto make_room = [&] {
     barrier_wait(ready(out.buffer), out.parity);
     if (p.a.out != nullptr) store_slice<E>(p, out.buffer, lane, policy);
@@ -120,7 +119,7 @@ FASTGRPO_DEVICE void move_rows(const OnePassArgs& p) {
     --held;
   };
   for (int64_t row = block_index() / cluster_size(); row < rows; row += step) {
-    const Plan plan = plan_row(p.a, row, advantage);
+    const Plan plan = plan_row(p.a, row);
     if (!plan.scored) {
       if (p.a.out != nullptr) zero(slice_of<E>(p.a.out, p.a.out_stride, p, row), lane, 32);
       if (rank == 0 && lane == 0) skip_row(p.a, row);
@@ -262,11 +261,10 @@ void (*kernel_for(bool entropy))(OnePassArgs) {
   return entropy ? one_pass_kernel<E, true> : one_pass_kernel<E, false>;
 }
 
-auto kernel_for(const FastgrpoArgs& args) {
-  const bool entropy = args.entropy != nullptr || args.h != nullptr;
-  return args.dtype == kBFloat16  ? kernel_for<BFloat16>(entropy)
-         : args.dtype == kFloat16 ? kernel_for<Float16>(entropy)
-                                  : kernel_for<Float32>(entropy);
+auto kernel_for(int32_t dtype, bool entropy) {
+  return dtype == kBFloat16  ? kernel_for<BFloat16>(entropy)
+         : dtype == kFloat16 ? kernel_for<Float16>(entropy)
+                             : kernel_for<Float32>(entropy);
 }
 
 Launch launch_for(const OnePassShape& shape, int64_t clusters, cudaStream_t stream) {
@@ -308,18 +306,18 @@ OnePassShape one_pass_shape(int32_t dtype, int64_t vocab, const OnePass& choice,
   return {};
 }
 
-cudaError_t one_pass_prepare(const FastgrpoArgs& args, int shared_limit) {
-  return prepare(kernel_for(args), shared_limit);
+cudaError_t one_pass_prepare(int32_t dtype, bool entropy, int shared_limit) {
+  return prepare(kernel_for(dtype, entropy), shared_limit);
 }
 
-cudaError_t one_pass_clusters(const FastgrpoArgs& args, const OnePassShape& shape, int& clusters) {
-  return active_clusters(kernel_for(args), launch_for(shape, 1, nullptr), clusters);
+cudaError_t one_pass_clusters(int32_t dtype, bool entropy, const OnePassShape& shape, int& clusters) {
+  return active_clusters(kernel_for(dtype, entropy), launch_for(shape, 1, nullptr), clusters);
 }
 
 cudaError_t one_pass(const FastgrpoArgs& args, const OnePassShape& shape, cudaStream_t stream) {
   const int64_t rows = args.batch * args.tokens;
   const int64_t clusters = shape.clusters < rows ? shape.clusters : rows;
-  return launch(kernel_for(args), launch_for(shape, clusters, stream), {args, shape});
+  return launch(kernel_for(args.dtype, wants_entropy(args)), launch_for(shape, clusters, stream), {args, shape});
 }
 
 }  // namespace fastgrpo

@@ -339,29 +339,13 @@ FASTGRPO_DEVICE float or_else(const float* p, int64_t i, float value) {
   return p == nullptr ? value : global_load(p + i);
 }
 
-// The advantage of a row, remembered for the next one of its sequence: that of a group takes long to work out.
-class Advantage {
- public:
-  FASTGRPO_DEVICE float of(const FastgrpoArgs& a, int64_t row) {
-    if (a.advantages != nullptr) return global_load(a.advantages + row);
-    const int32_t seq = global_load(a.seq + row);
-    if (seq != seq_) value_ = group_advantage(a.rewards, seq, a.group_size, a.scale_by_std != 0);
-    seq_ = seq;
-    return value_;
-  }
-
- private:
-  int32_t seq_ = -1;
-  float value_ = 0.0f;
-};
-
-FASTGRPO_DEVICE Plan plan_row(const FastgrpoArgs& a, int64_t row, Advantage& advantage) {
+FASTGRPO_DEVICE Plan plan_row(const FastgrpoArgs& a, int64_t row) {
   Plan plan = {};
   plan.row = row;
   plan.scored = global_load(a.mask + row) != 0;
   if (!plan.scored) return plan;
   if (a.loss != nullptr) {
-    plan.advantage = advantage.of(a, row);
+    plan.advantage = global_load(a.advantages + (a.rewards == nullptr ? row : global_load(a.seq + row)));
     if (a.skip_zero && plan.advantage == 0 && a.spec.beta == 0 && a.h == nullptr) {
       plan.scored = 0;
       return plan;

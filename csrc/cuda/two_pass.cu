@@ -67,9 +67,8 @@ FASTGRPO_KERNEL(kWorkers, 3)
 stats_kernel(const FastgrpoArgs a) {
   const int64_t row = block_index();
   const int thread = thread_index();
-  if (thread < 32) {  // the statistics of a group are in double, which some chips are slow at
-    Advantage advantage;
-    const Plan plan = plan_row(a, row, advantage);
+  if (thread < 32) {  // one warp asks memory for all
+    const Plan plan = plan_row(a, row);
     if (thread == 0) shared_put(kPlan, plan);
   }
   sync_threads(kWorkersBarrier, kWorkers);  // the plan is there
@@ -221,11 +220,10 @@ cudaError_t launch_blocks(void (*kernel)(FastgrpoArgs), const FastgrpoArgs& args
 }  // namespace
 
 cudaError_t stats(const FastgrpoArgs& args, cudaStream_t stream) {
-  const bool entropy = args.entropy != nullptr || args.h != nullptr;
   void (*const kernels[3][2])(FastgrpoArgs) = {{stats_kernel<Float32, false>, stats_kernel<Float32, true>},
                                                {stats_kernel<BFloat16, false>, stats_kernel<BFloat16, true>},
                                                {stats_kernel<Float16, false>, stats_kernel<Float16, true>}};
-  return launch_blocks(kernels[args.dtype][entropy], args, args.batch * args.tokens, stream);
+  return launch_blocks(kernels[args.dtype][wants_entropy(args)], args, args.batch * args.tokens, stream);
 }
 
 cudaError_t grad(const FastgrpoArgs& args, cudaStream_t stream) {

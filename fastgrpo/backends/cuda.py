@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -154,14 +155,15 @@ def _ask(args: Args, device: int, choice: _Choice) -> Shape:
 
 
 @functools.cache  # of answers; what is raised is not kept
-def shape(vocab: int, dtype: torch.dtype, device: int, one_pass: OnePass = OnePass(), entropy: bool = False) -> Shape:
+def shape(vocab: int, dtype: torch.dtype, device: int, one_pass: OnePass = OnePass()) -> Shape:
     """How rows of `vocab` logits are held, with that choice; its cluster is 0 where they cannot be.
+
+    The cut is the same with and without the entropy. `clusters` are those without.
 
     Raises:
         RuntimeError: the driver failed to answer.
     """
-    args = Args(vocab=vocab, dtype=DTYPES[dtype], entropy=entropy or None)  # a pointer that is not followed
-    return _ask(args, device, _as_choice(one_pass))
+    return _ask(Args(vocab=vocab, dtype=DTYPES[dtype]), device, _as_choice(one_pass))
 
 
 def _no_one_pass(vocab: int, dtype: torch.dtype, device: int) -> str | None:
@@ -221,7 +223,7 @@ def _refusal(args: Args, device: int) -> str:
 
 
 def _call(function: str, args: Args, device: torch.device) -> None:
-    if args.softcap:
+    if args.softcap < math.inf:
         raise ValueError("softcap: expected None with backend 'cuda'; backend 'triton' takes one")
     if args.batch * args.tokens == 0:
         return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import itertools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from .contract import Kind, Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
-_ABI = 4
+_ABI = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -22,13 +24,9 @@ class Spec(ctypes.Structure):
 
     _fields_ = [
         ("kind", ctypes.c_int32),
-        ("clip_low", ctypes.c_float),
-        ("clip_high", ctypes.c_float),
-        ("delta", ctypes.c_float),
+        ("numbers", ctypes.c_float * 4),
         ("beta", ctypes.c_float),
         ("bias_correction", ctypes.c_int32),
-        ("tau_pos", ctypes.c_float),
-        ("tau_neg", ctypes.c_float),
     ]
 
 
@@ -42,12 +40,44 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("dtype", "scale_by_std", "skip_zero")),
         ("softcap", ctypes.c_float),
         ("spec", Spec),
-        ("group_size", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("group_size", "sequences")),
         *((name, ctypes.c_void_p) for name in ("logits", "out", "ids", "mask", "inv_temperature")),
         *((name, ctypes.c_void_p) for name in ("weight", "advantages", "rewards", "seq")),
         *((name, ctypes.c_void_p) for name in ("old_logps", "ref_logps", "policy_scale", "h")),
         *((name, ctypes.c_void_p) for name in ("loss", "logp", "lse", "entropy", "kl", "ratio", "g")),
     ]
+
+
+class _Field(ctypes.Structure):
+    """FastgrpoField in csrc/args.h: a field as the library has it."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("offset", ctypes.c_int64), ("size", ctypes.c_int64)]
+
+
+def _fields(structure: type[ctypes.Structure], prefix: str = "") -> dict[str, tuple[int, int]]:
+    """{name: (offset, size)} of the fields of a structure, followed by those of structures in it."""
+    found = {prefix + name: (at.offset, at.size) for name, _ in structure._fields_ if (at := getattr(structure, name))}
+    for name, kind in structure._fields_:
+        if issubclass(kind, ctypes.Structure):
+            start, _ = found[prefix + name]
+            inside = _fields(kind, f"{prefix}{name}.")
+            found |= {field: (start + offset, size) for field, (offset, size) in inside.items()}
+    return found
+
+
+def _unlike(library: ctypes.CDLL, name: str) -> str | None:
+    """None, or the first field of Args that is not where the library has it."""
+    table = getattr(library, f"{name}_fields")
+    table.restype = ctypes.POINTER(_Field)
+    theirs = {at.name.decode(): (at.offset, at.size) for at in itertools.takewhile(lambda at: at.name, table())}
+    ours = _fields(Args)
+    for field in [*theirs, *ours]:
+        if theirs.get(field) != ours.get(field):
+            there, here = (
+                "{1} bytes at {0}".format(*at[field]) if field in at else "nothing" for at in (theirs, ours)
+            )
+            return f"the library has {there} for the field {field}, this package {here}"
+    return None
 
 
 def library_path(name: str) -> Path:
@@ -67,13 +97,11 @@ def load(name: str, tool: str, **functions: tuple) -> tuple[ctypes.CDLL | None, 
     try:
         library = ctypes.CDLL(str(path))
         found = getattr(library, f"{name}_abi")()
-        args_size = getattr(library, f"{name}_args_size")
-        args_size.restype = ctypes.c_int64
-        size = args_size()
+        why = f"interface {found}, this package needs {_ABI}" if found != _ABI else _unlike(library, name)
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded: {error}"
-    if (found, size) != (_ABI, ctypes.sizeof(Args)):
-        return None, f"{path} has interface {found}, this package needs {_ABI}: reinstall fastgrpo"
+    if why is not None:
+        return None, f"{path} is of another version ({why}): reinstall fastgrpo"
     for function, (result, *arguments) in functions.items():
         declared = getattr(library, f"{name}_{function}")
         declared.restype, declared.argtypes = result, arguments

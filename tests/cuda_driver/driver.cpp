@@ -298,7 +298,7 @@ class Run {
       args.logp = logp->get();
       if (case_.kernel == kToken) {
         args.group_size = 1;
-        args.spec = {kClip, (float)kClipLow, (float)kClipHigh, INFINITY, (float)kBeta, 0, 1.0f, 1.0f};
+        args.spec = {kClip, {(float)kClipLow, (float)kClipHigh, INFINITY}, (float)kBeta, 0};
         args.weight = at_weight.get(), args.advantages = at_advantages.get();
         args.old_logps = at_old.get(), args.ref_logps = at_ref.get();
         args.h = case_.entropy ? at_h.get() : nullptr;

@@ -46,9 +46,10 @@ def library(path: Path) -> ctypes.CDLL:
     lib.fastgrpo_host_allow.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     for name in ("devices", "active_clusters", "largest_cluster", "fail_occupancy"):
         getattr(lib, f"fastgrpo_host_{name}").argtypes = [ctypes.c_int]
-    lib.fastgrpo_host_capability.argtypes = [ctypes.c_int, ctypes.c_int]
+    for name in ("capability", "largest_cluster_of"):
+        getattr(lib, f"fastgrpo_host_{name}").argtypes = [ctypes.c_int, ctypes.c_int]
     for name in ("seed", "allow", "forget", "devices", "capability", "active_clusters", "largest_cluster",
-                 "fail_occupancy", "copies"):  # fmt: skip
+                 "largest_cluster_of", "fail_occupancy", "copies"):  # fmt: skip
         getattr(lib, f"fastgrpo_host_{name}").restype = None
     lib.fastgrpo_host_calls.restype = ctypes.c_int64
     lib.fastgrpo_host_copies.argtypes = [ctypes.c_int64 * 3]

@@ -19,10 +19,12 @@ constexpr int kMultiprocessors = 2;
 struct Attributes {
   int shared_bytes = 48 << 10;
   bool wide = false;
+  int number = 0;  // of the kernels that were given attributes, in their order from 0
 };
 
 struct {
   int count = 1, major = 9, minor = 0, active_clusters = 2, largest_cluster = 16;
+  int crowded = -1, largest_crowded = 16;  // a kernel that has less room than others
   cudaError_t error = cudaSuccess;
   cudaError_t occupancy = cudaSuccess;  // what the next question for active clusters is answered with, once
   int64_t calls = 0;
@@ -68,7 +70,8 @@ void count_call() { device.calls++; }
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   count_call();
-  Attributes& attributes = device.attributes[kernel];
+  const int known = (int)device.attributes.size();
+  Attributes& attributes = device.attributes.emplace(kernel, Attributes{48 << 10, false, known}).first->second;
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
     attributes.wide = value;
   } else if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
@@ -87,7 +90,8 @@ cudaError_t active_clusters(int* clusters, const void* kernel, const cudaLaunchC
   if (planted != cudaSuccess) return noted(planted);
   const int cluster = (int)cluster_of(config);
   if (cluster == 0) return noted(cudaErrorInvalidClusterSize);
-  *clusters = cluster <= device.largest_cluster ? device.active_clusters : 0;
+  const bool crowded = device.attributes[kernel].number == device.crowded;
+  *clusters = cluster <= (crowded ? device.largest_crowded : device.largest_cluster) ? device.active_clusters : 0;
   return check_launch(kernel, config);
 }
 
@@ -200,6 +204,10 @@ void fastgrpo_host_capability(int major, int minor) { device.major = major, devi
 void fastgrpo_host_active_clusters(int count) { device.active_clusters = count; }
 // Clusters of more blocks than this find no room.
 void fastgrpo_host_largest_cluster(int blocks) { device.largest_cluster = blocks; }
+// Of the kernel of this number (in the order in which they are prepared), clusters of more blocks than this.
+void fastgrpo_host_largest_cluster_of(int kernel, int blocks) {
+  device.crowded = kernel, device.largest_crowded = blocks;
+}
 // The next question for active clusters fails like this.
 void fastgrpo_host_fail_occupancy(int error) { device.occupancy = (cudaError_t)error; }
 // Calls of the runtime so far.
