@@ -321,9 +321,9 @@ def test_advantages_from_rewards(skip_zero, scale_by_std, path, monkeypatch):
     want = want.flatten()[seq.long()]
     near(got.loss.cpu(), -0.25 * want, atol=1e-7)
     idle = want == 0
-    assert (got.loss[idle] == 0).all() and torch.equal(got.lse[idle] == 0, torch.full((int(idle.sum()),), skip_zero))
+    assert (got.loss.cpu()[idle] == 0).all() and ((got.lse.cpu()[idle] == 0) == skip_zero).all()
     once = [programs for kernel, programs in launched if kernel is backend.kernels.group_kernel]
-    assert once == [S] and len(launched) == 2
+    assert once == [S]
 
 
 def test_parts_of_rows_without_advantage_are_not_read():

@@ -46,9 +46,10 @@ def launched(dtype: str, kernel: str, V: int = 151937, T: int = 3, spec=None):
     from fastgrpo.backends import triton as backend
 
     calls = []
-    take = lambda kernel, programs, cut, device, *arguments, **constants: calls.append(
-        (kernel, cut, arguments, {"K": cut.K, "LANES": cut.LANES, "UNROLL": cut.UNROLL, **constants})
-    )
+
+    def take(kernel, programs, cut, device, *arguments, **constants):
+        calls.append((kernel, cut, arguments, dict(K=cut.K, LANES=cut.LANES, UNROLL=cut.UNROLL, **constants)))
+
     backend.launch.sweep, sweep = take, backend.launch.sweep
     x = torch.empty(1, T, V, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
     row = torch.empty(T)
@@ -120,7 +121,7 @@ def compile_case(target: str, dtype: str, kernel: str) -> dict:
 
 
 def variants(kernel: str) -> int:
-    """How often Triton would compile a kernel for rows of several lengths and strides, and objectives of any numbers."""
+    """How often Triton would compile a kernel for rows of several lengths and strides, and several objectives."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
