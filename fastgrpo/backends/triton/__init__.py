@@ -6,6 +6,7 @@ program does in `kernels`, and how it walks a row in `memory`, `statistics` and 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 
 import torch
@@ -94,7 +95,7 @@ def row_grad(
     *,
     softcap: float | None = None,
 ) -> None:
-    _row_grad(logits, rows._replace(mask=None), scores, g, h, out, softcap)
+    _row_grad(logits, Rows(rows.ids, None, rows.inv_temperature), scores, g, h, out, softcap)
 
 
 def _row_grad(logits, rows, scores, g, h, out, softcap) -> None:
@@ -147,16 +148,17 @@ def token_loss(
 
 def _with_advantages(token: TokenRows, spec: TokenSpec) -> TokenRows:
     """What the kernels read of `token`: an advantage per row, or from rewards one per sequence (S,) and `seq`."""
-    ref = token.ref if spec.beta else None
-    if token.advantages is not None:
-        return token._replace(rewards=None, seq=None, ref=ref)
-    rewards, size = token.rewards, int(spec.group_size)
-    advantages = torch.empty_like(rewards)
+    weight, advantages, rewards, seq, old, ref, policy_scale, h = token
+    ref = ref if spec.beta else None
+    if advantages is not None:
+        return TokenRows(weight, advantages, None, None, old, ref, policy_scale, h)
+    size, advantages = int(spec.group_size), torch.empty_like(rewards)
     launch.run(kernels.group_kernel, rewards.numel(), _GROUP_LANES, rewards.device, rewards, advantages, size,
                float(spec.scale_by_std), GROUP=triton.next_power_of_2(max(2, size)))  # fmt: skip
-    return token._replace(advantages=advantages, rewards=None, ref=ref)
+    return TokenRows(weight, advantages, None, seq, old, ref, policy_scale, h)
 
 
+@functools.lru_cache
 def _floats(spec: TokenSpec) -> TokenSpec:
     """What the token kernel reads of `spec`, as floats, because Triton specialises upon integers; 4 numbers."""
     kind, numbers, beta, bias_correction, _, _, skip_zero = spec

@@ -55,6 +55,7 @@ class Geometry(NamedTuple):
         return -(-V // (self.K * self.PART))
 
 
+@functools.cache
 def geometry(V: int, dtype: torch.dtype) -> Geometry:
     """512 threads for a long row, so that the few rows which fit into the L2 cache keep the memory busy."""
     size = dtype.itemsize
@@ -70,7 +71,9 @@ def wide(cut: Geometry, V: int, lanes: int) -> Geometry:
 
 def layout(x: Tensor) -> tuple[int, int, int, int]:
     """(V, T, stride_b, stride_t)."""
-    return x.shape[2], x.shape[1], x.stride(0), x.stride(1)
+    _, T, V = x.shape
+    stride_b, stride_t, _ = x.stride()
+    return V, T, stride_b, stride_t
 
 
 def same_phase(a: Tensor, b: Tensor) -> bool:
@@ -115,14 +118,20 @@ def rows_in_flight(n_rows: int, row_bytes: int, device: torch.device) -> int:
 # ---- launches
 
 
+@functools.cache
+def _options(device: torch.device, lanes: int) -> dict[str, int]:
+    """Triton's own options for `lanes` threads."""
+    options = {"num_warps": max(1, lanes // _device(device)[2])}
+    if device.type == "cuda" and torch.version.hip is None:
+        options["maxnreg"] = REGISTERS
+    return options
+
+
 def run(kernel: Any, programs: int, lanes: int, device: torch.device, *args, **constants) -> None:
     """`programs` programs of `lanes` threads; the arguments, a tuple's members too, are tensors, numbers or None."""
     on = contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
-    constants["num_warps"] = max(1, lanes // _device(device)[2])
-    if device.type == "cuda" and torch.version.hip is None:
-        constants["maxnreg"] = REGISTERS
     with on:
-        kernel[(programs,)](*args, **constants)
+        kernel[(programs,)](*args, **constants, **_options(device, lanes))
 
 
 def sweep(kernel: Any, programs: int, cut: Geometry, device: torch.device, *args, **constants) -> None:
