@@ -64,8 +64,8 @@ def refuses(call: Call) -> str | None:
 
 def row_stats(logits: Tensor, rows: Rows, *, want_entropy: bool, softcap: float | None = None) -> Scores:
     n, V = rows.ids.numel(), logits.shape[2]
-    logp, lse = logits.new_empty(n, dtype=torch.float32), logits.new_empty(n, dtype=torch.float32)
-    scores = Scores(logp, lse, torch.empty_like(logp) if want_entropy else None)
+    logp = logits.new_empty(n, dtype=torch.float32)
+    scores = Scores(logp, torch.empty_like(logp), torch.empty_like(logp) if want_entropy else None)
     if n > 0:
         cut = launch.geometry(V, logits.dtype)
         partial = None
@@ -121,7 +121,8 @@ def token_loss(
     softcap: float | None = None,
 ) -> TokenLoss:
     n, V, device = rows.ids.numel(), logits.shape[2], logits.device
-    loss, logp, lse, kl, ratio, g = (logits.new_empty(n, dtype=torch.float32) for _ in range(6))
+    loss = logits.new_empty(n, dtype=torch.float32)
+    logp, lse, kl, ratio, g = (torch.empty_like(loss) for _ in range(5))
     entropy = torch.empty_like(logp) if want_entropy or token.h is not None else None
     result = TokenLoss(loss, logp, lse, entropy, kl, ratio, g)
     if n > 0:

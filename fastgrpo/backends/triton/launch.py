@@ -66,7 +66,7 @@ def geometry(V: int, dtype: torch.dtype) -> Geometry:
 def wide(cut: Geometry, V: int, lanes: int) -> Geometry:
     """The geometry of `InPlace.lanes`: as many parts of a row side by side as the lanes are of 512."""
     beside = lanes // 512 if cut.parts(V) > 1 else 1
-    return cut._replace(LANES=cut.LANES * beside, PARTS=beside)
+    return cut._replace(LANES=cut.LANES * beside, PARTS=beside) if beside > 1 else cut
 
 
 def layout(x: Tensor) -> tuple[int, int, int, int]:
@@ -78,6 +78,8 @@ def layout(x: Tensor) -> tuple[int, int, int, int]:
 
 def same_phase(a: Tensor, b: Tensor) -> bool:
     """Whether every row of b starts at the address of a's row modulo 16."""
+    if a is b:
+        return True
     apart = [b.data_ptr() - a.data_ptr()]
     apart += [(b.stride(d) - a.stride(d)) * a.element_size() for d in (0, 1) if a.shape[d] > 1]
     return all(n % 16 == 0 for n in apart)
