@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from fastgrpo.backends import Call, Rows, Scores, TokenRows, TokenSpec
 from fastgrpo.backends import triton as backend
+from fastgrpo.backends.triton import launch
 
 if (_why := backend.unavailable()) is not None:
     pytest.skip(_why, allow_module_level=True)
@@ -24,13 +25,13 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11} 
 @pytest.fixture(autouse=True)
 def small_geometry(monkeypatch):
     """Tiles of 128 vectors and parts of 256: 4099 elements in bf16 are 3 parts, the last of one full tile or none."""
-    monkeypatch.setattr(backend, "_geometry", lambda V, dtype: backend.Geometry(16 // dtype.itemsize, 64, 2, 256))
+    monkeypatch.setattr(launch, "geometry", lambda V, dtype: launch.Geometry(16 // dtype.itemsize, 64, 2, 256))
 
 
 @pytest.fixture(params=["rows", "parts"])
 def path(request, monkeypatch):
     """Both ways through a row: one program, or one program per part."""
-    monkeypatch.setattr(backend, "_split", lambda n, V, geometry, device: request.param == "parts")
+    monkeypatch.setattr(launch, "split", lambda n, V, geometry, device: request.param == "parts")
     return request.param
 
 
@@ -123,7 +124,7 @@ def test_parts_give_the_bits_of_whole_rows(dtype, monkeypatch):
     logits[0, 0, :2500] = -math.inf  # an entropy that takes the second, careful sweep
     results = []
     for split in (False, True):
-        monkeypatch.setattr(backend, "_split", lambda *_, split=split: split)
+        monkeypatch.setattr(launch, "split", lambda *_, split=split: split)
         for rows in (slice(0, 4), slice(2, 4)):  # and of fewer rows
             part = logits.view(4, 1, -1)[rows]
             for want_entropy in (True, False):
@@ -236,7 +237,7 @@ SPECS = {
 
 @pytest.mark.parametrize("name, split", [*((name, False) for name in SPECS), ("clip, corrected k3", True)])
 def test_token_loss(name, split, monkeypatch):
-    monkeypatch.setattr(backend, "_split", lambda *_: split)
+    monkeypatch.setattr(launch, "split", lambda *_: split)
     spec = SPECS[name]
     logits, ids, mask, inv_t = make(3, 2, 1100, torch.float32)
     n = 6
@@ -295,23 +296,45 @@ def test_ties_split_the_derivative(path):
         assert g[1] == 0.25
 
 
-def test_advantages_from_rewards(path):
+@pytest.mark.parametrize("scale_by_std", [False, True])
+@pytest.mark.parametrize("skip_zero", [False, True])
+def test_advantages_from_rewards(skip_zero, scale_by_std, path, monkeypatch):
     groups = torch.tensor([[1.0, 2.0, 4.0], [0.1, 0.1, 0.1], [float("nan"), 1.0, 3.0], [5.0, *[float("nan")] * 2],
                            [4096.0, 4096.0005, 4096.002]])  # fmt: skip
-    n, size = groups.numel(), groups.shape[1]
+    S, size = groups.numel(), groups.shape[1]
+    want = groups.double() - groups.double().nanmean(1, keepdim=True)
+    if scale_by_std:
+        valid = [row[~row.isnan()] for row in groups.double()]
+        want = want / (torch.stack([row.std(correction=min(1, len(row) - 1)) for row in valid])[:, None] + 1e-4)
+    want = torch.nan_to_num(want)
+    want[1], want[3] = 0, 0
+    seq = torch.repeat_interleave(torch.arange(S, dtype=torch.int32), 1 + torch.arange(S) % 3)  # of 1 to 3 tokens
+    n = seq.numel()
     logits, ids, mask, inv_t = make(n, 1, 20)
-    for scale_by_std in (0, 1):
-        rows = rows_of(n, rewards=groups.flatten().to(DEVICE), seq=torch.arange(n, dtype=torch.int32, device=DEVICE))
-        spec = TokenSpec(group_size=size, scale_by_std=scale_by_std)
-        loss = backend.token_loss(logits, Rows(ids, mask, inv_t), rows, spec, None, want_entropy=False)[0]
-        want = groups.double() - groups.double().nanmean(1, keepdim=True)
-        if scale_by_std:
-            valid = [row[~row.isnan()] for row in groups.double()]
-            want = want / (torch.stack([row.std(correction=min(1, len(row) - 1)) for row in valid])[:, None] + 1e-4)
-        want = torch.nan_to_num(want)
-        want[1], want[3] = 0, 0
-        near(loss.cpu(), -0.25 * want.flatten(), atol=1e-7)
-        assert (loss[3:6] == 0).all()
+    launched = []
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda kernel, programs, *rest, **more: (
+        launched.append((kernel, programs)), run(kernel, programs, *rest, **more)))  # fmt: skip
+    rows = rows_of(n, rewards=groups.flatten().to(DEVICE), seq=seq.to(DEVICE))
+    spec = TokenSpec(group_size=size, scale_by_std=scale_by_std, skip_zero=skip_zero)
+    got = backend.token_loss(logits, Rows(ids, mask, inv_t), rows, spec, None, want_entropy=False)
+    want = want.flatten()[seq.long()]
+    near(got.loss.cpu(), -0.25 * want, atol=1e-7)
+    idle = want == 0
+    assert (got.loss.cpu()[idle] == 0).all() and ((got.lse.cpu()[idle] == 0) == skip_zero).all()
+    once = [programs for kernel, programs in launched if kernel is backend.kernels.group_kernel]
+    assert once == [S]
+
+
+def test_parts_of_rows_without_advantage_are_not_read():
+    logits, ids, mask, inv_t = make(4, 1, 3000)
+    advantages, cut = torch.tensor([0.5, 0.0], device=DEVICE), launch.geometry(3000, torch.float32)
+    for given, seq in ((advantages[[0, 1, 1, 0]], None), (advantages, torch.tensor([0, 1, 1, 0], dtype=torch.int32))):
+        partial = torch.full((4, cut.parts(3000), 2), float("nan"), device=DEVICE)
+        launch.sweep(backend.kernels.part_kernel, 4 * cut.parts(3000), cut, logits.device, logits,
+                     Rows(ids, mask, inv_t), given, seq if seq is None else seq.to(DEVICE), 1.0, partial, None,
+                     *launch.layout(logits), PART=cut.PART, ENTROPY=True)  # fmt: skip
+        assert partial[1:3].isnan().all() and partial[[0, 3]].isfinite().all()
 
 
 # In bf16 parts are 2048 elements: one part; a pair, the second short; a pair; a pair and a short part.
@@ -345,13 +368,13 @@ def test_launch_choices_change_no_bit(offset, softcap, V, dtype):
 
 def test_choices_hold_inside_and_reach_the_launch(monkeypatch):
     launched = []
-    launch = backend._launch
+    sweep = launch.sweep
     monkeypatch.setattr(
-        backend,
-        "_launch",
+        launch,
+        "sweep",
         lambda kernel, programs, geometry, *args, **constants: (
             launched.append((programs, geometry.LANES, geometry.PARTS)),
-            launch(kernel, programs, geometry, *args, **constants),
+            sweep(kernel, programs, geometry, *args, **constants),
         ),
     )
 

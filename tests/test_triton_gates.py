@@ -38,56 +38,106 @@ CASES = [
 # ---- in the child process: compile, disassemble, count
 
 
+def launched(dtype: str, kernel: str, V: int = 151937, T: int = 3, spec=None):
+    """(kernel, its geometry, arguments, constants), as the backend launches it; nothing is launched."""
+    import torch
+
+    from fastgrpo.backends import Rows, Scores, TokenRows, TokenSpec
+    from fastgrpo.backends import triton as backend
+
+    calls = []
+
+    def take(kernel, programs, cut, device, *arguments, **constants):
+        calls.append((kernel, cut, arguments, dict(K=cut.K, LANES=cut.LANES, UNROLL=cut.UNROLL, **constants)))
+
+    backend.launch.sweep, sweep = take, backend.launch.sweep
+    x = torch.empty(1, T, V, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
+    row = torch.empty(T)
+    rows = Rows(row.long(), row.bool(), row)
+    softcap = 30.0 if "softcap" in kernel else None
+    try:
+        if kernel == "grad":
+            backend.row_grad(x, rows, Scores(row, row, None), row, None, x)
+        elif kernel.startswith("token"):
+            token = TokenRows(row, row, None, None, row, row, None, None)
+            with backend.using(lanes=1024 if "wide" in kernel else 512):
+                spec = TokenSpec(beta=0.1) if spec is None else spec
+                backend.token_loss(x, rows, token, spec, x, want_entropy=True, softcap=softcap)
+        else:
+            backend.row_stats(x, rows, want_entropy=kernel == "stats_entropy", softcap=softcap)
+    finally:
+        backend.launch.sweep = sweep
+    (call,) = calls
+    return call
+
+
+def signature_of(name: str, argument):
+    """What Triton is told of an argument: its type, that an integer is a stride, and that None is a constant."""
+    types = {"torch.float32": "*fp32", "torch.bfloat16": "*bf16", "torch.float16": "*fp16", "torch.int64": "*i64",
+             "torch.bool": "*i1"}  # fmt: skip
+    if argument is None:
+        return "constexpr"
+    if isinstance(argument, tuple):
+        members = [signature_of(name, x) for x in argument]
+        return type(argument)(*members) if hasattr(argument, "_fields") else tuple(members)
+    if isinstance(argument, (int, float)):
+        return "fp32" if isinstance(argument, float) else "i64" if "stride" in name else "i32"
+    return types[str(argument.dtype)]
+
+
+def absent(path: tuple, argument) -> dict:
+    """{where: None} of the arguments, and members of tuples, that are None."""
+    if argument is None:
+        return {path: None}
+    members = argument if isinstance(argument, tuple) else ()
+    return {k: v for i, x in enumerate(members) for k, v in absent((*path, i), x).items()}
+
+
 def compile_case(target: str, dtype: str, kernel: str) -> dict:
     """Compile one kernel as its launcher would, and return what was found in the machine code."""
-    import torch
     from triton import compile as triton_compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastgrpo.backends import _triton_kernels as kernels
-    from fastgrpo.backends import triton as backend
+    from fastgrpo.backends.triton import launch
 
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     # V is odd, and nothing is said of any run-time value: no width below can come from a lucky divisibility.
-    geometry = backend._geometry(151937, torch_dtype)
-    if "wide" in kernel:
-        geometry = backend._wide(geometry, 151937, 1024)
-        assert geometry.PARTS == 2
-    constants = {"K": geometry.K, "LANES": geometry.LANES, "UNROLL": geometry.UNROLL}
-    if kernel == "grad":
-        function = kernels.grad_kernel
-        constants |= {"SAME_PHASE": True, "INPLACE": True, "mask": None, "entropy": None, "h": None, "softcap": None}
-    elif kernel.startswith("token"):
-        function = kernels.token_kernel
-        constants |= {"PART": geometry.PART, "PARTS": geometry.PARTS, "ENTROPY": True, "INPLACE": True, "GROUP": 1,
-                      "partial": None, "rewards": None, "seq": None, "policy_scale": None, "h": None}  # fmt: skip
-        if "softcap" not in kernel:
-            constants["softcap"] = None
-    else:
-        function = kernels.stats_kernel
-        constants |= {"PART": geometry.PART, "ENTROPY": kernel == "stats_entropy", "partial": None, "softcap": None}
-        if kernel == "stats":
-            constants["entropy_out"] = None
-    known = {"logits": f"*{dtype}", "out": f"*{dtype}", "ids": "*i64", "mask": "*i1", "V": "i32", "T": "i32",
-             "parts": "i32", "n_rows": "i32", "span": "i32", "group_size": "i32"}  # fmt: skip
-    numbers = ("kind", "clip_low", "clip_high", "delta", "beta", "bias_correction", "tau_pos", "tau_neg",
-               "scale_by_std", "skip_zero", "softcap")  # fmt: skip
-    signature = {}
-    for name in function.arg_names:
-        default = "i64" if "stride" in name else "fp32" if name in numbers else "*fp32"
-        signature[name] = "constexpr" if name in constants else known.get(name, default)
-    source = ASTSource(function, signature=signature, constexprs=constants)
-    options = {"num_warps": geometry.LANES // gpu.warp_size}
+    function, cut, arguments, constants = launched(dtype, kernel)
+    assert cut.PARTS == (2 if "wide" in kernel else 1)
+    names = function.arg_names
+    signature = {name: signature_of(name, x) for name, x in zip(names, arguments, strict=False)}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(function, signature=signature, constexprs=absent((), arguments) | constants)
+    options = {"num_warps": cut.LANES // gpu.warp_size}
     if nvidia:
-        options["maxnreg"] = backend.REGISTERS
+        options["maxnreg"] = launch.REGISTERS
     compiled = triton_compile(source, target=gpu, options=options)
     found = read_sass(compiled.asm["cubin"]) if nvidia else read_amdgcn(compiled.asm["amdgcn"])
     for loop in found["loops"]:
-        loop["per_logit"] = loop["instructions"] / (loop["loads"] * geometry.K)
+        loop["per_logit"] = loop["instructions"] / (loop["loads"] * cut.K)
     return found
+
+
+def variants(kernel: str) -> int:
+    """How often Triton would compile a kernel for rows of several lengths and strides, and several objectives."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from fastgrpo.backends import TokenSpec
+
+    specs = TokenSpec(beta=0.1), TokenSpec(1, (1.0,), 1.0, True), TokenSpec(2, (16.0, 1.0), 16.0, skip_zero=True)
+    keys = set()
+    # 1 and multiples of 16 are what Triton specialises upon
+    for V, T in ((151937, 3), (151936, 1), (151952, 16)):
+        for spec in specs:
+            function, _, arguments, constants = launched("bf16", kernel, V, T, spec)
+            backend = make_backend(GPUTarget("cuda", 90, 32))
+            bind = create_function_from_signature(function.signature, function.params, backend)
+            keys.add(str(bind(*arguments, **constants)[1]))
+    return len(keys)
 
 
 def read_sass(cubin: bytes) -> dict:
@@ -193,20 +243,21 @@ def may_spill(target: str, kernel: str) -> int:
     return 16 if "softcap" in kernel else 0
 
 
+def compiled(cases: list) -> list:
+    """This file run in a process without the interpreter: `compile_case` of each case, or `variants` of a kernel."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, json.dumps(cases)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def machine_code():
     """{case: what `compile_case` found}, from two child processes without the interpreter; prints the table."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-
-    def child(cases):
-        command = [sys.executable, __file__, json.dumps(cases)]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-4000:]
-        return json.loads(run.stdout.splitlines()[-1])
-
     halves = CASES[::2], CASES[1::2]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        found = [pair for half, results in zip(halves, pool.map(child, halves), strict=True)
+        found = [pair for half, results in zip(halves, pool.map(compiled, halves), strict=True)
                  for pair in zip(half, results, strict=True)]  # fmt: skip
     found = dict(found)
     print("\n| target | dtype | kernel | registers | instructions per logit | 128-bit loads, stores a loop |")
@@ -258,5 +309,10 @@ def test_no_gradient_before_every_warp_has_the_target(case, machine_code):
     assert (found["loads"], found["stores"]) == (1, 1), found
 
 
+def test_lengths_strides_and_numbers_are_not_specialised_upon():
+    kernels = ["stats", "stats_entropy", "grad", "token", "token_softcap", "token_wide"]
+    assert dict(zip(kernels, compiled(kernels), strict=True)) == dict.fromkeys(kernels, 1)
+
+
 if __name__ == "__main__":
-    print(json.dumps([compile_case(*case) for case in json.loads(sys.argv[1])]))
+    print(json.dumps([variants(x) if isinstance(x, str) else compile_case(*x) for x in json.loads(sys.argv[1])]))

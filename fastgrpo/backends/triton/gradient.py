@@ -1,0 +1,146 @@
+"""The gradient of a row of logits, from its statistics and two numbers: dL/dlogp and dL/dentropy."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .memory import end_elements, ends, load, narrow, store
+from .numeric import LN2, LOG2E, LOG2E_LOW, RANGE, expm1, tanh_of
+
+
+class Backward(NamedTuple):
+    """What the gradient of a row is made of: numbers, or in a kernel's arguments pointers to (N,) of them."""
+
+    g: Any  # dL/dlogp
+    h: Any  # dL/dentropy; a kernel's None: 0
+    lse: Any
+    entropy: Any  # as h
+
+
+class _Curve(NamedTuple):
+    """What `_gradient` is made of, the same all through a row: p * (a + b*log2(p)) with p = 2^(x*c - shift)."""
+
+    c: Any  # log2(e) over the temperature
+    shift: Any  # lse * log2(e)
+    inv_temperature: Any
+    lse: Any
+    a: Any
+    b: Any
+
+
+@triton.jit
+def _gradient(x, row, softcap, HAS_H: tl.constexpr, CAREFUL: tl.constexpr):
+    """p * (a + b*log2(p)) with p = 2^(x*c - shift); with a softcap x is capped first, and led through its slope."""
+    a = row.a
+    b = row.b
+    if softcap is not None:
+        tanh = tanh_of(x, softcap)
+        a *= 1.0 - tanh * tanh
+        b *= 1.0 - tanh * tanh
+        x = softcap * tanh
+    if CAREFUL:
+        t = (x * row.inv_temperature - row.lse) * LOG2E
+    else:
+        t = tl.fma(x, row.c, -row.shift)
+    p = tl.exp2(t)
+    if HAS_H:
+        # Bounded, so that p == 0 gives exactly 0; a NaN goes on in p.
+        return p * tl.fma(tl.maximum(t, -1000.0), b, a)
+    return p * a
+
+
+@triton.jit
+def _sweep(body, out, n_vec, row, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+           HAS_H: tl.constexpr, CAREFUL: tl.constexpr, SAME_PHASE: tl.constexpr):  # fmt: skip
+    """Gradient of n_vec vectors, from the last to the first: the end of a row is what a cache still holds of it."""
+    TILE: tl.constexpr = UNROLL * LANES
+    full = n_vec // TILE
+    if full * TILE < n_vec:
+        left = n_vec - full * TILE
+        x = load(tl.multiple_of(body + full * (TILE * K), 16), left, UNROLL, LANES, K, "evict_first")
+        y = _gradient(x, row, softcap, HAS_H, CAREFUL)
+        sink = out + full * (TILE * K)
+        if SAME_PHASE:
+            sink = tl.multiple_of(sink, 16)
+        store(sink, y, left, UNROLL, LANES, K)
+    for i in range(full):
+        start = (full - 1 - i) * (TILE * K)
+        x = load(tl.multiple_of(body + start, 16), None, UNROLL, LANES, K, "evict_first")
+        y = _gradient(x, row, softcap, HAS_H, CAREFUL)
+        sink = out + start
+        if SAME_PHASE:
+            sink = tl.multiple_of(sink, 16)
+        store(sink, y, None, UNROLL, LANES, K)
+
+
+@triton.jit
+def row_gradient(row_ptr, out, id, target, V, at_row, inv_temperature, softcap, first, n_max, with_ends,
+                 K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, HAS_H: tl.constexpr,
+                 SAME_PHASE: tl.constexpr, INPLACE: tl.constexpr):  # fmt: skip
+    """Gradient of the vectors [first, first + n_max) of a row, and of its ends if asked, with `target_logit`'s target.
+
+    All of the row: first 0, n_max None, with_ends True. INPLACE: out is row_ptr.
+
+    out_j = inv_temperature * (g * (1[j == id] - p_j) - h * p_j * (log p_j + entropy)) with the `Backward` of the row;
+    off the target that is p_j * (a + b * log2 p_j).
+    """
+    if INPLACE:
+        # The race: every warp reads the target's logit, and the warp that owns it writes a gradient there; all must
+        # have read before one writes.
+        tl.debug_barrier()
+    g, h, lse, entropy = at_row
+    c = inv_temperature * LOG2E
+    shift = lse * LOG2E
+    # What rounding took from the shift goes into the factor: p = 2^(x*c - shift) * 2^-low.
+    low = tl.fma(lse, LOG2E, -shift) + lse * LOG2E_LOW
+    careful = ~(tl.abs(shift) < RANGE)
+    low = tl.where(careful, 0.0, low)
+    factor = tl.exp2(-low) * inv_temperature
+    a = -g * factor
+    b = 0.0
+    if HAS_H:
+        a = -(g + h * (entropy - low * LN2)) * factor
+        b = -h * LN2 * factor
+    row = _Curve(c, shift, inv_temperature, lse, a, b)
+    head, n_vec = ends(row_ptr, V, K)
+    known = (id >= 0) & (id < V)
+    at = tl.where(known, id, 0).to(tl.int32)
+
+    # Gradient of the target element, from log p and expm1, so that nothing cancels when p is near 1.
+    logp = tl.where(careful, target * inv_temperature - lse, (tl.fma(target, c, -shift) - low) * LN2)
+    one_minus_p, _ = expm1(logp)
+    one_minus_p = -one_minus_p
+    at_target = g * one_minus_p
+    if HAS_H:
+        p = tl.exp2(logp * LOG2E)
+        at_target -= h * p * (tl.maximum(logp, -1000.0) + entropy)
+    at_target *= inv_temperature
+    if softcap is not None:
+        at_target *= 1.0 - (target / softcap) * (target / softcap)
+
+    if with_ends:
+        j, inside = end_elements(V, head, n_vec, K, LANES)
+        x = tl.load(row_ptr + j, mask=inside, other=0.0).to(tl.float32)
+        if careful:
+            y = _gradient(x, row, softcap, HAS_H, True)
+        else:
+            y = _gradient(x, row, softcap, HAS_H, False)
+        tl.store(out + j, narrow(y, out.dtype.element_ty), mask=inside)
+    body = row_ptr + head + first * K
+    sink = out + head + first * K
+    n_here = n_vec - first if n_max is None else tl.minimum(n_vec - first, n_max)
+    if careful:
+        _sweep(body, sink, n_here, row, softcap, K, LANES, 1, HAS_H, True, SAME_PHASE)
+    else:
+        _sweep(body, sink, n_here, row, softcap, K, LANES, 2 * UNROLL, HAS_H, False, SAME_PHASE)
+    if n_max is not None:
+        at_end = (at < head) | (at >= head + n_vec * K)
+        here = (at >= head + first * K) & (at < head + (first + n_here) * K)
+        known = known & (here | (at_end & with_ends))
+    # The race: the sweep's thread that owns the target's vector also writes this element, with the value of a
+    # non-target; that store must come first.
+    tl.debug_barrier()
+    tl.store(out + at, narrow(at_target, out.dtype.element_ty), mask=known)
