@@ -18,10 +18,11 @@ from datasets import Dataset
 
 from fastgrpo import backends, cli
 from fastgrpo.cli import main
-from fastgrpo.commands import errors
-from fastgrpo.trainer import embedded, terminal
+from fastgrpo.commands import env, errors
+from fastgrpo.commands.train.mistakes import mistakes_are_shown
+from fastgrpo.recipes import sums
+from fastgrpo.trainer import terminal
 from fastgrpo.trainer.config import GRPOConfig
-from fastgrpo.trainer.run import mistakes_are_shown
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,9 +31,9 @@ ROOT = Path(__file__).parents[1]
 def files(tmp_path_factory):
     """A model, rows, and files with mistakes in them."""
     folder = tmp_path_factory.mktemp("files")
-    tokenizer = embedded.make_tokenizer()
+    tokenizer = sums.make_tokenizer()
     for name in ("model", "cut", "no-tokenizer"):
-        embedded.make_model(tokenizer, seed=0).save_pretrained(folder / name)
+        sums.make_model(tokenizer, seed=0).save_pretrained(folder / name)
         if name != "no-tokenizer":
             tokenizer.save_pretrained(folder / name)
     weights = folder / "cut" / "model.safetensors"
@@ -293,7 +294,7 @@ def test_the_output_folder_is_blamed_for_its_own_files(number, file, message, ca
 
 
 def test_a_reward_function_keeps_its_traceback(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "WARM_START_MAX_STEPS", 3)
+    monkeypatch.setattr(sums, "WARM_START_MAX_STEPS", 3)
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
     with pytest.raises(PermissionError, match="secret"):
         run("train", "--reward", "test_command:secretive", *SMALL, "--output-dir", tmp_path / "out")
@@ -354,7 +355,7 @@ def test_defaults_are_those_of_the_config(monkeypatch, tmp_path):
     config = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     for name in ("beta", "loss_type", "num_iterations", "num_generations", "temperature", "backend"):
         assert actions[name] == getattr(config, name), name
-    source = (ROOT / "fastgrpo" / "commands" / "train.py").read_text()
+    source = (ROOT / "fastgrpo" / "commands" / "train" / "__init__.py").read_text()
     assert not re.search(r"\(default: [^{]", source.replace('(default: "\n', "")), "a default typed by hand"
 
 
@@ -432,7 +433,7 @@ BAR = re.compile(r"(warm start|sampling|GRPO|base|cold-start|[a-z-]+rl|[a-z-]+sf
 @pytest.mark.parametrize("columns", [100, 0])  # 0: a terminal that does not know its size
 def test_a_run_has_one_bar(columns, tmp_path, terminal_of, monkeypatch):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
-    monkeypatch.setattr(embedded, "WARM_START_MAX_STEPS", 3)
+    monkeypatch.setattr(sums, "WARM_START_MAX_STEPS", 3)
     arguments = ["train", "--reward", "test_command:noisy", *SMALL, "--output-dir", tmp_path / "out"]
 
     def train():
@@ -473,8 +474,8 @@ def test_unfinished_lines_are_above_the_bar(terminal_of):
 
 
 def test_a_mistake_after_the_bar_has_a_line_of_its_own(tmp_path, terminal_of, monkeypatch):
-    monkeypatch.setattr(embedded, "WARM_START_MAX_STEPS", 3)
-    monkeypatch.setattr("fastgrpo.trainer.run.sampled_accuracy", lambda *_, **__: forbidden())
+    monkeypatch.setattr(sums, "WARM_START_MAX_STEPS", 3)
+    monkeypatch.setattr("fastgrpo.commands.train.grpo.sampled_accuracy", lambda *_, **__: forbidden())
     lines = terminal_of(lambda: run("train", *SMALL, "--output-dir", tmp_path / "out"))
     assert [line for line in lines if line][1:] == [
         "fastgrpo train: error: --output-dir: out/metrics.jsonl: Permission denied"
@@ -483,7 +484,7 @@ def test_a_mistake_after_the_bar_has_a_line_of_its_own(tmp_path, terminal_of, mo
 
 
 def test_plain_lines_without_a_terminal(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(embedded, "WARM_START_MAX_STEPS", 3)
+    monkeypatch.setattr(sums, "WARM_START_MAX_STEPS", 3)
     assert run("train", *SMALL, "--output-dir", tmp_path / "out") == 0
     captured = capfd.readouterr()
     assert "\r" not in captured.err + captured.out and "\x1b" not in captured.err + captured.out
@@ -529,7 +530,7 @@ def test_env_says_what_to_do(capsys, monkeypatch):
         monkeypatch.setattr(backends.get(name), "unavailable", lambda: "a reason")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for drivers, todo in ((("/nowhere",), "nothing on a machine without a GPU"), (("/",), "torch|nvidia-smi")):
-        monkeypatch.setattr(cli, "_DRIVERS", drivers)
+        monkeypatch.setattr(env, "_DRIVERS", drivers)
         assert main(["env"]) == 0
         lines = capsys.readouterr().out.splitlines()
         for name in ("transformers", "accelerate", "datasets", "matplotlib"):
@@ -551,7 +552,7 @@ def test_env_says_to_rebuild_a_library_that_does_not_load(name, tmp_path, monkey
     backends.get(name)._load.cache_clear()
     monkeypatch.setattr(backends.get("cuda"), "_works", False)
     try:
-        why = cli._why_not(name)
+        why = env._why_not(name)
     finally:
         backends.get(name)._load.cache_clear()
     assert re.search(r"old.so cannot be loaded.*\n +to do.*: pip install --force-reinstall --no-deps \.$", why), why
@@ -560,6 +561,6 @@ def test_env_says_to_rebuild_a_library_that_does_not_load(name, tmp_path, monkey
 def test_env_names_the_extra_that_brings_a_package():
     project = pytest.importorskip("tomllib", reason="Python 3.11").loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
-    for package, brought_by in cli._PACKAGES.items():
+    for package, brought_by in env._PACKAGES.items():
         if match := re.fullmatch(r"fastgrpo\[(.*)\]", brought_by):
             assert package in [re.match(r"[a-z0-9-]+", each)[0] for each in extras[match[1]]], package

@@ -55,6 +55,12 @@ print(weight.grad.abs().sum() > 0)
     assert (result.returncode, result.stdout) == (0, "tensor(True)\n"), result.stderr
 
 
+def test_rewards_find_torch_enough(bare):
+    """Where only the loss and the rewards are wanted, and in a process that serves rewards."""
+    result = bare("-c", "from fastgrpo.rewards import numeric; print(numeric(completions=['is 42'], answer=['42']))")
+    assert (result.returncode, result.stdout) == (0, "[1.0]\n"), result.stderr
+
+
 def loaded_by(*modules):
     code = f"import sys, {', '.join(modules)}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -76,6 +82,7 @@ TRAIN = "not installed here: pip install 'fastgrpo[train]'"
 MISSING = {
     "fastgrpo.trainer": f"fastgrpo.trainer needs accelerate, datasets, transformers, {TRAIN}",
     "fastgrpo.trainer.rewards": f"fastgrpo.trainer needs accelerate, datasets, transformers, {TRAIN}",
+    "fastgrpo.recipes.r1": f"fastgrpo.recipes needs accelerate, datasets, transformers, {TRAIN}",
     "fastgrpo.integrations.trl": "fastgrpo.integrations.trl needs trl, not installed here: pip install 'fastgrpo[trl]'",  # noqa: E501
 }
 

@@ -7,12 +7,13 @@ import torch
 import transformers
 from datasets import Dataset
 
-from fastgrpo import backends, grpo_loss
+from fastgrpo import backends, grpo_loss, rewards
+from fastgrpo.models.head import check_completion_head, run_completion_head
 from fastgrpo.objective import LOSS_TYPES
+from fastgrpo.recipes import sums
 from fastgrpo.reference import project
-from fastgrpo.trainer import GRPOConfig, GRPOTrainer, embedded, grpo_trainer, rewards
+from fastgrpo.trainer import GRPOConfig, GRPOTrainer, grpo_trainer
 from fastgrpo.trainer.config import CHECKPOINTING
-from fastgrpo.trainer.head import check_completion_head, run_completion_head
 from fastgrpo.trainer.rollout import RepeatSampler
 
 QUIET = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
@@ -29,7 +30,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return embedded.make_tokenizer()
+    return sums.make_tokenizer()
 
 
 def small_model(tokenizer, **options):

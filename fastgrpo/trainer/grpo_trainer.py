@@ -32,14 +32,12 @@ from transformers import (
 from fastgrpo.linear import linear_grpo_loss
 from fastgrpo.logps import linear_logps
 from fastgrpo.loss import GRPOOutput
-from fastgrpo.trainer import sharding
-from fastgrpo.trainer.adapters import add_reference, reference
-from fastgrpo.trainer.base import HeadTrainer
-from fastgrpo.trainer.checkpoints import ResumeError, is_whole
-from fastgrpo.trainer.config import GRPOConfig
-from fastgrpo.trainer.head import Head, is_peft, run_completion_head, unwrap
-from fastgrpo.trainer.metrics import reduce_metrics
-from fastgrpo.trainer.rewards import (
+from fastgrpo.metrics import reduce_metrics
+from fastgrpo.models import sharding
+from fastgrpo.models.adapters import add_reference, reference
+from fastgrpo.models.calls import frozen, pad
+from fastgrpo.models.head import Head, is_peft, run_completion_head, unwrap
+from fastgrpo.rewards import (
     RewardFunc,
     as_reward_list,
     call_reward_func,
@@ -47,15 +45,15 @@ from fastgrpo.trainer.rewards import (
     nanstd,
     reward_arguments,
 )
-from fastgrpo.trainer.rewards.text import rendered
+from fastgrpo.rewards.text import is_conversation, rendered
+from fastgrpo.trainer.base import HeadTrainer
+from fastgrpo.trainer.checkpoints import ResumeError, is_whole
+from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.rollout import (
     RepeatedRows,
     RepeatSampler,
     decode_completions,
-    frozen,
     generate_completions,
-    is_conversation,
-    pad,
     shuffle_rows,
     split_rows,
     tokenize_prompts,

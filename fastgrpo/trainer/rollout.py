@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, Sampler
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fastgrpo.trainer.head import unwrap
+from fastgrpo.models.calls import frozen
+from fastgrpo.models.head import unwrap
+from fastgrpo.rewards.text import is_conversation
 from fastgrpo.trainer.setup import as_list
 
 
@@ -74,10 +76,6 @@ class RepeatedRows(IterableDataset):
                 yield from (copy.deepcopy(row) for _ in range(self.group_size))
 
 
-def is_conversation(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict) and "role" in prompt[0]
-
-
 def without_added_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
     """Token ids of a text that goes on, without the end token that the tokenizer puts behind every text."""
     end = tokenizer.eos_token_id
@@ -105,30 +103,6 @@ def tokenize_prompts(
 def decode_completions(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], conversational: bool) -> list:
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
-
-
-def pad(rows: list[list[int]], value: int, side: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Lists of ids to (B, T) int64 ids and (B, T) int64 mask."""
-    width = max(map(len, rows))
-    left = side == "left"
-    gaps = [width - len(row) for row in rows]
-    pairs = list(zip(rows, gaps, strict=True))
-    ids = [[value] * gap + row if left else row + [value] * gap for row, gap in pairs]
-    mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in pairs]
-    # empty lists alone would make floats
-    return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(mask, dtype=torch.long, device=device)
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients: no dropout, no gradient checkpointing, a key-value cache in `generate`."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 @contextlib.contextmanager
