@@ -12,9 +12,9 @@ from fastgrpo.models.head import check_completion_head, run_completion_head
 from fastgrpo.objective import LOSS_TYPES
 from fastgrpo.recipes import sums
 from fastgrpo.reference import project
-from fastgrpo.trainer import GRPOConfig, GRPOTrainer, grpo_trainer
+from fastgrpo.trainer import GRPOConfig, GRPOTrainer, completion
 from fastgrpo.trainer.config import CHECKPOINTING
-from fastgrpo.trainer.rollout import RepeatSampler
+from fastgrpo.trainer.groups import RepeatSampler
 
 QUIET = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
 
@@ -213,7 +213,7 @@ def test_logits_are_never_formed(level, tokenizer, dataset, tmp_path, monkeypatc
     def with_all_logits(hidden, weight, ids, advantages, *, bias, logit_scale, softcap, chunk_size, **rest):
         return grpo_loss(project(hidden, weight, bias, logit_scale, softcap), ids, advantages, **rest)
 
-    monkeypatch.setattr(grpo_trainer, "linear_grpo_loss", with_all_logits)
+    monkeypatch.setattr(completion, "linear_grpo_loss", with_all_logits)
     assert largest_allocation(tokenizer, dataset, tmp_path, **options)[0] >= logits
 
 

@@ -13,7 +13,8 @@ from test_trainer import Scripted, even_digits, make_config, make_trainer, one_t
 
 from fastgrpo.recipes import sums, word_problems
 from fastgrpo.trainer import GRPOTrainer
-from fastgrpo.trainer.rollout import RepeatedRows, RepeatSampler, tokenize_prompts
+from fastgrpo.trainer.groups import RepeatedRows, RepeatSampler
+from fastgrpo.trainer.rollout import tokenize_prompts
 
 peft = pytest.importorskip("peft")
 

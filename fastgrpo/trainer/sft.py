@@ -13,7 +13,8 @@ from fastgrpo.models.calls import pad
 from fastgrpo.models.head import run_completion_head
 from fastgrpo.rewards.text import is_conversation
 from fastgrpo.trainer.base import HeadTrainer
-from fastgrpo.trainer.rollout import RepeatedRows, without_added_end
+from fastgrpo.trainer.groups import RepeatedRows
+from fastgrpo.trainer.rollout import without_added_end
 from fastgrpo.trainer.setup import check_dataset, only_iterates, prepare_to_iterate, prepare_tokenizer
 
 
