@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from test_trainer import QUIET, Scripted, even_digits, make_config, one_thread, small_model, step_logs, tiny_model
+from test_head import tiny_model
+from test_trainer import QUIET, Scripted, even_digits, make_config, one_thread, small_model, step_logs
 
 from fastgrpo import linear_logps
 from fastgrpo.models.head import check_completion_head, run_completion_head
