@@ -80,7 +80,7 @@ class GRPOTrainer(GroupTrainer):
     With beta > 0 the reference policy is a frozen copy of the model as it was passed. Where it was passed as a PEFT
     model, that is a copy of its adapter, named "ref"; with peft_config it is the model without the adapter.
 
-    The model's forward is not changed (see `fastgrpo.models.head`). What is: its configs get the tokenizer's pad token,
+    The model's forward is not changed (see `models/head.py`). What is: its configs get the tokenizer's pad token,
     disable_dropout sets the p of its dropout modules to 0, and with gradient checkpointing the input embeddings of a
     PEFT model give outputs that require a gradient.
 
