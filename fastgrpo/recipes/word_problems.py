@@ -22,7 +22,7 @@ from fastgrpo.recipes import tiny
 from fastgrpo.rewards.text import TAGS, completion_text
 
 MAX_COMPLETION_LENGTH, HELD_OUT = WORD_PROBLEMS.max_completion_length, WORD_PROBLEMS.held_out
-MOST_HELD_OUT = 400  # of 686 questions, each numbers' in two languages
+MOST_HELD_OUT = 400  # of 686 questions: 343 triples of numbers in two languages
 SAMPLES = 8  # of each held-out prompt, to measure a stage
 
 NAMES = {
