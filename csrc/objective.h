@@ -19,7 +19,16 @@ namespace fastgrpo {
 
 enum ObjectiveKind : int32_t { kClip = 0, kCispo = 1, kSapo = 2 };
 
-// The scalars, in the order of TokenSpec in fastgrpo/backends/contract.py (skip_zero stays with the caller).
+using ObjectiveNumbers = float[4];
+
+// What objective() is told of a call. FASTGRPO_SPEC(F) is F(type, name) of every field.
+#define FASTGRPO_SPEC(F)                                                     \
+  F(int32_t, kind)                                                           \
+  F(ObjectiveNumbers, numbers) /* the kind's own, which objective() names */ \
+  F(float, beta)                                                             \
+  F(int32_t, bias_correction)
+
+#define FASTGRPO_FIELD(type, name) type name;
 struct ObjectiveSpec {
   FASTGRPO_SPEC(FASTGRPO_FIELD)
 };

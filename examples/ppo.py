@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from fastgrpo import Objective, gae, group_advantages, linear_grpo_loss, linear_logps
-from fastgrpo.trainer import embedded
+from fastgrpo.recipes import sums
+from fastgrpo.rewards import exact
 from fastgrpo.trainer.evaluate import sampled_accuracy
-from fastgrpo.trainer.rewards import exact
 
 PROMPTS, GENERATIONS, PASSES = 64, 8, 2  # questions of a step, completions of each, and updates with them
 VALUE_CLIP, VALUE_COEF = 0.2, 0.5
@@ -70,7 +70,7 @@ def collect(model, reference, value_head, tokenizer, rows, options):
     """Samples a completion for each row: (what `update_loss` reads, the mean score)."""
     # questions of one length, so that no padding stands before them; else generate() and the model need a mask
     prompts = tokenizer([row["prompt"] for row in rows], return_tensors="pt")["input_ids"]
-    ids = model.generate(prompts, do_sample=True, top_k=0, max_new_tokens=embedded.MAX_COMPLETION_LENGTH)
+    ids = model.generate(prompts, do_sample=True, top_k=0, max_new_tokens=sums.MAX_COMPLETION_LENGTH)
     completion_ids = ids[:, prompts.shape[1] :]
     ended = completion_ids == tokenizer.eos_token_id
     mask = ended.cumsum(1) - ended.int() == 0  # up to the first end token, which counts
@@ -105,14 +105,14 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)  # a second one saves a model this small nothing
 
-    tokenizer = embedded.make_tokenizer()
-    model = embedded.make_model(tokenizer, options.seed)
-    questions, held_out = embedded.make_datasets(options.seed)
-    embedded.warm_start(model, tokenizer, questions, options.seed)
+    tokenizer = sums.make_tokenizer()
+    model = sums.make_model(tokenizer, options.seed)
+    questions, held_out = sums.make_datasets(options.seed)
+    sums.warm_start(model, tokenizer, questions, options.seed)
     questions = questions.to_list()
 
     def measure():
-        return sampled_accuracy(model, tokenizer, held_out, exact, embedded.MAX_COMPLETION_LENGTH, samples=2)
+        return sampled_accuracy(model, tokenizer, held_out, exact, sums.MAX_COMPLETION_LENGTH, samples=2)
 
     before = measure()
     reference = copy.deepcopy(model) if options.beta else None

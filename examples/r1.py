@@ -11,8 +11,9 @@ import torch
 from datasets import concatenate_datasets
 from transformers import TrainingArguments
 
-from fastgrpo.trainer import GRPOConfig, recipe
-from fastgrpo.trainer import word_problems as task
+from fastgrpo.recipes import r1
+from fastgrpo.recipes import word_problems as task
+from fastgrpo.trainer import GRPOConfig
 from fastgrpo.trainer.config import CHECKPOINTING
 from fastgrpo.trainer.evaluate import sample
 
@@ -52,10 +53,10 @@ def main():
             adam_beta2=0.98,
             **common,
         )
-        recipe.supervised(model, tokenizer, examples, args)
+        r1.supervised(model, tokenizer, examples, args)
 
     def report(stage):
-        rewards = recipe.reasoning_rewards(held_out)
+        rewards = r1.reasoning_rewards(held_out)
         samples = sample(model, tokenizer, held_out, rewards, LENGTH, samples=2, batch_size=512)
         print(f"{stage}: " + ", ".join(f"{name} {samples.mean(name):.2f}" for name in rewards), flush=True)
 
@@ -63,13 +64,13 @@ def main():
     report("base model")
     supervised(task.cold_start_examples(questions, 96, seed=0), 1e-3, 4, 32)
     report("cold start")
-    recipe.reasoning_rl(model, tokenizer, questions, rl, consistent_language=True)
+    r1.reasoning_rl(model, tokenizer, questions, rl, consistent_language=True)
     report("reasoning RL")
-    kept = recipe.rejection_sample(model, tokenizer, questions, rl, num_samples=4, batch_size=512)
+    kept = r1.rejection_sample(model, tokenizer, questions, rl, num_samples=4, batch_size=512)
     general = task.general_samples(requests, 800, seed=0).cast(kept.features)
     supervised(concatenate_datasets([kept, general]), 5e-4, 1, 64)
     report("rejection sampling")
-    recipe.all_scenarios_rl(model, tokenizer, questions, requests, task.courtesy_reward, rl)
+    r1.all_scenarios_rl(model, tokenizer, questions, requests, task.courtesy_reward, rl)
     report("all scenarios")
 
 

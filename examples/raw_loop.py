@@ -9,9 +9,9 @@ import random
 import torch
 
 from fastgrpo import grpo_loss, selective_logps
-from fastgrpo.trainer import embedded
+from fastgrpo.recipes import sums
+from fastgrpo.rewards import exact
 from fastgrpo.trainer.evaluate import sampled_accuracy
-from fastgrpo.trainer.rewards import exact
 
 PROMPTS, GENERATIONS, PASSES = 64, 8, 2  # questions of a step, completions of each, and updates with them
 
@@ -24,11 +24,11 @@ def main():
     torch.set_num_threads(1)  # a second one saves a model this small nothing
     random.seed(options.seed)
 
-    length = embedded.MAX_COMPLETION_LENGTH
-    tokenizer = embedded.make_tokenizer()
-    model = embedded.make_model(tokenizer, options.seed)
-    questions, held_out = embedded.make_datasets(options.seed)
-    embedded.warm_start(model, tokenizer, questions, options.seed)
+    length = sums.MAX_COMPLETION_LENGTH
+    tokenizer = sums.make_tokenizer()
+    model = sums.make_model(tokenizer, options.seed)
+    questions, held_out = sums.make_datasets(options.seed)
+    sums.warm_start(model, tokenizer, questions, options.seed)
     before = sampled_accuracy(model, tokenizer, held_out, exact, length, samples=2)
     rows = questions.to_list()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0)

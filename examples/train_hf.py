@@ -9,8 +9,8 @@ import argparse
 import torch
 from datasets import load_dataset
 
+from fastgrpo.rewards import completion_text, numeric
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer
-from fastgrpo.trainer.rewards import completion_text, numeric
 
 INSTRUCTION = "Reason step by step and end with a line `#### <number>`."
 

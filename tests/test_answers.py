@@ -9,8 +9,8 @@ import pytest
 from test_code_reward import linux, message
 from test_rewards import R1, one
 
-from fastgrpo.trainer import rewards
-from fastgrpo.trainer.rewards import accuracy, quantities, sandbox
+from fastgrpo import rewards
+from fastgrpo.rewards import accuracy, quantities, sandbox
 
 ANSWERS = [
     ("<answer>42</answer>", "42", 1),

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fastgrpo.trainer import rewards
-from fastgrpo.trainer.rewards import sandbox
-from fastgrpo.trainer.rewards.fences import last_python_block
+from fastgrpo import rewards
+from fastgrpo.rewards import sandbox
+from fastgrpo.rewards.fences import last_python_block
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
@@ -393,7 +393,7 @@ def test_runs_of_several_threads(leaves_nothing):
 def test_killed_trainer_takes_its_programs_along(tmp_path):
     """The supervisor sees that its parent is gone, long before its program's time is up."""
     script = (
-        "from fastgrpo.trainer.rewards import sandbox\n"
+        "from fastgrpo.rewards import sandbox\n"
         f"sandbox.tempfile.tempdir = {str(tmp_path)!r}\n"
         "sandbox.run_python('import time; time.sleep(60)', '', sandbox.Limits(seconds=60.0))\n"
     )

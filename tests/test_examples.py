@@ -13,15 +13,15 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from fastgrpo import Objective
-from fastgrpo.trainer import embedded
+from fastgrpo.recipes import sums
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 # a script with so short a warm start that nothing is learnt
 QUICK = """
 import runpy, sys
-from fastgrpo.trainer import embedded
-embedded.WARM_START_MAX_STEPS = 2
+from fastgrpo.recipes import sums
+sums.WARM_START_MAX_STEPS = 2
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -47,10 +47,10 @@ def make_gsm8k(folder):
 
 def make_model(folder):
     """The embedded model with a chat template that keeps the digits of a question."""
-    tokenizer = embedded.make_tokenizer()
+    tokenizer = sums.make_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'][:3] }}="
     tokenizer.save_pretrained(folder)
-    embedded.make_model(tokenizer, seed=0).save_pretrained(folder)
+    sums.make_model(tokenizer, seed=0).save_pretrained(folder)
 
 
 RUNS = {  # script: (arguments, what it prints)
@@ -87,7 +87,7 @@ def test_runs_to_its_end(name, tmp_path):
 
 def test_grpo_beside_ppo(monkeypatch, capsys):
     """The other algorithm of ppo.py; in this process, to save the imports."""
-    monkeypatch.setattr(embedded, "WARM_START_MAX_STEPS", 2)
+    monkeypatch.setattr(sums, "WARM_START_MAX_STEPS", 2)
     monkeypatch.setattr(sys, "argv", ["ppo.py", "--algorithm", "grpo", "--steps", "1", "--beta", "0.04"])
     threads = torch.get_num_threads()
     try:

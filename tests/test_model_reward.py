@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fastgrpo.trainer import run, word_problems
-from fastgrpo.trainer.rewards import call_reward_func, model_reward
+from fastgrpo.commands.train import files
+from fastgrpo.recipes import word_problems
+from fastgrpo.rewards import call_reward_func, model_reward
 
 PROMPTS = ["Thank Tom.", "感谢明。", "Greet Ann.", "Greet Ann."]
 COMPLETIONS = ["Thanks Tom!", "谢谢明!", "", "Hello"]
@@ -93,7 +94,7 @@ def test_reward_model_of_the_command(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     model = classifier("gpt2", tokenizer)
     model.save_pretrained(tmp_path)
-    loaded, its_tokenizer = run.load_model(str(tmp_path), "--reward-model", AutoModelForSequenceClassification)
+    loaded, its_tokenizer = files.load_model(str(tmp_path), "--reward-model", AutoModelForSequenceClassification)
     assert its_tokenizer.padding_side == "right"
     scores = model_reward(loaded, its_tokenizer)(prompts=PROMPTS, completions=COMPLETIONS)
     texts = [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]

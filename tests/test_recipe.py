@@ -9,13 +9,14 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
 
 from fastgrpo.cli import main
-from fastgrpo.trainer import recipe, recipe_run, word_problems
+from fastgrpo.commands.train import recipe, tasks
+from fastgrpo.recipes import r1, word_problems
+from fastgrpo.recipes.template import R1_ZERO_CHAT_TEMPLATE
+from fastgrpo.rewards import accuracy_reward, call_reward_func, format_reward
+from fastgrpo.rewards.text import TAGS
 from fastgrpo.trainer.config import CHECKPOINTING, GRPOConfig
 from fastgrpo.trainer.evaluate import Samples
 from fastgrpo.trainer.grpo_trainer import GRPOTrainer
-from fastgrpo.trainer.rewards import accuracy_reward, call_reward_func, format_reward
-from fastgrpo.trainer.rewards.text import TAGS
-from fastgrpo.trainer.template import R1_ZERO_CHAT_TEMPLATE
 
 STAGES = ["base", "cold-start", "reasoning-rl", "rejection-sft", "all-scenarios-rl"]
 
@@ -121,14 +122,14 @@ def test_rejection_sampling_keeps_what_is_right_and_readable(monkeypatch):
         scores = {name: call_reward_func(f, name, texts, **columns) for name, f in rewards.items()}
         return Samples([rows[0]] * 6, texts, [9] * 6, scores)
 
-    monkeypatch.setattr(recipe, "sample", fake_sample)
+    monkeypatch.setattr(r1, "sample", fake_sample)
     args = GRPOConfig("out", use_cpu=True, bf16=False, temperature=0.7, seed=5, **{CHECKPOINTING: False})
-    kept = recipe.rejection_sample(None, None, questions, args, num_samples=6, batch_size=4)
+    kept = r1.rejection_sample(None, None, questions, args, num_samples=6, batch_size=4)
     assert kept.to_list() == [{"prompt": "q", "completion": good}]
     assert calls == [{"temperature": 0.7, "samples": 6, "batch_size": 4, "seed": 5}]
     texts[:2] = ["", ""]
     with pytest.raises(ValueError, match="questions: expected some to be answered well, got none of 6"):
-        recipe.rejection_sample(None, None, questions, args, num_samples=6, batch_size=4)
+        r1.rejection_sample(None, None, questions, args, num_samples=6, batch_size=4)
 
 
 def test_rules_and_judge_score_their_own_rows(monkeypatch, tmp_path):
@@ -139,11 +140,11 @@ def test_rules_and_judge_score_their_own_rows(monkeypatch, tmp_path):
         def __init__(self, model, reward_funcs, args, rows, processing_class):
             made.update(rows=rows, rewards={f.__name__: f for f in reward_funcs})
 
-    monkeypatch.setattr(recipe, "GRPOTrainer", Recorder)
-    monkeypatch.setattr(recipe, "_train", lambda *_: None)
+    monkeypatch.setattr(r1, "GRPOTrainer", Recorder)
+    monkeypatch.setattr(r1, "_train", lambda *_: None)
     questions = Dataset.from_list([{"prompt": f"{i}", "answer": "8", "language": "en"} for i in range(12)])
     requests = Dataset.from_list([{"prompt": p, "completion": "x"} for p in ("Thank Tom.", "Greet Ann.")])
-    recipe.all_scenarios_rl(None, None, questions, requests, word_problems.courtesy_reward, None)
+    r1.all_scenarios_rl(None, None, questions, requests, word_problems.courtesy_reward, None)
     assert made["rows"]["scenario"] == ["reasoning"] * 12 + ["general"] * 6
     columns = {name: [made["rows"][i][name] for i in (0, 12)] for name in ("answer", "language", "scenario")}
     completions = ["<think>now 8</think><answer>8</answer>", "Thanks Tom!"]
@@ -169,10 +170,10 @@ def small_run(output, *arguments):
 @pytest.fixture
 def small(monkeypatch):
     """A warm start of two steps, a cold start of three, and samples that such a model would never give."""
-    monkeypatch.setattr(recipe_run, "WARM_START_STEPS", 2)
-    monkeypatch.setitem(recipe_run._COLD_START, "num_train_epochs", 1)
+    monkeypatch.setattr(tasks, "WARM_START_STEPS", 2)
+    monkeypatch.setitem(recipe._COLD_START, "num_train_epochs", 1)
     kept = Dataset.from_list([{"prompt": "明有3+5+4?", "completion": "<think>得8,得12</think><answer>12</answer>"}])
-    monkeypatch.setattr(recipe, "rejection_sample", lambda *_, **__: kept)
+    monkeypatch.setattr(r1, "rejection_sample", lambda *_, **__: kept)
 
 
 def test_r1_zero_smoke(small, tmp_path, capsys):
@@ -272,7 +273,7 @@ R1_FILES = [
 def test_recipes_of_files(local_files, tmp_path, monkeypatch, name, files):
     conversation = [{"role": "user", "content": "3+5?"}]
     kept = Dataset.from_list([{"prompt": conversation, "completion": "<think>now 8</think><answer>8</answer>"}])
-    monkeypatch.setattr(recipe, "rejection_sample", lambda *_, **__: kept)
+    monkeypatch.setattr(r1, "rejection_sample", lambda *_, **__: kept)
     arguments = [argument.format(local_files) for argument in files]
     small = ["--steps", 1, "--num-generations", 4, "--max-completion-length", 8, "--batch-size", 8]
     assert main(["train", "--recipe", name, "--output-dir", str(tmp_path), *arguments, *map(str, small)]) == 0

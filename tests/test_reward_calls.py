@@ -15,7 +15,9 @@ from datasets import Dataset
 from test_code_reward import DOUBLE, DOUBLES, block, message
 from test_rewards import R1
 
-from fastgrpo.trainer import GRPOConfig, GRPOTrainer, embedded, evaluate, rewards
+from fastgrpo import rewards
+from fastgrpo.recipes import sums
+from fastgrpo.trainer import GRPOConfig, GRPOTrainer, evaluate
 
 # combining
 
@@ -92,8 +94,8 @@ def test_columns_share_no_namespace_with_our_parameters():
 
 
 def test_columns_named_as_our_parameters_in_evaluation_and_training(tmp_path):
-    tokenizer = embedded.make_tokenizer()
-    model = embedded.make_model(tokenizer, 0)
+    tokenizer = sums.make_tokenizer()
+    model = sums.make_model(tokenizer, 0)
     reserved = ("trainer_state", "log_metric", "log_extra", "completion_ids")
     names = ("name", "func", *reserved)
     rows = Dataset.from_list(
@@ -269,7 +271,7 @@ def test_called_as_trl_does(name, conversational):
 def test_in_trl(tmp_path):
     """A step of TRL's own GRPOTrainer with rewards that abstain, one without."""
     trl = pytest.importorskip("trl")
-    tokenizer = embedded.make_tokenizer()
+    tokenizer = sums.make_tokenizer()
     rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i) if i % 2 else None} for i in range(8)]
     args = trl.GRPOConfig(
         str(tmp_path),
@@ -286,7 +288,7 @@ def test_in_trl(tmp_path):
     )
     functions = [rewards.accuracy_reward, rewards.tag_count_reward, rewards.soft_overlong_reward(4, 2)]
     trainer = trl.GRPOTrainer(
-        embedded.make_model(tokenizer, 0), functions, args, Dataset.from_list(rows), processing_class=tokenizer
+        sums.make_model(tokenizer, 0), functions, args, Dataset.from_list(rows), processing_class=tokenizer
     )
     trainer.train()
     logged = {name for entry in trainer.state.log_history for name in entry}

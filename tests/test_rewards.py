@@ -7,9 +7,10 @@ import time
 import pytest
 from test_code_reward import message
 
-from fastgrpo.trainer import rewards, word_problems
-from fastgrpo.trainer.rewards import fences, text
-from fastgrpo.trainer.rewards.rules import _SCRIPTS
+from fastgrpo import rewards
+from fastgrpo.recipes import word_problems
+from fastgrpo.rewards import fences, text
+from fastgrpo.rewards.rules import _SCRIPTS
 from fastgrpo.trainer.rollout import tokenize_prompts
 
 MEGABYTE = 1 << 20

@@ -6,9 +6,9 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import TrainingArguments
 
-from fastgrpo.trainer import word_problems
+from fastgrpo.recipes import word_problems
+from fastgrpo.recipes.template import R1_ZERO_CHAT_TEMPLATE, r1_zero_prompt
 from fastgrpo.trainer.sft import SFTTrainer, collate
-from fastgrpo.trainer.template import R1_ZERO_CHAT_TEMPLATE, r1_zero_prompt
 
 ROWS = [
     {"prompt": "Tom has 3+7+4?", "completion": "<think>now 10, now 14</think><answer>14</answer>"},

@@ -3,8 +3,8 @@
 import pytest
 from jinja2 import TemplateError
 
-from fastgrpo.trainer import embedded
-from fastgrpo.trainer.template import R1_ZERO_CHAT_TEMPLATE, r1_zero_prompt
+from fastgrpo.recipes import sums
+from fastgrpo.recipes.template import R1_ZERO_CHAT_TEMPLATE, r1_zero_prompt
 
 QUESTIONS = [
     "What is 2 + 3?",
@@ -18,7 +18,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = embedded.make_tokenizer()
+    tokenizer = sums.make_tokenizer()
     tokenizer.chat_template = R1_ZERO_CHAT_TEMPLATE
     return tokenizer
 

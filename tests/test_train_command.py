@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from fastgrpo.cli import main
-from fastgrpo.trainer import embedded
+from fastgrpo.recipes import sums
 
 
 def run_command(*arguments, cwd, timeout):
@@ -56,8 +56,8 @@ def test_default_run_learns(tmp_path):
 
 
 def test_embedded_questions_are_disjoint():
-    train, held_out = embedded.make_datasets(seed=3)
-    assert len(held_out) == embedded.HELD_OUT
+    train, held_out = sums.make_datasets(seed=3)
+    assert len(held_out) == sums.HELD_OUT
     assert not set(train["prompt"]) & set(held_out["prompt"])
     assert all(sum(map(int, row["prompt"].rstrip("=").split("+"))) == int(row["answer"]) for row in held_out)
 
@@ -66,8 +66,8 @@ def test_embedded_questions_are_disjoint():
 def local_files(tmp_path_factory):
     """A model folder, and one dataset as JSONL and Parquet."""
     folder = tmp_path_factory.mktemp("local")
-    tokenizer = embedded.make_tokenizer()
-    embedded.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
+    tokenizer = sums.make_tokenizer()
+    sums.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     data = Dataset.from_list([{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(40)])
     data.to_json(folder / "data.jsonl")

@@ -6,14 +6,15 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from test_head import tiny_model
 
-from fastgrpo import backends, grpo_loss
+from fastgrpo import backends, grpo_loss, rewards
 from fastgrpo.objective import LOSS_TYPES
+from fastgrpo.recipes import sums
 from fastgrpo.reference import project
-from fastgrpo.trainer import GRPOConfig, GRPOTrainer, embedded, grpo_trainer, rewards
+from fastgrpo.trainer import GRPOConfig, GRPOTrainer, completion
 from fastgrpo.trainer.config import CHECKPOINTING
-from fastgrpo.trainer.head import check_completion_head, run_completion_head
-from fastgrpo.trainer.rollout import RepeatSampler
+from fastgrpo.trainer.groups import RepeatSampler
 
 QUIET = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
 
@@ -29,7 +30,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return embedded.make_tokenizer()
+    return sums.make_tokenizer()
 
 
 def small_model(tokenizer, **options):
@@ -212,7 +213,7 @@ def test_logits_are_never_formed(level, tokenizer, dataset, tmp_path, monkeypatc
     def with_all_logits(hidden, weight, ids, advantages, *, bias, logit_scale, softcap, chunk_size, **rest):
         return grpo_loss(project(hidden, weight, bias, logit_scale, softcap), ids, advantages, **rest)
 
-    monkeypatch.setattr(grpo_trainer, "linear_grpo_loss", with_all_logits)
+    monkeypatch.setattr(completion, "linear_grpo_loss", with_all_logits)
     assert largest_allocation(tokenizer, dataset, tmp_path, **options)[0] >= logits
 
 
@@ -458,43 +459,6 @@ def test_bad_arguments(model, tokenizer, dataset, tmp_path):
 
 
 # Heads and samplers
-
-TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-HEADS = {
-    "Llama": {},
-    "Qwen2": dict(tie_word_embeddings=True),
-    "Qwen3": dict(head_dim=8),
-    "Gemma2": dict(head_dim=8, final_logit_softcapping=5.0),
-    "Cohere": dict(logit_scale=0.3),
-    "Granite": dict(logits_scaling=4.0),
-}
-
-
-def tiny_model(family, **options):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=50, pad_token_id=0, bos_token_id=None, eos_token_id=1, **{**TINY, **options}
-    )
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(30)  # logits large enough for a softcap to show
-    return model
-
-
-@pytest.mark.parametrize("family", HEADS)
-def test_logits_equal_the_models(family):
-    model = tiny_model(family, **HEADS[family])
-    check_completion_head(model)
-    ids = torch.randint(2, 50, (3, 9))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0  # left padding
-    with torch.no_grad():
-        own = model(input_ids=ids, attention_mask=mask).logits[:, -5:-1]
-        got = run_completion_head(
-            model, ids, mask, 4, lambda hidden, head: project(hidden, head.weight, **head.options)
-        )
-    assert own.abs().max() > 1
-    torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
 
 
 def test_unknown_logit_transformation_is_caught(tokenizer, dataset, tmp_path):

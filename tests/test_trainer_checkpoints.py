@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from test_trainer import QUIET, even_digits, make_config, make_trainer, one_thread, small_model
 from transformers import TrainingArguments
 
-from fastgrpo.trainer import GRPOTrainer, embedded
+from fastgrpo.recipes import sums
+from fastgrpo.trainer import GRPOTrainer
 from fastgrpo.trainer.checkpoints import (
     DiskFull,
     append_whole,
@@ -31,7 +32,7 @@ from fastgrpo.trainer.sft import SFTTrainer
 
 __all__ = ["one_thread"]
 local_files, small_run = test_train_command.local_files, test_train_command.small_run
-TOKENIZER = embedded.make_tokenizer()
+TOKENIZER = sums.make_tokenizer()
 DATA = Dataset.from_list([{"prompt": f"{i}+{i}=", "answer": str(2 * i), "completion": str(2 * i)} for i in range(40)])
 SAVED = dict(save_strategy="steps", save_steps=1, max_steps=3)
 

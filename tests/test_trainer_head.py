@@ -7,15 +7,17 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from test_trainer import QUIET, Scripted, even_digits, make_config, one_thread, small_model, step_logs, tiny_model
+from test_head import tiny_model
+from test_trainer import QUIET, Scripted, even_digits, make_config, one_thread, small_model, step_logs
 
 from fastgrpo import linear_logps
-from fastgrpo.trainer import GRPOTrainer, embedded
-from fastgrpo.trainer.head import check_completion_head, run_completion_head
+from fastgrpo.models.head import check_completion_head, run_completion_head
+from fastgrpo.recipes import sums
+from fastgrpo.trainer import GRPOTrainer
 from fastgrpo.trainer.sft import SFTTrainer
 
 __all__ = ["one_thread"]
-TOKENIZER = embedded.make_tokenizer()
+TOKENIZER = sums.make_tokenizer()
 ROWS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(40)]
 
 

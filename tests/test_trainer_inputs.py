@@ -11,13 +11,15 @@ from test_sft import make_trainer as make_sft
 from test_sft import with_added_end
 from test_trainer import Scripted, even_digits, make_config, make_trainer, one_thread, small_model, step_logs
 
-from fastgrpo.trainer import GRPOTrainer, embedded, word_problems
-from fastgrpo.trainer.rollout import RepeatedRows, RepeatSampler, tokenize_prompts
+from fastgrpo.recipes import sums, word_problems
+from fastgrpo.trainer import GRPOTrainer
+from fastgrpo.trainer.groups import RepeatedRows, RepeatSampler
+from fastgrpo.trainer.rollout import tokenize_prompts
 
 peft = pytest.importorskip("peft")
 
 __all__ = ["one_thread"]
-TOKENIZER = embedded.make_tokenizer()
+TOKENIZER = sums.make_tokenizer()
 PROMPTS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(40)]
 DATA = Dataset.from_list(PROMPTS)
 LORA = dict(r=4, target_modules=["q_proj", "v_proj"])
@@ -327,7 +329,7 @@ def test_other_options_may_change(stopped, tmp_path):
 
 def test_prompts_do_not_end(tmp_path):
     """A tokenizer that puts the end token behind every text must not end the prompt before it is answered."""
-    ending = with_added_end(embedded.make_tokenizer())
+    ending = with_added_end(sums.make_tokenizer())
     assert ending("1+")["input_ids"][-1] == ending.eos_token_id
     plain = TOKENIZER("1+")["input_ids"]
     assert tokenize_prompts(ending, ["1+", "", "1+<eos>"]) == [plain, [], [*plain, ending.eos_token_id]]

@@ -12,7 +12,8 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from test_trainer import QUIET, Scripted, even_digits, small_model, step_logs
 
-from fastgrpo.trainer import GRPOConfig, GRPOTrainer, embedded
+from fastgrpo.recipes import sums
+from fastgrpo.trainer import GRPOConfig, GRPOTrainer
 
 CASES = {
     "untied": dict(),
@@ -54,7 +55,7 @@ def train(rank, kind, folder, tied=False, peft=False, scripted=True, **options):
         from peft import LoraConfig
 
         adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
-    tokenizer = embedded.make_tokenizer()
+    tokenizer = sums.make_tokenizer()
     dataset = Dataset.from_list([{"prompt": f"{i}+{i}="} for i in range(40)])
     model = str(folder / ("tied" if tied else "untied"))
     trainer = GRPOTrainer(model, even_digits, args, dataset, processing_class=tokenizer, peft_config=adapter)
@@ -107,7 +108,7 @@ def run(kind, folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     pytest.importorskip("peft")
-    folder, tokenizer = tmp_path_factory.mktemp("sharded"), embedded.make_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("sharded"), sums.make_tokenizer()
     for tied in (False, True):
         small_model(tokenizer, tie_word_embeddings=tied).save_pretrained(folder / ("tied" if tied else "untied"))
     return folder

@@ -66,6 +66,8 @@ def refuses(call: Call) -> str | None:
         return f"they are on {call.device_type}, not on the CPU"
     if call.dtype not in DTYPES:
         return f"{call.dtype} is not one of float32, bfloat16, float16"
+    if call.one_pass:
+        return "its second reading of a row is from the cache, which may have lost it"
     return None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .contract import Kind, Rows, Scores, TokenLoss, TokenRows, TokenSpec
+from .contract import Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
 _ABI = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -143,7 +143,7 @@ def make_args(
         logits_stride=logits.stride()[:2],
         out_stride=(0, 0) if out is None else out.stride()[:2],
         dtype=DTYPES[logits.dtype],
-        softcap=softcap or 0.0,
+        softcap=math.inf if softcap is None else softcap,
         logits=_pointer(logits),
         out=_pointer(out),
         **{name: _pointer(vector) for name, vector in vectors.items()},
@@ -199,18 +199,13 @@ class RowCalls:
         results = TokenLoss(loss, logp, lse, entropy, kl, ratio, g)
         inputs = token._asdict()
         inputs |= dict(old_logps=inputs.pop("old"), ref_logps=inputs.pop("ref"))
+        if token.advantages is None:
+            inputs["advantages"] = torch.empty_like(token.rewards)  # the library works them out
+        else:
+            inputs["rewards"] = None
         args = make_args(logits, out, softcap, **rows._asdict(), **inputs, **results._asdict())
-        args.spec = _spec(spec)
+        args.spec = Spec(spec.kind, spec.numbers, spec.beta, spec.bias_correction)
         args.group_size, args.scale_by_std, args.skip_zero = spec.group_size, spec.scale_by_std, spec.skip_zero
+        args.sequences = 0 if token.rewards is None else token.rewards.numel()
         self._call("token_loss", args, logits.device)
         return results if want_entropy else results._replace(entropy=None)
-
-
-def _spec(spec: TokenSpec) -> Spec:
-    names = {
-        Kind.CLIP: ("clip_low", "clip_high", "delta"),
-        Kind.CISPO: ("clip_high",),
-        Kind.SAPO: ("tau_pos", "tau_neg"),
-    }
-    numbers = dict(zip(names[spec.kind], spec.numbers, strict=True))
-    return Spec(kind=spec.kind, beta=spec.beta, bias_correction=spec.bias_correction, **numbers)

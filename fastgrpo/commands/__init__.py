@@ -1,1 +1,1 @@
-"""The command `fastgrpo`: one file for each sub-command, with its options."""
+"""The command `fastgrpo`: a module or a folder for each sub-command, with its options."""

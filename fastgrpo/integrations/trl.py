@@ -40,10 +40,10 @@ from fastgrpo.backends import Rows
 from fastgrpo.linear import head_options, linear_grpo_loss
 from fastgrpo.linear_ops import no_autocast
 from fastgrpo.loss import GRPOOutput
+from fastgrpo.metrics import reduce_metrics
+from fastgrpo.models.head import Head, head_layer, in_place_of_head, logit_options, unwrap
 from fastgrpo.objective import Objective
 from fastgrpo.projection import Projection, cut, wide
-from fastgrpo.trainer.head import Head, head_layer, in_place_of_head, logit_options, unwrap
-from fastgrpo.trainer.metrics import reduce_metrics
 
 _MODULE, _CHUNKED = "trl.trainer.utils", "_ChunkedLogProbFunction"
 _SCORE = "_get_per_token_logps_and_entropies"

@@ -4,7 +4,8 @@ from fastgrpo._extras import require
 
 require("fastgrpo.trainer", "train", "accelerate", "datasets", "transformers")
 
+from fastgrpo import rewards
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.grpo_trainer import GRPOTrainer
 
-__all__ = ["GRPOConfig", "GRPOTrainer"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "rewards"]

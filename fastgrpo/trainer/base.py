@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastgrpo.models.head import check_completion_head
 from fastgrpo.trainer.checkpoints import (
     ResumeError,
     last_whole_checkpoint,
@@ -17,7 +18,6 @@ from fastgrpo.trainer.checkpoints import (
     whole_folder,
     why_incomplete,
 )
-from fastgrpo.trainer.head import check_completion_head
 
 
 class HeadTrainer(Trainer):

@@ -9,17 +9,14 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fastgrpo.trainer.rewards import RewardFunc, call_reward_func, completion_text, reward_arguments, reward_name
-from fastgrpo.trainer.rewards.text import rendered
-from fastgrpo.trainer.rollout import (
-    decode_completions,
-    generate_completions,
-    is_conversation,
-    pad,
-    tokenize_prompts,
-)
+from fastgrpo.models.calls import pad
+from fastgrpo.rewards import RewardFunc, call_reward_func, completion_text, reward_arguments, reward_name
+from fastgrpo.rewards.text import is_conversation, rendered
+from fastgrpo.trainer.rollout import decode_completions, generate_completions, tokenize_prompts
 from fastgrpo.trainer.setup import end_tokens
 from fastgrpo.trainer.terminal import track
+
+SAMPLED_AT_ONCE = 512  # completions; a tiny model's fit into any memory
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def sample(
     *,
     temperature: float = 1.0,
     samples: int = 1,
-    batch_size: int = 512,
+    batch_size: int = SAMPLED_AT_ONCE,
     seed: int = 0,
 ) -> Samples:
     """`samples` completions for each row of a dataset with `prompt` and the rewards' columns, scored by each function.

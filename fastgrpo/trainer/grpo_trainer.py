@@ -8,54 +8,35 @@ the first request of a round generates.
 from __future__ import annotations
 
 import copy
-import math
 import os
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather, gather_object, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from fastgrpo.linear import linear_grpo_loss
-from fastgrpo.logps import linear_logps
+from fastgrpo.metrics import reduce_metrics
+from fastgrpo.models import sharding
+from fastgrpo.models.adapters import reference
+from fastgrpo.models.calls import pad
+from fastgrpo.models.head import is_peft, unwrap
 from fastgrpo.output import GRPOOutput
-from fastgrpo.trainer import sharding
-from fastgrpo.trainer.adapters import add_reference, reference
-from fastgrpo.trainer.base import HeadTrainer
-from fastgrpo.trainer.checkpoints import ResumeError, is_whole
+from fastgrpo.rewards import RewardFunc, as_reward_list, call_reward_func, combine_rewards, reward_arguments
+from fastgrpo.rewards.text import is_conversation, rendered
+from fastgrpo.trainer import rounds
+from fastgrpo.trainer.completion import completion_loss, frozen_logps
 from fastgrpo.trainer.config import GRPOConfig
-from fastgrpo.trainer.head import Head, is_peft, run_completion_head, unwrap
-from fastgrpo.trainer.metrics import reduce_metrics
-from fastgrpo.trainer.rewards import (
-    RewardFunc,
-    as_reward_list,
-    call_reward_func,
-    combine_rewards,
-    nanstd,
-    reward_arguments,
-)
-from fastgrpo.trainer.rewards.text import rendered
+from fastgrpo.trainer.groups import GroupTrainer
+from fastgrpo.trainer.logs import MetricLog, length_metrics, mean_over_processes, reward_metrics, write_completions
 from fastgrpo.trainer.rollout import (
-    RepeatedRows,
-    RepeatSampler,
     decode_completions,
-    frozen,
     generate_completions,
-    is_conversation,
-    pad,
+    make_generation_config,
     shuffle_rows,
     split_rows,
     tokenize_prompts,
@@ -64,14 +45,14 @@ from fastgrpo.trainer.setup import (
     as_list,
     check_dataset,
     end_tokens,
-    only_iterates,
+    load_policy,
+    prepare_policy,
     prepare_to_iterate,
     prepare_tokenizer,
-    warn_of_router_loss,
 )
 
 
-class GRPOTrainer(HeadTrainer):
+class GRPOTrainer(GroupTrainer):
     """Group Relative Policy Optimisation (arXiv:2402.03300) of a causal language model.
 
     For each prompt the trainer samples G completions, scores them with the reward functions, and takes as advantage of
@@ -99,7 +80,7 @@ class GRPOTrainer(HeadTrainer):
     With beta > 0 the reference policy is a frozen copy of the model as it was passed. Where it was passed as a PEFT
     model, that is a copy of its adapter, named "ref"; with peft_config it is the model without the adapter.
 
-    The model's forward is not changed (see `head.py`). What is: its configs get the tokenizer's pad token,
+    The model's forward is not changed (see `models/head.py`). What is: its configs get the tokenizer's pad token,
     disable_dropout sets the p of its dropout modules to 0, and with gradient checkpointing the input embeddings of a
     PEFT model give outputs that require a gradient.
 
@@ -143,41 +124,21 @@ class GRPOTrainer(HeadTrainer):
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
 
         set_seed(args.seed)  # an adapter starts from random weights
-        if isinstance(model, str):
-            options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
-            model = AutoModelForCausalLM.from_pretrained(model, **{**options, **(args.model_init_kwargs or {})})
-        elif args.model_init_kwargs:
-            warnings.warn("model_init_kwargs has no effect on a model that is passed as an object", stacklevel=2)
-        self._reference_adapters: list[str] = []
-        if args.beta != 0 and is_peft(model) and peft_config is None:
-            self._reference_adapters = add_reference(model)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            if is_peft(model):
-                raise ValueError("peft_config: expected None with a model that has an adapter already, got both")
-            model = get_peft_model(model, peft_config)
+        model, self._reference_adapters = load_policy(model, args, peft_config)
         processing_class = prepare_tokenizer(model, processing_class, args.trust_remote_code)
         self.eos_token_ids = end_tokens(model, processing_class)
         self.ref_model = None
         if args.beta != 0 and not is_peft(model):
             self.ref_model = sharding.copy_model(unwrap(model), args.trust_remote_code).requires_grad_(False).eval()
-        if self.ref_model is not None:
             self._check_head_early(self.ref_model)
         self._check_head_early(model)
-        warn_of_router_loss(model)
-        if args.disable_dropout:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-        if args.checkpoints_activations and is_peft(model):
-            model.enable_input_require_grads()  # the first checkpointed layer's input comes from frozen weights
+        prepare_policy(model, args)
 
         self.objective = args.objective()
         self.num_generations_eval = args.num_generations_eval or args.num_generations
         self._step = 0  # micro-steps so far
         self._buffered_inputs: list[dict[str, Tensor]] | None = None  # this round's micro-batches
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._log = MetricLog()
         self._pending_metrics: dict[str, list[float]] = defaultdict(list)
         self._completion_log: dict[str, list] = {}
         self._step_time = 0.0
@@ -196,88 +157,13 @@ class GRPOTrainer(HeadTrainer):
         self.model_accepts_loss_kwargs = False
         if self.args.n_gpu > 1:
             raise ValueError("GRPOTrainer runs one process per GPU: start it with `accelerate launch` or `torchrun`")
-        self.generation_config = self._make_generation_config()
+        self.generation_config = make_generation_config(self.args, processing_class, self.eos_token_ids)
         self.eos_token_ids = as_list(self.generation_config.eos_token_id)  # generation_kwargs may bring others
         sharding.keep_output_dtype(self.accelerator)
         if self.ref_model is not None:
             self.ref_model = sharding.prepare_reference(self.ref_model, self.accelerator)
         # processes that share a group must not sample the same completions
         set_seed(args.seed, device_specific=True)
-
-    # Set-up
-
-    def _make_generation_config(self) -> GenerationConfig:
-        args = self.args
-        options = dict(
-            max_new_tokens=args.max_completion_length,
-            do_sample=True,
-            pad_token_id=self.processing_class.pad_token_id,
-            bos_token_id=self.processing_class.bos_token_id,
-            eos_token_id=self.eos_token_ids or None,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            cache_implementation=args.cache_implementation,
-            disable_compile=True,  # each new length would compile again
-        )
-        return GenerationConfig(**{**options, **(args.generation_kwargs or {})})
-
-    # Data
-
-    @property
-    def _requests_of_a_round(self) -> int:
-        """How often the Trainer's loop asks for a micro-batch of the same completions."""
-        return self.args.num_iterations * self.args.steps_per_generation
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:  # what remove_unused_columns=True keeps
-            self._signature_columns = ["prompt"]
-
-    def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's, with the completions of a whole round as a batch."""
-        args, dataset = self.args, self.train_dataset
-        if only_iterates(dataset):
-            prompts, repeats = args.generation_batch_size // args.num_generations, self._requests_of_a_round
-            shuffled = args.shuffle_dataset and hasattr(dataset, "shuffle")
-            dataset = dataset.shuffle(seed=args.seed) if shuffled else dataset
-            dataset = RepeatedRows(dataset, args.num_generations, prompts, repeats)
-        return self._get_dataloader(
-            dataset=dataset,
-            description="Training",
-            batch_size=self._train_batch_size * self.args.steps_per_generation,
-            sampler_fn=self._get_train_sampler,
-            is_training=True,
-        )
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> RepeatSampler:
-        args = self.args
-        data = self.train_dataset if train_dataset is None else train_dataset
-        prompts = args.generation_batch_size // args.num_generations
-        if len(data) < prompts:
-            raise ValueError(
-                f"train_dataset: expected at least the {prompts} prompts of one round of sampling "
-                f"(generation_batch_size / num_generations), got {len(data)} rows"
-            )
-        return RepeatSampler(
-            data,
-            group_size=args.num_generations,
-            batch_size=prompts,
-            repeat_count=self._requests_of_a_round,
-            shuffle=args.shuffle_dataset,
-            seed=args.seed,
-        )
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        if eval_dataset is not None and only_iterates(eval_dataset):
-            eval_dataset = RepeatedRows(eval_dataset, self.num_generations_eval)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> RepeatSampler:
-        return RepeatSampler(eval_dataset, group_size=self.num_generations_eval, seed=self.args.seed)
 
     # Sampling and scoring
 
@@ -287,7 +173,7 @@ class GRPOTrainer(HeadTrainer):
         self._step += 1
         self._step_time += time.perf_counter() - start
         if self._step % self.current_gradient_accumulation_steps == 0:
-            self._metrics["train"]["step_time"].append(self._step_time)
+            self._log.add("train", {"step_time": self._step_time})
             self._step_time = 0.0
         return loss
 
@@ -358,26 +244,7 @@ class GRPOTrainer(HeadTrainer):
 
     def _score_logps(self, model: nn.Module, batch: dict[str, Tensor], mode: str) -> Tensor:
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        with frozen(model):
-            return torch.cat(
-                [
-                    _over_completion(
-                        model,
-                        {name: x[start : start + size] for name, x in batch.items() if x.dim()},
-                        lambda hidden, head, part: linear_logps(
-                            hidden,
-                            head.weight,
-                            part["completion_ids"],
-                            mask=part["completion_mask"],
-                            temperature=self.args.temperature,
-                            chunk_size=self.args.chunk_size,
-                            backend=self.args.backend,
-                            **head.options,
-                        ),
-                    )
-                    for start in range(0, len(batch["completion_ids"]), size)
-                ]
-            )
+        return frozen_logps(model, batch, self.args, size)
 
     def _score(
         self, rows: list[dict], prompts: list, completions: list, completion_tokens: list, group: int, mode: str
@@ -408,18 +275,8 @@ class GRPOTrainer(HeadTrainer):
             self.args.multi_objective_aggregation,
         )
 
-        metrics = self._metrics[mode]
-        for name, column in zip(self.reward_func_names, per_func.unbind(dim=1), strict=True):
-            metrics[f"rewards/{name}/mean"].append(column.nanmean())
-            metrics[f"rewards/{name}/std"].append(nanstd(column))
-        metrics["reward"].append(rewards.nanmean())
-        metrics["reward_std"].append(nanstd(rewards))
-        metrics["frac_reward_zero_std"].append(zero_std.float().mean())
-        for key in sorted(set(gather_object(list(self._pending_metrics)))):  # the same order on every process
-            values = self._pending_metrics[key]
-            totals = torch.tensor([float(sum(values)), len(values)], device=per_func.device)
-            totals = self.accelerator.gather(totals).view(-1, 2).sum(0)
-            metrics[key].append(totals[0] / totals[1])
+        self._log.add(mode, reward_metrics(self.reward_func_names, per_func, rewards, zero_std))
+        self._log.add(mode, mean_over_processes(self.accelerator, self._pending_metrics))
         self._pending_metrics.clear()
 
         local = slice(self.accelerator.process_index * len(rows), (self.accelerator.process_index + 1) * len(rows))
@@ -434,14 +291,8 @@ class GRPOTrainer(HeadTrainer):
         prompt_lengths, lengths, truncated = self.accelerator.gather((prompt_lengths, lengths, truncated))
         if mode == "train":
             self.state.num_input_tokens_seen += int(prompt_lengths.sum() + lengths.sum())
-        metrics, ended = self._metrics[mode], lengths[~truncated].float()
-        ended = ended if len(ended) else torch.zeros(1, device=ended.device)
-        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
-        for name, values in (("", lengths.float()), ("terminated_", ended)):
-            metrics[f"completions/mean_{name}length"].append(values.mean())
-            metrics[f"completions/min_{name}length"].append(values.min())
-            metrics[f"completions/max_{name}length"].append(values.max())
-        metrics["completions/clipped_ratio"].append(truncated.float().mean())
+        self._log.values[mode]["num_tokens"] = [self.state.num_input_tokens_seen]
+        self._log.add(mode, length_metrics(lengths, truncated))
 
     # Loss
 
@@ -457,39 +308,16 @@ class GRPOTrainer(HeadTrainer):
         # micro-batches and processes whose sum (over the window) or mean (over processes) makes the gradient.
         parts = self.accelerator.num_processes * (self.args.steps_per_generation if train else 1)
         num_items = inputs["num_items_in_batch"].clamp(min=1) / parts
-
-        output: GRPOOutput | None = None
-
-        def loss_at_head(hidden: Tensor, head: Head, batch: dict[str, Tensor]) -> Tensor:
-            nonlocal output
-            output = linear_grpo_loss(
-                hidden,
-                head.weight,
-                batch["completion_ids"],
-                batch["advantages"],
-                completion_mask=batch["completion_mask"],
-                old_per_token_logps=batch.get("old_per_token_logps"),
-                ref_per_token_logps=batch.get("ref_per_token_logps"),
-                num_items_in_batch=num_items,
-                loss_scale=1.0 / accumulation,
-                temperature=self.args.temperature,
-                objective=self.objective,
-                chunk_size=self.args.chunk_size,
-                backend=self.args.backend,
-                **head.options,
-            )
-            return output.loss
-
-        loss = _over_completion(model, inputs, loss_at_head)
+        loss, output = completion_loss(
+            model, inputs, self.args, self.objective, num_items=num_items, loss_scale=1.0 / accumulation
+        )
         self._log_loss(output, inputs["completion_mask"], "train" if train else "eval", accumulation)
         return loss
 
     def _log_loss(self, output: GRPOOutput, mask: Tensor, mode: str, accumulation: int) -> None:
-        metrics = self._metrics[mode]
-        for name, value in reduce_metrics(self.accelerator, self.objective, output, mask, accumulation).items():
-            metrics[name].append(value)
+        self._log.add(mode, reduce_metrics(self.accelerator, self.objective, output, mask, accumulation))
         if self.objective.entropy_coef != 0 and mode == "train" and self.accelerator.sync_gradients:
-            metrics["entropy_coef"].append(self.objective.entropy_coef)
+            self._log.add(mode, {"entropy_coef": self.objective.entropy_coef})
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -505,112 +333,40 @@ class GRPOTrainer(HeadTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log, averaged; in evaluation their names begin with "eval_"."""
-        mode = "train" if self.model.training else "eval"
-        for name, values in self._metrics[mode].items():
-            finite = [value for value in map(float, values) if math.isfinite(value)]
-            logs[name if mode == "train" else f"eval_{name}"] = sum(finite) / len(finite) if finite else None
-        self._metrics[mode].clear()
+        mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
+        logs.update({prefix + name: value for name, value in self._log.take(mode).items()})
         super().log(logs, start_time)
         if self._completion_log and self.accelerator.is_main_process:
-            self._write_completions()
-
-    def _write_completions(self) -> None:
-        from datasets import Dataset
-
-        folder = os.path.join(self.args.output_dir, "completions")
-        os.makedirs(folder, exist_ok=True)
-        step = [self.state.global_step] * len(self._completion_log["prompt"])
-        path = os.path.join(folder, f"completions_{self.state.global_step:05d}.parquet")
-        Dataset.from_dict({"step": step, **self._completion_log}).to_parquet(path)
-        self._completion_log = {}
+            folder = os.path.join(self.args.output_dir, "completions")
+            write_completions(folder, self.state.global_step, self._completion_log)
+            self._completion_log = {}
 
     @staticmethod
     def files_of_process(checkpoint: str, index: int) -> tuple[str, ...]:
-        own = _STATE_FILE.format(index)
-        if not os.path.isfile(os.path.join(checkpoint, own)):
-            before = _any_state(checkpoint, "cpu") or {}
-            if index >= before.get("options", {}).get("world_size", index + 1):
-                return ()  # the run that wrote it had fewer processes
-        return (own,)
+        return rounds.files_of_process(checkpoint, index)
+
+    def _check_resume(self, checkpoint: str) -> None:
+        rounds.check(checkpoint, self.args, self.accelerator.device)
 
     def _save_own(self, folder: str) -> None:
         mid_round = self._step % self._requests_of_a_round != 0
-        state = {
-            "options": {name: getattr(self.args, name) for name in _ROUND_OPTIONS},
-            "step": self._step if mid_round else 0,
-            "buffered_inputs": self._buffered_inputs if mid_round else None,
-            "metrics": {name: [float(v) for v in values] for name, values in self._metrics["train"].items()},
-        }
-        torch.save(state, os.path.join(folder, _STATE_FILE.format(self.args.process_index)))
+        rounds.save(
+            folder,
+            self.args,
+            step=self._step if mid_round else 0,
+            buffered_inputs=self._buffered_inputs if mid_round else None,
+            metrics=self._log.state(),
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Also the round that the checkpoint was taken in, so that the run goes on as if it had not stopped."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (state := self._load_own(checkpoint)) is not None:
-            self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
-            self._metrics["train"] = defaultdict(list, state["metrics"])
-
-    def _load_own(self, checkpoint: str) -> dict[str, Any] | None:
-        path = os.path.join(checkpoint, _STATE_FILE.format(self.args.process_index))
-        if not os.path.isfile(path):
-            return None
-        return torch.load(path, map_location=self.accelerator.device, weights_only=True)
-
-    def _check_resume(self, checkpoint: str) -> None:
-        """Between two rounds every option may change; within one, those that made its micro-batches may not."""
-        own = self._load_own(checkpoint)
-        # a process that the saved run did not have reads from another's whether it may join
-        state = _any_state(checkpoint, self.accelerator.device) if own is None else own
-        if state is None:
-            warnings.warn(f"{checkpoint} has no state of this process: a round of sampling begins", stacklevel=3)
-        if state is None or (buffered := state["buffered_inputs"]) is None:
+        if checkpoint is None:
             return
-        before = {"steps_per_generation": len(buffered), **state.get("options", {})}
-        before["beta"] = before.get("beta", 0.0) if "ref_per_token_logps" in buffered[0] else 0.0
-        for name, value in before.items():
-            now = getattr(self.args, name)
-            if now != value and not (name == "beta" and (now == 0 or value != 0)):
-                raise ResumeError(
-                    f"resume_from_checkpoint: {checkpoint} is within a round of sampling that was made with "
-                    f"{name}={value}, and cannot go on with {name}={now}"
-                )
-        if own is None:
-            raise ResumeError(
-                f"resume_from_checkpoint: {checkpoint} is within a round of sampling, and has no state of process "
-                f"{self.args.process_index}"
-            )
-
-
-_STATE_FILE = "grpo_state_{}.pt"  # in a checkpoint, of each process
-_ROUND_OPTIONS = (
-    "steps_per_generation",
-    "num_iterations",
-    "gradient_accumulation_steps",
-    "per_device_train_batch_size",
-    "world_size",
-    "beta",
-)
-
-
-def _any_state(checkpoint: str, device: torch.device | str) -> dict[str, Any] | None:
-    """What the first process that has saved its state in a checkpoint here has saved."""
-    for path in sorted(Path(checkpoint).glob(_STATE_FILE.format("*"))):
-        if is_whole(path):
-            return torch.load(path, map_location=device, weights_only=True)
-    return None
-
-
-def _over_completion(
-    model: nn.Module, batch: dict[str, Tensor], fn: Callable[[Tensor, Head, dict[str, Tensor]], Tensor]
-) -> Tensor:
-    """fn(hidden (B, T, H), head, batch) at the completion's positions of a batch."""
-    return run_completion_head(
-        model,
-        torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-        torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-        batch["completion_ids"].shape[1],
-        lambda hidden, head: fn(hidden, head, batch),
-    )
+        state = rounds.load(checkpoint, self.args, self.accelerator.device)
+        if state is not None:
+            self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+            self._log.load_state(state["metrics"])
 
 
 def _rows_as_they_are(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,81 +1,21 @@
-"""From prompts to padded completions: the sampler that keeps groups whole, tokenising, generation, splitting."""
+"""From prompts to completions: tokenising, generation, and micro-batches of what was sampled."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, Sampler
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fastgrpo.trainer.head import unwrap
+from fastgrpo.models.calls import frozen
+from fastgrpo.models.head import unwrap
+from fastgrpo.rewards.text import is_conversation
+from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.setup import as_list
-
-
-class RepeatSampler(Sampler[int]):
-    """Indices of prompts: each `group_size` times in a row, each batch of `batch_size` prompts `repeat_count` times.
-
-    With batch_size=2, group_size=3, repeat_count=2 and no shuffling: 000111 000111 222333 222333 …; prompts that do
-    not fill a batch are left out. The repeats are there because the trainer asks for a batch at every micro-step, also
-    where it goes on with the completions that it has. Order depends on seed and epoch only, so a resumed run sees the
-    same one.
-    """
-
-    def __init__(
-        self,
-        data: Sized,
-        group_size: int,
-        batch_size: int = 1,
-        repeat_count: int = 1,
-        shuffle: bool = True,
-        seed: int = 0,
-    ):
-        self.num_prompts = len(data)
-        self.group_size, self.batch_size, self.repeat_count = group_size, batch_size, repeat_count
-        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(self.num_prompts))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.num_prompts, generator=generator).tolist()
-        for start in range(0, self.num_prompts - self.batch_size + 1, self.batch_size):
-            for _ in range(self.repeat_count):
-                for index in order[start : start + self.batch_size]:
-                    yield from [index] * self.group_size
-
-    def __len__(self) -> int:
-        return self.num_prompts // self.batch_size * self.batch_size * self.group_size * self.repeat_count
-
-
-class RepeatedRows(IterableDataset):
-    """The rows of a dataset that can only be iterated, in the order in which RepeatSampler has their indices."""
-
-    def __init__(self, rows: Iterable[dict[str, Any]], group_size: int, batch_size: int = 1, repeat_count: int = 1):
-        self.rows = rows
-        self.group_size, self.batch_size, self.repeat_count = group_size, batch_size, repeat_count
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.rows, "set_epoch"):
-            self.rows.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows = iter(self.rows)
-        while len(batch := list(itertools.islice(rows, self.batch_size))) == self.batch_size:
-            for row in itertools.chain.from_iterable([batch] * self.repeat_count):
-                yield from (copy.deepcopy(row) for _ in range(self.group_size))
-
-
-def is_conversation(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict) and "role" in prompt[0]
 
 
 def without_added_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
@@ -107,30 +47,6 @@ def decode_completions(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]],
     return [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
 
 
-def pad(rows: list[list[int]], value: int, side: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Lists of ids to (B, T) int64 ids and (B, T) int64 mask."""
-    width = max(map(len, rows))
-    left = side == "left"
-    gaps = [width - len(row) for row in rows]
-    pairs = list(zip(rows, gaps, strict=True))
-    ids = [[value] * gap + row if left else row + [value] * gap for row, gap in pairs]
-    mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in pairs]
-    # empty lists alone would make floats
-    return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(mask, dtype=torch.long, device=device)
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients: no dropout, no gradient checkpointing, a key-value cache in `generate`."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 @contextlib.contextmanager
 def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     # `generate` fills what it takes for unset from the model's own config, and takes the library's default values for
@@ -144,6 +60,25 @@ def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[N
     finally:
         for owner, own in zip(owners, saved, strict=True):
             owner.generation_config = own
+
+
+def make_generation_config(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> GenerationConfig:
+    """How `args` says that completions are sampled; `ends` are the tokens that end one."""
+    options = dict(
+        max_new_tokens=args.max_completion_length,
+        do_sample=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends or None,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        cache_implementation=args.cache_implementation,
+        disable_compile=True,  # each new length would compile again
+    )
+    return GenerationConfig(**{**options, **(args.generation_kwargs or {})})
 
 
 def generate_completions(

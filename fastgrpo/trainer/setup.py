@@ -1,4 +1,4 @@
-"""What the trainer checks and prepares before it starts: datasets, the tokenizer, end tokens."""
+"""What the trainer checks and prepares before it starts: datasets, the policy, the tokenizer, end tokens."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+
+from fastgrpo.models.adapters import add_reference
+from fastgrpo.models.head import is_peft
+from fastgrpo.trainer.config import GRPOConfig
 
 
 def only_iterates(dataset: Any) -> bool:
@@ -49,6 +54,22 @@ def prepare_to_iterate(args: TrainingArguments, datasets: Sequence[Any]) -> None
         args.dataloader_num_workers = 0
 
 
+def load_policy(model: str | nn.Module, args: GRPOConfig, peft_config: Any) -> tuple[nn.Module, list[str]]:
+    """(the model to train, the names of the frozen copies of its adapters that are its reference)."""
+    if isinstance(model, str):
+        options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
+        model = AutoModelForCausalLM.from_pretrained(model, **{**options, **(args.model_init_kwargs or {})})
+    elif args.model_init_kwargs:
+        warnings.warn("model_init_kwargs has no effect on a model that is passed as an object", stacklevel=3)
+    if peft_config is None:
+        return model, add_reference(model) if args.beta != 0 and is_peft(model) else []
+    from peft import get_peft_model
+
+    if is_peft(model):
+        raise ValueError("peft_config: expected None with a model that has an adapter already, got both")
+    return get_peft_model(model, peft_config), []
+
+
 def prepare_tokenizer(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
@@ -82,7 +103,14 @@ def as_list(ids: int | Sequence[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def warn_of_router_loss(model: nn.Module) -> None:
+def prepare_policy(model: nn.Module, args: GRPOConfig) -> None:
+    """What training needs of the model beyond its weights: no dropout if so asked, inputs that require a gradient."""
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0):
         warnings.warn("the load-balancing loss of experts models is not part of the objective", stacklevel=3)
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    if args.checkpoints_activations and is_peft(model):
+        model.enable_input_require_grads()  # the first checkpointed layer's input comes from frozen weights

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from fastgrpo.logps import linear_logps
+from fastgrpo.models.calls import pad
+from fastgrpo.models.head import run_completion_head
+from fastgrpo.rewards.text import is_conversation
 from fastgrpo.trainer.base import HeadTrainer
-from fastgrpo.trainer.head import run_completion_head
-from fastgrpo.trainer.rollout import RepeatedRows, is_conversation, pad, without_added_end
+from fastgrpo.trainer.groups import RepeatedRows
+from fastgrpo.trainer.rollout import without_added_end
 from fastgrpo.trainer.setup import check_dataset, only_iterates, prepare_to_iterate, prepare_tokenizer
 
 

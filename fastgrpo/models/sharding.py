@@ -1,4 +1,4 @@
-"""What FSDP2 and DeepSpeed's ZeRO-3 ask of the trainer beyond the hooks that they put on modules."""
+"""What FSDP2 and DeepSpeed's ZeRO-3 ask of a trainer beyond the hooks that they put on modules."""
 
 from __future__ import annotations
 

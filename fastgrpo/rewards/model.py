@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from fastgrpo.trainer.rewards.scoring import RewardFunc
-from fastgrpo.trainer.rollout import frozen, is_conversation, pad
+from fastgrpo.models.calls import frozen, pad
+from fastgrpo.rewards.scoring import RewardFunc
+from fastgrpo.rewards.text import is_conversation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def model_reward(

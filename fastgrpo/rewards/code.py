@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from fastgrpo.trainer.rewards.cases import Case, Run, read_cases
-from fastgrpo.trainer.rewards.fences import last_python_block
-from fastgrpo.trainer.rewards.sandbox import Limits, run_python
-from fastgrpo.trainer.rewards.scoring import RewardFunc
-from fastgrpo.trainer.rewards.supervisor import PASSED, STOPPED
-from fastgrpo.trainer.rewards.text import completion_text
+from fastgrpo.rewards.cases import Case, Run, read_cases
+from fastgrpo.rewards.fences import last_python_block
+from fastgrpo.rewards.sandbox import Limits, run_python
+from fastgrpo.rewards.scoring import RewardFunc
+from fastgrpo.rewards.supervisor import PASSED, STOPPED
+from fastgrpo.rewards.text import completion_text
 
 
 def code_reward(completions: list, test_cases: list, **_: Any) -> list[float | None]:

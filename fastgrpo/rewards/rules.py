@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from fastgrpo.trainer.rewards.quantities import find_last_number
-from fastgrpo.trainer.rewards.scoring import RewardFunc, reward_name
-from fastgrpo.trainer.rewards.text import TAGS, RenderedPrompt, completion_text, reasoning, with_prefilled_think
+from fastgrpo.rewards.quantities import find_last_number
+from fastgrpo.rewards.scoring import RewardFunc, reward_name
+from fastgrpo.rewards.text import TAGS, RenderedPrompt, completion_text, reasoning, with_prefilled_think
 
 
 def exact(completions: list, answer: list, **_: Any) -> list[float | None]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib
 
-from fastgrpo.trainer.rewards.accuracy import accuracy_reward
-from fastgrpo.trainer.rewards.code import code_reward, code_reward_within
-from fastgrpo.trainer.rewards.model import model_reward
-from fastgrpo.trainer.rewards.quantities import last_number
-from fastgrpo.trainer.rewards.rules import (
+from fastgrpo.rewards.accuracy import accuracy_reward
+from fastgrpo.rewards.code import code_reward, code_reward_within
+from fastgrpo.rewards.model import model_reward
+from fastgrpo.rewards.quantities import last_number
+from fastgrpo.rewards.rules import (
     contains,
     exact,
     format_reward,
@@ -24,8 +24,8 @@ from fastgrpo.trainer.rewards.rules import (
     soft_overlong_reward,
     tag_count_reward,
 )
-from fastgrpo.trainer.rewards.sandbox import Limits
-from fastgrpo.trainer.rewards.scoring import (
+from fastgrpo.rewards.sandbox import Limits
+from fastgrpo.rewards.scoring import (
     RewardFunc,
     as_reward_list,
     by_column,
@@ -36,7 +36,7 @@ from fastgrpo.trainer.rewards.scoring import (
     reward_arguments,
     reward_name,
 )
-from fastgrpo.trainer.rewards.text import completion_text
+from fastgrpo.rewards.text import completion_text
 
 BUILT_IN: dict[str, RewardFunc] = {
     "exact": exact,

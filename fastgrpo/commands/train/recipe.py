@@ -1,10 +1,9 @@
-"""What `fastgrpo train --recipe` does: the stages one after the other, and what the model can do after each."""
+"""`fastgrpo train --recipe`: the stages one after the other, and what the model can do after each."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,36 +12,23 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 
 from fastgrpo import _defaults
 from fastgrpo.commands.errors import UsageError, check_folder
-from fastgrpo.trainer import recipe, terminal, word_problems
+from fastgrpo.commands.train.config import check_backend, check_round, make_config
+from fastgrpo.commands.train.files import load_model
+from fastgrpo.commands.train.log import RunLog
+from fastgrpo.commands.train.mistakes import OF_R1, checked, mistakes_are_shown, refuse
+from fastgrpo.commands.train.report import format_table, plot_stages, read_metrics
+from fastgrpo.commands.train.tasks import WARM_START_BATCH, embedded_task, one_thread_on_cpu, task_of_files
+from fastgrpo.recipes import r1, word_problems
+from fastgrpo.recipes.template import R1_ZERO_CHAT_TEMPLATE
+from fastgrpo.rewards.text import is_conversation
+from fastgrpo.trainer import terminal
 from fastgrpo.trainer.checkpoints import append_whole, whole_folder, write_whole
 from fastgrpo.trainer.config import CHECKPOINTING, GRPOConfig
-from fastgrpo.trainer.evaluate import sample
-from fastgrpo.trainer.rewards import RewardFunc, model_reward
-from fastgrpo.trainer.rollout import is_conversation
-from fastgrpo.trainer.run import (
-    RunLog,
-    check_backend,
-    check_round,
-    check_texts,
-    checked,
-    load_model,
-    load_rows,
-    load_table,
-    make_config,
-    mistakes_are_shown,
-    require_column,
-    split,
-)
-from fastgrpo.trainer.template import R1_ZERO_CHAT_TEMPLATE
+from fastgrpo.trainer.evaluate import SAMPLED_AT_ONCE, sample
 
 # the supervised stages of the embedded task; a constant rate and a short memory find the sums soonest
 _WARM_START = {
@@ -50,29 +36,15 @@ _WARM_START = {
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 20,
     "adam_beta2": 0.98,
-    "per_device_train_batch_size": 128,
+    "per_device_train_batch_size": WARM_START_BATCH,
     "num_train_epochs": 1,
 }
 _COLD_START = {"learning_rate": 1e-3, "per_device_train_batch_size": 32, "num_train_epochs": 4}
 _SAMPLED = {"learning_rate": 5e-4, "per_device_train_batch_size": 64, "num_train_epochs": 1}
-WARM_START_STEPS = 400
+_EPOCHS_OF_FILES = 2  # of a supervised stage with a model of the user's
 _SAMPLES = "samples.jsonl"  # in the folder of the stage that learns from them
-_COLUMNS = {"accuracy": ".2f", "format": ".2f", "language": ".2f", "length": ".1f", "general": ".2f"}
-
-
-@dataclass
-class Task:
-    """What the stages learn from, and what they are measured on."""
-
-    questions: Dataset  # prompt, answer, perhaps language
-    held_out: Dataset
-    examples: Dataset | None = None  # prompt, completion: long-form solutions for the cold start
-    general: Dataset | None = None  # prompt, completion: samples of everything else
-    requests: Dataset | None = None  # prompt, of the general scenario
-    held_out_requests: Dataset | None = None
-    judge: RewardFunc | None = None  # of the replies to requests
-    documents: Dataset | None = None  # prompt, completion: what a random model is pretrained on
-    is_embedded: bool = False
+_SAMPLES_PER_QUESTION = 4  # of which the good ones are learnt
+_SHOWN = 8  # completions of a stage in samples.txt, of each kind of prompts
 
 
 @dataclass
@@ -91,8 +63,8 @@ class Recipe:
         self.config = checked(make_config, options, self.output, self.defaults, embedded)
         if self.config.world_size > 1:
             raise UsageError(f"--recipe: expected one process, got {self.config.world_size}")
-        self.task = _embedded_task(options) if embedded else _task_of_files(options)
-        checked(recipe.reasoning_rewards, self.task.questions)  # so that an unknown language is found out now
+        self.task = embedded_task(options) if embedded else task_of_files(options)
+        checked(r1.reasoning_rewards, self.task.questions)  # so that an unknown language is found out now
         check_round(self.config, len(self.task.questions))
         check_backend(self.config)
         check_folder("--output-dir", self.output)
@@ -100,8 +72,7 @@ class Recipe:
 
     def _load(self) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
         if self.task.is_embedded:
-            if self.config.device.type == "cpu":
-                torch.set_num_threads(1)  # a second thread saves a model this small nothing
+            one_thread_on_cpu(self.config.device)
             tokenizer = word_problems.make_tokenizer()
             model = word_problems.make_model(tokenizer, self.options.seed)
         else:
@@ -128,15 +99,15 @@ class Recipe:
         self._supervised(self.task.examples, _COLD_START, folder, log, resume)
 
     def _reasoning_rl(self, folder: Path, log: RunLog, resume: bool) -> None:
-        r1, args = self.options.recipe == "r1", self._rl_args(folder)
-        if r1 and self.task.is_embedded and self.options.steps is None:
+        after_cold_start, args = self.options.recipe == "r1", self._rl_args(folder)
+        if after_cold_start and self.task.is_embedded and self.options.steps is None:
             args.max_steps //= 2  # after a cold start it is enough, and leaves the next stage something to select
-        recipe.reasoning_rl(
+        r1.reasoning_rl(
             self.model,
             self.tokenizer,
             self.task.questions,
             args,
-            consistent_language=r1,
+            consistent_language=after_cold_start,
             log=log,
             resume=resume,
         )
@@ -146,10 +117,14 @@ class Recipe:
         if path.exists():  # of the run that is resumed, whose checkpoints have seen them
             examples = Dataset.from_json(str(path))
         else:
-            batch = 512 if self.task.is_embedded else self.config.per_device_train_batch_size
             kept = checked(
-                lambda: recipe.rejection_sample(
-                    self.model, self.tokenizer, self.task.questions, self.config, num_samples=4, batch_size=batch
+                lambda: r1.rejection_sample(
+                    self.model,
+                    self.tokenizer,
+                    self.task.questions,
+                    self.config,
+                    num_samples=_SAMPLES_PER_QUESTION,
+                    batch_size=self._sampled_at_once(),
                 )
             )
             general = self.task.general.select_columns(["prompt", "completion"])
@@ -159,7 +134,7 @@ class Recipe:
 
     def _all_scenarios_rl(self, folder: Path, log: RunLog, resume: bool) -> None:
         task = self.task
-        recipe.all_scenarios_rl(
+        r1.all_scenarios_rl(
             self.model,
             self.tokenizer,
             task.questions,
@@ -177,7 +152,7 @@ class Recipe:
         options, rl = self.options, self.config
         of_files = {
             "learning_rate": options.sft_learning_rate,
-            "num_train_epochs": 2,
+            "num_train_epochs": _EPOCHS_OF_FILES,
             "per_device_train_batch_size": rl.per_device_train_batch_size,
             "gradient_accumulation_steps": rl.gradient_accumulation_steps,
         }
@@ -196,10 +171,13 @@ class Recipe:
             **{CHECKPOINTING: rl.checkpoints_activations},
             **(of_embedded if self.task.is_embedded else of_files),
         )
-        recipe.supervised(self.model, self.tokenizer, examples, args, backend=options.backend, log=log, resume=resume)
+        r1.supervised(self.model, self.tokenizer, examples, args, backend=options.backend, log=log, resume=resume)
 
     def _rl_args(self, folder: Path) -> GRPOConfig:
         return make_config(self.options, folder, self.defaults, self.task.is_embedded)
+
+    def _sampled_at_once(self) -> int:
+        return SAMPLED_AT_ONCE if self.task.is_embedded else self.config.per_device_train_batch_size
 
     # Measuring
 
@@ -207,7 +185,7 @@ class Recipe:
         """(the means on the held-out prompts, some of their completions as text)."""
         task = self.task
         scores, shown = {}, []
-        parts = [(task.held_out, recipe.reasoning_rewards(task.held_out))]
+        parts = [(task.held_out, r1.reasoning_rewards(task.held_out))]
         if self.options.recipe == "r1":
             parts.append((task.held_out_requests, {"general": task.judge}))
         for rows, rewards in parts:
@@ -218,13 +196,13 @@ class Recipe:
                 rewards,
                 self.config.max_completion_length,
                 temperature=self.options.temperature,
-                samples=8 if task.is_embedded else 1,
-                batch_size=512 if task.is_embedded else self.config.per_device_train_batch_size,
+                samples=word_problems.SAMPLES if task.is_embedded else 1,
+                batch_size=self._sampled_at_once(),
                 seed=self.options.seed,
             )
             scores |= {name: samples.mean(name) for name in rewards}
             scores.setdefault("length", samples.mean_length())  # of the questions' completions
-            for row, text in list(zip(samples.rows, samples.completions, strict=True))[:8]:
+            for row, text in list(zip(samples.rows, samples.completions, strict=True))[:_SHOWN]:
                 prompt = row["prompt"]
                 shown.append(f"{prompt[-1]['content'] if is_conversation(prompt) else prompt}\n    {text}\n")
         return scores, "".join(shown)
@@ -259,7 +237,7 @@ class Recipe:
                 f"after {stage.name}: " + ", ".join(f"{k} {v:.2f}" for k, v in table[stage.name].items()), flush=True
             )
         terminal.close()
-        plot(path, self.output / "recipe.png")
+        plot_stages(path, self.output / "recipe.png")
         print(format_table(table))
         print(f"models, metrics.jsonl, samples.txt and recipe.png are in {self.output}")
         accuracies = [scores["accuracy"] for scores in table.values()]
@@ -269,7 +247,7 @@ class Recipe:
         """The lines of metrics.jsonl up to the last finished stage."""
         if not path.is_file():
             raise UsageError(f"--resume: no run in {self.output}")
-        entries = _read_metrics(path)
+        entries = read_metrics(path)
         if not entries or entries[0] != head:
             raise UsageError(f"--resume: the run in {self.output} is not one of {json.dumps(head)}")
         done = [entry["stage"] for entry in entries if "held_out" in entry]
@@ -283,125 +261,11 @@ def _discard_progress(folder: Path) -> None:
     (folder / _SAMPLES).unlink(missing_ok=True)
 
 
-def _read_metrics(path: Path) -> list[dict]:
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:  # the run ended in the middle of a line
-            break
-    return entries
-
-
-def run_recipe(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Run `fastgrpo train --recipe`."""
     if options.reward is not None:
         raise UsageError("--reward: a recipe has its own rewards")
-    for name in ("cold_start", "general", "reward_model"):
-        if options.recipe == "r1-zero" and getattr(options, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')} needs --recipe r1")
+    if options.recipe == "r1-zero":
+        refuse(options, OF_R1, "--recipe r1")
     with mistakes_are_shown(options.output_dir):
         Recipe(options).run()
-
-
-def _embedded_task(options: argparse.Namespace) -> Task:
-    for name in ("dataset", "cold_start", "general", "reward_model"):
-        if getattr(options, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')} needs --model: the embedded model knows its own task only")
-    seed, count = options.seed, word_problems.HELD_OUT if options.held_out is None else options.held_out
-    if not 0 < count <= 400:
-        raise UsageError(f"--held-out: expected between 1 and 400 of the embedded questions, got {count}")
-    questions, held_out = word_problems.make_questions(seed, count)
-    requests, held_out_requests = word_problems.make_requests(seed)
-    return Task(
-        questions=questions,
-        held_out=held_out,
-        examples=word_problems.cold_start_examples(questions, 96, seed),
-        general=word_problems.general_samples(requests, 300, seed),
-        requests=requests,
-        held_out_requests=held_out_requests,
-        judge=word_problems.courtesy_reward,
-        documents=word_problems.documents(questions, requests, WARM_START_STEPS * 128, seed),
-        is_embedded=True,
-    )
-
-
-def _task_of_files(options: argparse.Namespace) -> Task:
-    if options.dataset is None:
-        raise UsageError("--recipe with --model needs a --dataset with the columns prompt and answer")
-    data = _as_conversations(load_rows(options, ["answer"], "--recipe"))
-    questions, held_out = split(data, options.held_out, options.seed)
-    if options.recipe == "r1-zero":
-        return Task(questions, held_out)
-    tables = {}
-    for argument, name in (("--cold-start", options.cold_start), ("--general", options.general)):
-        if name is None:
-            raise UsageError(f"--recipe r1 with --model needs {argument}, a file with prompt and completion")
-        tables[argument] = load_table(argument, name)
-        for column in ("prompt", "completion"):
-            require_column(tables[argument], argument, name, column)
-            check_texts(tables[argument], argument, name, column)
-    if options.reward_model is None:
-        raise UsageError("--recipe r1 with --model needs --reward-model, a classifier for the general prompts")
-    general = _as_conversations(tables["--general"])
-    requests, held_out_requests = split(general, None, options.seed)
-    classifier = load_model(options.reward_model, "--reward-model", AutoModelForSequenceClassification)
-    return Task(
-        questions,
-        held_out,
-        examples=_as_conversations(tables["--cold-start"]),
-        general=requests,
-        requests=requests,
-        held_out_requests=held_out_requests,
-        judge=checked(model_reward, *classifier),
-    )
-
-
-def _as_conversations(data: Dataset) -> Dataset:
-    """Prompts as lists of messages, which go through the chat template."""
-    if len(data) == 0 or is_conversation(data[0]["prompt"]):
-        return data
-    prompts = [[{"role": "user", "content": prompt}] for prompt in data["prompt"]]
-    return data.remove_columns("prompt").add_column("prompt", prompts)
-
-
-def format_table(table: dict[str, dict[str, float]]) -> str:
-    """{stage: {metric: mean}} as lines of text."""
-    columns = [name for name in _COLUMNS if any(name in scores for scores in table.values())]
-    lines = [f"{'stage':<18}" + "".join(f"{name:>10}" for name in columns)]
-    for stage, scores in table.items():
-        cells = [format(scores.get(name, math.nan), _COLUMNS[name]) for name in columns]
-        lines.append(f"{stage:<18}" + "".join(f"{cell:>10}" for cell in cells))
-    return "\n".join(lines)
-
-
-def plot(metrics: Path, path: Path) -> None:
-    """Rewards over the steps of reinforcement learning, and the held-out figures by stage, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    entries = _read_metrics(metrics)
-    steps = [entry for entry in entries if "reward" in entry]
-    table = {entry["stage"]: entry["held_out"] for entry in entries if "held_out" in entry}
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    FigureCanvasAgg(figure)  # no display is asked for, whatever the environment's default
-    training, held_out = figure.subplots(2)
-    colors = {name: f"C{i}" for i, name in enumerate(_COLUMNS)}
-    for name, color in colors.items():
-        values = [entry.get(f"rewards/{name}/mean") for entry in steps]
-        if any(value is not None for value in values):
-            gaps = [math.nan if value is None else value for value in values]
-            training.plot(gaps, color=color, label=name)
-    for i in range(1, len(steps)):
-        if steps[i]["stage"] != steps[i - 1]["stage"]:
-            training.axvline(i, color="tab:grey", linestyle=":")
-    training.set_xlabel("step of reinforcement learning")
-    training.set_ylabel("mean reward")
-    for name, color in colors.items():
-        if name != "length" and any(name in scores for scores in table.values()):
-            means = [scores.get(name, math.nan) for scores in table.values()]
-            held_out.plot(list(table), means, "o-", color=color, label=name)
-    held_out.set_ylabel("mean on held-out prompts")
-    for axes in (training, held_out):
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""`fastgrpo train`: its options."""
+"""`fastgrpo train`: its options, which load no package of the trainer, and the choice of what runs."""
 
 from __future__ import annotations
 
@@ -84,9 +84,8 @@ _TASKS = (defaults.MODEL, defaults.SUMS, defaults.WORD_PROBLEMS)
 def run(options: argparse.Namespace) -> None:
     """Run the command."""
     require("fastgrpo train", "train", "accelerate", "datasets", "matplotlib", "transformers")
-    from fastgrpo.trainer.recipe_run import run_recipe
-    from fastgrpo.trainer.run import run
+    from fastgrpo.commands.train import grpo, recipe
     from fastgrpo.trainer.terminal import one_bar
 
     with one_bar():
-        (run if options.recipe is None else run_recipe)(options)
+        (grpo if options.recipe is None else recipe).run(options)

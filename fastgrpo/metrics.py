@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from fastgrpo.objective import Objective
 from fastgrpo.output import GRPOOutput
 
 
+class Gathers(Protocol):
+    """What can put the tensors of all processes one after the other, such as accelerate's `Accelerator`."""
+
+    def gather(self, tensor: Tensor) -> Tensor: ...
+
+
 def reduce_metrics(
-    accelerator: Accelerator, objective: Objective, output: GRPOOutput, mask: Tensor, accumulation: int
+    accelerator: Gathers, objective: Objective, output: GRPOOutput, mask: Tensor, accumulation: int
 ) -> dict[str, Tensor]:
     """TRL's metrics of a loss, averaged over processes: by tokens, or by sequences for one number a sequence.
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgrpo.trainer.rewards.supervisor import FAILED, PASSED, STOPPED, kill_descendants
+from fastgrpo.rewards.supervisor import FAILED, PASSED, STOPPED, kill_descendants
 
 _SUPERVISOR = str(Path(__file__).with_name("supervisor.py"))
 _GRACE = 4.0  # seconds that a supervisor gets beyond its program's to end everything; it needs milliseconds

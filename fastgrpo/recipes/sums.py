@@ -12,48 +12,30 @@ import random
 
 import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastgrpo._defaults import SUMS
+from fastgrpo.recipes import tiny
+from fastgrpo.rewards import exact
 from fastgrpo.trainer import terminal
 from fastgrpo.trainer.evaluate import sampled_accuracy
-from fastgrpo.trainer.rewards import exact
 
 CHARACTERS = "0123456789+="
 HELD_OUT, MAX_COMPLETION_LENGTH = SUMS.held_out, SUMS.max_completion_length
+MOST_HELD_OUT = 500  # half of the questions
+SAMPLES = 2  # of each held-out question, to measure the accuracy
 WARM_START_ACCURACY = 0.44  # where the warm start stops, on questions of the training part
 WARM_START_MAX_STEPS = 400
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()  # no spaces between the tokens
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left", model_max_length=64
-    )
+    return tiny.make_tokenizer(CHARACTERS, ".")
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """Two layers, 64 wide, about 130 thousand parameters, random."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return tiny.make_model(LlamaForCausalLM, tokenizer, seed)
 
 
 def make_datasets(seed: int, held_out: int = HELD_OUT) -> tuple[Dataset, Dataset]:

@@ -14,15 +14,16 @@ from __future__ import annotations
 import itertools
 import random
 
-import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from fastgrpo._defaults import WORD_PROBLEMS
-from fastgrpo.trainer.rewards.text import TAGS, completion_text
+from fastgrpo.recipes import tiny
+from fastgrpo.rewards.text import TAGS, completion_text
 
 MAX_COMPLETION_LENGTH, HELD_OUT = WORD_PROBLEMS.max_completion_length, WORD_PROBLEMS.held_out
+MOST_HELD_OUT = 400  # of 686 questions: 343 triples of numbers in two languages
+SAMPLES = 8  # of each held-out prompt, to measure a stage
 
 NAMES = {
     "en": ("Tom", "Ann", "Bob", "Eve", "Max", "Sue", "Kim", "Leo", "Ida", "Ned"),
@@ -51,32 +52,12 @@ def _texts() -> list[str]:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character, and one for each of the four tags."""
     characters = sorted(set("".join(_texts())) - set("{}"))
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *TAGS, *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?(think|answer)>|<eos>|."), "isolated")
-    tokenizer.decoder = decoders.Fuse()  # no spaces between the tokens
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left", model_max_length=64
-    )
+    return tiny.make_tokenizer([*TAGS, *characters], r"</?(think|answer)>|<eos>|.")
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
     """Two layers, 64 wide, about 140 thousand parameters, random."""
-    torch.manual_seed(seed)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return tiny.make_model(Qwen2ForCausalLM, tokenizer, seed)
 
 
 def make_questions(seed: int, held_out: int = HELD_OUT) -> tuple[Dataset, Dataset]:

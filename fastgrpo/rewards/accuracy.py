@@ -10,10 +10,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.trainer.rewards.quantities import parse_number
-from fastgrpo.trainer.rewards.sandbox import Limits, run_python
-from fastgrpo.trainer.rewards.supervisor import STOPPED
-from fastgrpo.trainer.rewards.text import completion_text, final_answer, last_boxed
+from fastgrpo.rewards.quantities import parse_number
+from fastgrpo.rewards.sandbox import Limits, run_python
+from fastgrpo.rewards.supervisor import STOPPED
+from fastgrpo.rewards.text import completion_text, final_answer, last_boxed
 
 _MAX_FORMULA = 1000  # characters; what is longer is compared as text only
 _WRAPPERS = (

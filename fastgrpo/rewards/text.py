@@ -1,4 +1,4 @@
-"""What the rewards read in a completion: its text, the parts of R1's template, boxes.
+"""What the rewards read in prompts and completions: their text, the parts of R1's template, boxes.
 
 Completions are whatever a model wrote, a megabyte of one character included: everything here scans its text a fixed
 number of times.
@@ -7,8 +7,10 @@ number of times.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -20,6 +22,11 @@ _MAX_UNBRACED = 100  # characters in which the content of a box without braces h
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")
 _MAX_NESTED = 4
 _TOKENS_OF_END = 16
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt or a completion is a list of messages."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict) and "role" in prompt[0]
 
 
 def completion_text(completion: str | list[dict] | None) -> str:
