@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -430,3 +433,63 @@ def test_the_short_table_has_the_size_that_most_were_measured_at():
     assert "Liger (not compiled) |" in text and "792" not in text and "| 7 ms" not in text
     assert "Not measured yet: any GPU" in text
     assert "GPU" not in report.short_table([rows, [recorded(on="cuda", device="a card")]])
+
+
+AN_OPERATION = """
+from fastgrpo.bench.inputs import Random
+from fastgrpo.bench.operation import Case, Inputs, Operation, Target
+from fastgrpo.bench.sides import add_copy
+from fastgrpo.bench.targets import ratio
+
+twice = Operation(
+    "twice", title="twice the logits", place=9, page=9, short="twice",
+    inputs=lambda case: Inputs(case=case, logits=Random(case).normal(case.B, case.T, case.V)),
+    truth=lambda inputs: {"doubled": 2 * inputs.logits.double()},
+    bytes=lambda case: 2 * case.B * case.T * case.V * 4,
+    quick=(Case("twice", 2, 3, 50, dtype="fp32"),),
+    targets=(Target("twice: eager's time over ours", "fp32", ratio("eager"), 1e-9),),
+)
+twice.add("fastgrpo")(lambda inputs: {"doubled": inputs.logits + inputs.logits})
+twice.add("eager")(lambda inputs: {"doubled": 2 * inputs.logits})
+twice.add("liger")(lambda inputs: {"doubled": 3 * inputs.logits})
+add_copy(twice)
+"""
+WITH_IT = """
+import sys
+from fastgrpo.bench import ops
+
+ops.__path__.append(sys.argv.pop(1))
+from fastgrpo.bench import turns
+from fastgrpo.cli import main
+
+turns.peak = lambda *_: 1.0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_operation_is_one_file(tmp_path):
+    """Its cases, sides, floor and target are measured, checked, printed and reported; nothing else has its name."""
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "ops" / "twice.py").write_text(AN_OPERATION)
+    device, readme = tmp_path / "results" / "a-cpu", tmp_path / "README.md"
+    device.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    for page in (readme, tmp_path / "docs" / "benchmarks.md"):
+        page.write_text(f"# A page\n\n{report.START}\n\n{report.END}\n")
+
+    def bench(*options):
+        words = [sys.executable, "-c", WITH_IT, str(tmp_path / "ops"), "bench", *options]
+        environment = {**os.environ, "FASTGRPO_COMMIT": "c" * 40}
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    done = bench("--op", "twice", "--seconds", "0.01", "--no-plot", "--json", str(device / "rows.jsonl"))
+    assert done.returncode == 0, done.stderr
+    found = {row["impl"]: row for row in map(json.loads, (device / "rows.jsonl").read_text().splitlines())}
+    assert list(found) == ["copy", "fastgrpo", "eager", "liger"]
+    assert found["eager"]["ok"] and found["eager"]["roof_share"] > 0 and found["eager"]["bytes"] == 2400
+    assert found["liger"]["ok"] is False and "wrong: relative error 0.5" in found["liger"]["reason"]
+    assert "met          twice: eager's time over ours: " in done.stdout
+    done = bench("--report", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stderr
+    assert "Twice the logits, 6 tokens, V = 50:" in (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "| twice, fp32 | 6 tokens, V = 50 |" in readme.read_text()
