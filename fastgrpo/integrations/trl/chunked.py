@@ -10,8 +10,7 @@ from torch import Tensor
 from fastgrpo import backends
 from fastgrpo.integrations.trl.versions import gathered
 from fastgrpo.linear import head_options
-from fastgrpo.linear_ops import no_autocast
-from fastgrpo.projection import Projection, cut, wide
+from fastgrpo.projection import Projection, cut
 
 
 class _Head:
@@ -23,7 +22,7 @@ class _Head:
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        self.wide = wide(dtype)
+        self.wide = torch.promote_types(dtype, torch.float32)
         self.options = head_options(hidden, len(weight), logit_scale, softcap, None, dtype, "auto")
         self._tensors = hidden, weight, bias
         self._kernels = backends.get(self.options[-1])
@@ -85,7 +84,7 @@ class ChunkedLogProb(torch.autograd.Function):
         results = {name: torch.empty_like(inv_temperature) for name in ("log_probs", "lse", *outputs)}
         if "is_top1" in outputs:
             results["is_top1"] = torch.empty_like(targets, dtype=torch.bool)
-        with no_autocast(hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
             for rows, logits in head.logits():
                 ids, inv_t = targets[rows], inv_temperature[rows]
                 stats = head.row_stats(logits, ids, inv_t, "entropy" in outputs)
