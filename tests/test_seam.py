@@ -141,6 +141,13 @@ def test_what_differs_is_refused(theirs, name, takes, has, problem):
     assert str(refused.value).startswith(head) and problem in str(refused.value)
 
 
+def test_a_package_that_is_not_there():
+    with pytest.raises(
+        RuntimeError, match="fits Nowhere 1; no version is installed here, .* No module named 'nowhere'"
+    ):
+        Package("nowhere", title="Nowhere", versions="1").module("nowhere.losses", takes={})
+
+
 @pytest.mark.parametrize(
     "release, known", [((2, 1), True), ((2, 0), True), ((2,), True), ((2, 2), False), ((3,), False)]
 )

@@ -83,9 +83,12 @@ class Package:
 
     def refuse(self, problem: str) -> NoReturn:
         """Raise the RuntimeError about a version that this integration does not fit."""
+        try:
+            here = f"{self.title} {self.version} differs"
+        except importlib.metadata.PackageNotFoundError:
+            here = "no version is installed here"
         raise RuntimeError(
-            f"fastgrpo {__version__} fits {self.title} {self.versions}; {self.title} {self.version} differs, and "
-            f"nothing is changed: {problem}"
+            f"fastgrpo {__version__} fits {self.title} {self.versions}; {here}, and nothing is changed: {problem}"
         )
 
     def leave(self, who: object, why: NotHonoured) -> None:
@@ -115,7 +118,10 @@ class Place(NamedTuple):
 
 
 def held_in(package: str, name: str, theirs: object, ours: object) -> list[Place]:
-    """All loaded modules of a package that have `theirs` under a name, as `from … import …` leaves it, for `ours`."""
+    """All loaded modules of a package that have `theirs` under a name, as `from … import …` leaves it, for `ours`.
+
+    A module that imports the name while it is replaced keeps `ours`; so load those that matter first.
+    """
     return [
         Place(module, name, ours)
         for key, module in list(sys.modules.items())
