@@ -142,9 +142,7 @@ def test_what_differs_is_refused(theirs, name, takes, has, problem):
 
 
 def test_a_package_that_is_not_there():
-    with pytest.raises(
-        RuntimeError, match="fits Nowhere 1; no version is installed here, .* No module"
-    ):
+    with pytest.raises(RuntimeError, match="fits Nowhere 1; no version is installed here, .* No module"):
         Package("nowhere", title="Nowhere", versions="1").module("nowhere.losses", takes={})
 
 
