@@ -46,8 +46,9 @@ from gpu_rows import (  # noqa: E402
 )
 
 from fastgrpo import backends  # noqa: E402
-from fastgrpo.bench import cases, command, implementations, measure, targets  # noqa: E402
-from fastgrpo.bench.cases import DTYPES, Case  # noqa: E402
+from fastgrpo.bench import command, measure, origin, turns, verdicts  # noqa: E402
+from fastgrpo.bench.operation import DTYPES, Case, Implementation, label  # noqa: E402
+from fastgrpo.bench.registry import REGISTRY  # noqa: E402
 
 HANGS = 200 if "--rehearse" in sys.argv else 20  # seconds without an answer, compiling included
 AGAIN = 3  # exit status of a smoke test whose process is lost, and which another one can go on with
@@ -94,7 +95,7 @@ class Output:
 
     def __init__(self, folder: Path, rehearsed: bool):
         self.folder, self.device = folder, "cpu" if rehearsed else "cuda"
-        self.origin = command.facts(self.device, "benchmarks/gpu.py") | ({"rehearsed": True} if rehearsed else {})
+        self.origin = origin.facts(self.device, "benchmarks/gpu.py") | ({"rehearsed": True} if rehearsed else {})
 
     def write(self, row: dict, name: str = "rows.jsonl") -> None:
         with open(self.folder / name, "a") as file:
@@ -198,7 +199,7 @@ def _reasons(row: dict) -> Iterator[None]:
     except ValueError as why:  # such a choice cannot hold such a row
         row["reason"], row["fits"] = str(why), False
     except Exception as problem:  # noqa: BLE001
-        row["reason"] = command.reason(problem)
+        row["reason"] = turns.reason(problem)
 
 
 def _three_times(side: Side, p: SimpleNamespace) -> tuple[float, str | None]:
@@ -316,7 +317,7 @@ def hidden(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
                     model=model or None)  # fmt: skip
         print(case, flush=True)
         _gemms(case, output, sizes)
-        ours = [each for each in implementations.REGISTRY if each.name == "fastgrpo" and each.backend in
+        ours = [each for each in REGISTRY if each.name == "fastgrpo" and each.backend in
                 ("cuda", "triton")] + _floors()  # fmt: skip
         failed |= _measured(case, ours, output, 4 * sizes.seconds)
         if not softcap:
@@ -325,7 +326,7 @@ def hidden(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
 
 
 def _floors() -> list:
-    return [each for each in implementations.REGISTRY if each.is_floor]
+    return [each for each in REGISTRY if each.is_floor]
 
 
 def _gemms(case: Case, output: Output, sizes: Sizes) -> None:
@@ -340,7 +341,7 @@ def _gemms(case: Case, output: Output, sizes: Sizes) -> None:
         steps.append(("dLᵀ @ h to fp32", lambda p: torch.mm(p.z.T, p.h, out_dtype=torch.float32, out=p.sum)))
     clock = measure.Stopwatch(p, 2 * sizes.seconds, turns=1)
     for name, step in steps:
-        row = command.new_row(case, implementations.Implementation("linear", "GEMM", step, mode=name, is_floor=True))
+        row = turns.new_row(case, Implementation("linear", "GEMM", step, mode=name, is_floor=True))
         row = timed(Kernel(name, step), p, clock, row | dict(op="ceiling", flops=2 * n * case.H * case.V))
         print(f"  {name:38} {row['ms_p50']:9.3f} ms {row['flops'] / row['ms_p50'] / 1e9:6.0f} TFLOP/s", flush=True)
         output.write(row)
@@ -349,12 +350,12 @@ def _gemms(case: Case, output: Output, sizes: Sizes) -> None:
 def _measured(case: Case, among: list, output: Output, seconds: float, choice: dict | None = None) -> bool:
     """Writes the rows of a case as they come; whether one of our own failed."""
     found = {}
-    for row in command.measure_case(case, among, quick=output.device == "cpu", seconds=seconds):
+    for row in turns.measure_case(case, among, quick=output.device == "cpu", seconds=seconds):
         row |= {"choice": choice} if choice else {}
         output.write(row)
-        found[implementations.label(row)] = row | output.origin
+        found[label(row)] = row | output.origin
     command.print_table(list(found.values()))
-    for what, numbers, verdict in targets.verdicts(list(found.values())):
+    for what, numbers, verdict in verdicts.verdicts(list(found.values())):
         if verdict != "not measured" and output.device == "cuda":
             print(f"  {verdict}: {what}: {numbers}", flush=True)
     ours = [row for row in found.values() if row["impl"] == "fastgrpo" and not row["ruled_out"]]
@@ -365,9 +366,9 @@ def _profile(case: Case, output: Output) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = case.device == "cuda"
-    step = next(each.step for each in implementations.REGISTRY if (each.op, each.name, each.backend) ==
+    step = next(each.step for each in REGISTRY if (each.op, each.name, each.backend) ==
                 ("linear", "fastgrpo", "triton" if on_gpu else "cpu"))  # fmt: skip
-    inputs = cases.make_inputs(case)
+    inputs = case.operation.inputs(case)
     step(inputs)
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiled:
         step(inputs)
@@ -403,7 +404,7 @@ def _peers(output: Output, sizes: Sizes, options: argparse.Namespace, compiled: 
     for op, B, T, V, H in sizes.peers[:3] if compiled else sizes.peers:
         case = Case(op, B, T, V, H or 896, "bf16", output.device)
         print(case, flush=True)
-        among = [each for each in implementations.REGISTRY if each.op == op and (each.compiles == compiled or
+        among = [each for each in REGISTRY if each.op == op and (each.compiles == compiled or
                  each.is_floor) and (output.device == "cuda" or each.backend != "triton")]  # fmt: skip
         with using("cuda", options.cuda), using("triton", options.triton):
             failed |= _measured(case, among, output, 2 * sizes.seconds, choice)
@@ -423,7 +424,7 @@ def step(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
     B, T, V, H = sizes.step
     case = Case("step", B, T, V, H, "bf16", output.device)
     print(case, flush=True)
-    return int(_measured(case, implementations.REGISTRY, output, 4 * sizes.seconds))
+    return int(_measured(case, REGISTRY, output, 4 * sizes.seconds))
 
 
 STAGES = {f.__name__: f for f in (ceilings, smoke, sweeps, hidden, one, peers, step, compiled)}
@@ -461,7 +462,7 @@ def main() -> int:
     sizes = REHEARSED if options.rehearse else GPU
     with contextlib.ExitStack() as stack:
         if options.rehearse:
-            stack.enter_context(mock.patch.object(command, "peak", lambda *_: None))  # needs processes of its own
+            stack.enter_context(mock.patch.object(turns, "peak", lambda *_: None))  # needs processes of its own
             if "cuda" in (options.backend or ("cuda",)):
                 stack.enter_context(rehearsal(options.scratch))
         return STAGES[options.stage](Output(options.out, options.rehearse), sizes, options)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastgrpo import backends
 from fastgrpo.backends import Rows, Scores, TokenRows, TokenSpec
-from fastgrpo.bench import command, implementations
-from fastgrpo.bench.cases import DTYPES, Case
+from fastgrpo.bench import turns
+from fastgrpo.bench.operation import DTYPES, Case, Implementation
 
 ROUNDING = {"fp32": 1e-5, "bf16": 2**-8, "fp16": 2**-11}  # of a gradient's element
 
@@ -178,5 +178,5 @@ class Side(NamedTuple):
     def row(self, op: str, p: SimpleNamespace) -> dict:
         case = Case("loss", 1, p.logits.shape[1], p.V, dtype=p.dtype, device=p.logits.device.type)
         mode = str(self).partition(": ")[2]
-        made = command.new_row(case, implementations.Implementation("loss", "fastgrpo", self.run, self.backend, mode))
+        made = turns.new_row(case, Implementation("loss", "fastgrpo", self.run, self.backend, mode))
         return made | dict(op=op, kernel=self.kernel.name, choice=told(self.choice), entropy=self.entropy)

@@ -9,9 +9,9 @@ import functools
 import pytest
 import torch
 
-from fastgrpo.bench import command, trainer_step  # noqa: F401 (registers its own)
-from fastgrpo.bench.cases import Case, make_inputs
-from fastgrpo.bench.implementations import REGISTRY
+from fastgrpo.bench import turns
+from fastgrpo.bench.operation import Case
+from fastgrpo.bench.registry import REGISTRY
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
@@ -28,7 +28,7 @@ CASES = [
 
 @functools.lru_cache(maxsize=1)  # the cases come one after the other
 def inputs_of(case):
-    return make_inputs(case)
+    return case.operation.inputs(case)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_speed(benchmark, case, each):
     if (why := each.why_not(case)) is not None:
         pytest.skip(f"{each}: {why}")
     inputs, row = inputs_of(case), {}
-    assert command.check(each, inputs, row) is None
+    assert turns.check(each, inputs, row) is None
     benchmark.group = str(case)
     benchmark.extra_info.update(row, bytes=case.bytes, flops=case.flops)
 

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastgrpo.bench import cases, command, implementations, measure, report, targets
-from fastgrpo.bench.cases import Case
-from fastgrpo.bench.implementations import REGISTRY, Implementation
+from fastgrpo.bench import command, measure, operation, origin, report, turns, verdicts
+from fastgrpo.bench.operation import OPERATIONS, Case, Implementation, label
+from fastgrpo.bench.registry import REGISTRY
 from fastgrpo.cli import main
+from fastgrpo.logps import selective_logps
 
 ROOT = Path(__file__).parents[1]
 TINY = Case("linear", 8, 4, 300, 64, "fp32")
@@ -23,13 +27,13 @@ FIELDS = set(
 
 
 def rows_of(case, among=REGISTRY):
-    return {implementations.label(row): row for row in command.measure_case(case, among, quick=True, seconds=0.01)}
+    return {label(row): row for row in turns.measure_case(case, among, quick=True, seconds=0.01)}
 
 
-@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("op", OPERATIONS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_implementation_is_right_or_says_why_not(op, dtype, monkeypatch):
-    monkeypatch.setattr(command, "peak", lambda *_: 1.0)
+    monkeypatch.setattr(turns, "peak", lambda *_: 1.0)
     case = Case(op, 8, 8, 4096 if op == "step" else 300, 128 if op == "step" else 64, dtype)
     rows = rows_of(case, [each for each in REGISTRY if each.backend != "triton"])  # whose interpreter is slow
     timed = {name for name, row in rows.items() if row["ms_p50"] is not None}
@@ -71,7 +75,7 @@ def test_a_wrong_implementation_is_reported_and_not_timed(monkeypatch, capsys):
         return lambda inputs: calls.append(step.__name__) or step(inputs)
 
     added = [Implementation("linear", step.__name__, counted(step)) for step in wrong]
-    monkeypatch.setattr(command, "peak", lambda *_: 1.0)
+    monkeypatch.setattr(turns, "peak", lambda *_: 1.0)
     rows = rows_of(TINY, [right, *added])
     assert rows["eager"]["ok"] and rows["eager"]["ms_p50"] > 0
     assert calls == [step.__name__ for step in wrong]  # once each: to be checked
@@ -97,12 +101,12 @@ def test_what_fails_later_is_reported_too(monkeypatch):
             raise torch.OutOfMemoryError
         return right.step(inputs)
 
-    monkeypatch.setattr(command, "peak", lambda *_: 1.0)
+    monkeypatch.setattr(turns, "peak", lambda *_: 1.0)
     rows = rows_of(TINY, [right, Implementation("linear", "later", fails_the_second_time)])
     assert rows["eager"]["ok"] and rows["eager"]["calls"] >= 2
     assert rows["later"]["ok"] is False and rows["later"]["reason"] == "out of memory"
     assert rows["later"]["ms_p50"] is None
-    monkeypatch.setattr(cases, "make_inputs", lambda case: 1 / 0)
+    monkeypatch.setattr(OPERATIONS["linear"], "inputs", lambda case: 1 / 0)
     (row,) = rows_of(TINY, [right]).values()
     assert row["ok"] is False and row["reason"] == "no inputs: ZeroDivisionError: division by zero"
 
@@ -121,10 +125,10 @@ def test_ours_are_measured_before_what_takes_long(monkeypatch):
     def check(each, inputs, row):
         events.append(f"check {each.name}")
 
-    monkeypatch.setattr(command, "check", check)
-    monkeypatch.setattr(command, "peak", lambda *_: 1.0)
+    monkeypatch.setattr(turns, "check", check)
+    monkeypatch.setattr(turns, "peak", lambda *_: 1.0)
     sides = [side("compiled", compiles=True), side("peer"), side("fastgrpo"), side("floor", is_floor=True)]
-    for row in command.measure_case(TINY, sides, seconds=0.001):
+    for row in turns.measure_case(TINY, sides, seconds=0.001):
         events.append(f"row {row['impl']}")
         assert row["ms_p50"] > 0 and row["peak_mb"] == 1.0
     order = [event for event, before in zip(events, [None, *events], strict=False) if event != before]
@@ -168,13 +172,14 @@ def test_a_gpu_waits_while_the_host_enqueues(monkeypatch):
 
 
 def test_packages_that_are_missing_are_listed(monkeypatch):
-    monkeypatch.setattr(implementations.importlib.util, "find_spec", lambda name: None)
-    assert "trl is not installed" in implementations.needs("trl")(TINY)
+    monkeypatch.setattr(operation.importlib.util, "find_spec", lambda name: None)
+    assert "trl is not installed" in operation.needs("trl")(TINY)
 
 
 def test_old_logps_keep_away_from_the_clip_edges():
-    inputs = cases.make_inputs(dataclasses.replace(TINY, op="loss", B=64, T=64))
-    ratio = (cases.selective_logps(inputs.logits, inputs.ids) - inputs.old).exp()
+    case = dataclasses.replace(TINY, op="loss", B=64, T=64)
+    inputs = case.operation.inputs(case)
+    ratio = (selective_logps(inputs.logits, inputs.ids) - inputs.old).exp()
     edges = torch.stack([(ratio - edge).abs().min() for edge in (0.8, 1.2)])
     assert edges.min() > 0.045
     assert ((ratio < 0.8) | (ratio > 1.2)).float().mean() > 0.01  # and some are clipped
@@ -199,7 +204,7 @@ def test_the_command_writes_rows(tmp_path, capsys):
 
 def test_the_command_ends_with_a_table_and_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "peak", lambda *_: 1.0)
+    monkeypatch.setattr(turns, "peak", lambda *_: 1.0)
     assert main([*SMALL.split(), "--device", "cpu", "--op", "linear", "--shape", "B=8,T=4,V=300,H=16"]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
@@ -263,7 +268,7 @@ def test_tables_fit_100_columns(ms, capsys):
         rows.append(row_of("trl", None, reason="a reason " * 30, case=str(case)))
         command.print_table([row for row in rows if row["case"] == str(case)])
     print(command.summary.table(rows))
-    print(targets.table(rows))
+    print(verdicts.table(rows))
     lines = capsys.readouterr().out.splitlines()
     assert not [line for line in lines if len(line) > 100 or line != line.rstrip()], lines
     assert sum("x " in line for line in lines) > 20
@@ -309,12 +314,12 @@ def row_of(impl, ms, **others):
 
 def test_targets_are_met_missed_or_not_measured():
     rows = [row_of("fastgrpo", 10.0), row_of("trl", 80.0), row_of("GEMMs alone", 5.0, rel_err=None)]
-    verdicts = {what: verdict for what, numbers, verdict in targets.verdicts(rows) if "(a case)" in numbers}
-    assert verdicts == {
+    found = {what: verdict for what, numbers, verdict in verdicts.verdicts(rows) if "(a case)" in numbers}
+    assert found == {
         "from hidden states: our time over the GEMMs'": "missed",
         "from hidden states: TRL's time over ours": "met",
     }
-    everything = {verdict for *_, verdict in targets.verdicts(rows)}
+    everything = {verdict for *_, verdict in verdicts.verdicts(rows)}
     assert everything == {"met", "missed", "not measured"}
 
 
@@ -323,7 +328,7 @@ def test_a_target_may_depend_on_the_device(device, most):
     for times, verdict in ((most - 0.01, "met"), (most + 0.01, "missed")):
         more = dict(op="loss", mode="in place", on="cuda", device=device)
         rows = [row_of("fastgrpo", times, **more), row_of("copy", 1.0, **more | dict(mode=""))]
-        found = {what: rest for what, *rest in targets.verdicts(rows)}
+        found = {what: rest for what, *rest in verdicts.verdicts(rows)}
         what = "GPU, one pass in place: our time over a copy's"
         assert found[what] == [f"{times:.3g}, at most {most:g} (a case)", verdict]
 
@@ -331,7 +336,7 @@ def test_a_target_may_depend_on_the_device(device, most):
 def test_a_recorded_command_has_no_folders(monkeypatch):
     words = "peers --out /tmp/a.b --cuda cluster=8 --scratch /tmp/c.d --json rows.jsonl --rehearse".split()
     monkeypatch.setattr("sys.argv", ["gpu.py", *words])
-    assert command.facts("cpu", "gpu.py")["command"] == "gpu.py peers --cuda cluster=8 --rehearse"
+    assert origin.facts("cpu", "gpu.py")["command"] == "gpu.py peers --cuda cluster=8 --rehearse"
 
 
 @pytest.mark.parametrize("last, verdict", [(100.0, "met"), (140.0, "missed")])
@@ -341,8 +346,8 @@ def test_memory_has_to_be_flat(last, verdict):
         return row_of("fastgrpo", tokens * 1.0, case=f"{tokens}", shape=dict(B=1, T=tokens, V=1000, H=10),
                       peak_mb=extra + gradients)  # fmt: skip
 
-    assert targets.growth_verdict([grown(100, 100.0), grown(400, 101.0), grown(1600, last)])[0][2] == verdict
-    assert targets.growth_verdict([grown(100, 100.0), grown(400, 101.0)])[0][2] == "not measured"
+    assert verdicts.growth_verdict([grown(100, 100.0), grown(400, 101.0), grown(1600, last)])[0][2] == verdict
+    assert verdicts.growth_verdict([grown(100, 100.0), grown(400, 101.0)])[0][2] == "not measured"
 
 
 def test_the_report_shows_who_failed_at_a_size():
@@ -428,3 +433,63 @@ def test_the_short_table_has_the_size_that_most_were_measured_at():
     assert "Liger (not compiled) |" in text and "792" not in text and "| 7 ms" not in text
     assert "Not measured yet: any GPU" in text
     assert "GPU" not in report.short_table([rows, [recorded(on="cuda", device="a card")]])
+
+
+AN_OPERATION = """
+from fastgrpo.bench.inputs import Random
+from fastgrpo.bench.operation import Case, Inputs, Operation, Target
+from fastgrpo.bench.sides import add_copy
+from fastgrpo.bench.targets import ratio
+
+twice = Operation(
+    "twice", title="twice the logits", place=9, page=9, short="twice",
+    inputs=lambda case: Inputs(case=case, logits=Random(case).normal(case.B, case.T, case.V)),
+    truth=lambda inputs: {"doubled": 2 * inputs.logits.double()},
+    bytes=lambda case: 2 * case.B * case.T * case.V * 4,
+    quick=(Case("twice", 2, 3, 50, dtype="fp32"),),
+    targets=(Target("twice: eager's time over ours", "fp32", ratio("eager"), 1e-9),),
+)
+twice.add("fastgrpo")(lambda inputs: {"doubled": inputs.logits + inputs.logits})
+twice.add("eager")(lambda inputs: {"doubled": 2 * inputs.logits})
+twice.add("liger")(lambda inputs: {"doubled": 3 * inputs.logits})
+add_copy(twice)
+"""
+WITH_IT = """
+import sys
+from fastgrpo.bench import ops
+
+ops.__path__.append(sys.argv.pop(1))
+from fastgrpo.bench import turns
+from fastgrpo.cli import main
+
+turns.peak = lambda *_: 1.0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_operation_is_one_file(tmp_path):
+    """Its cases, sides, floor and target are measured, checked, printed and reported; nothing else has its name."""
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "ops" / "twice.py").write_text(AN_OPERATION)
+    device, readme = tmp_path / "results" / "a-cpu", tmp_path / "README.md"
+    device.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    for page in (readme, tmp_path / "docs" / "benchmarks.md"):
+        page.write_text(f"# A page\n\n{report.START}\n\n{report.END}\n")
+
+    def bench(*options):
+        words = [sys.executable, "-c", WITH_IT, str(tmp_path / "ops"), "bench", *options]
+        environment = {**os.environ, "FASTGRPO_COMMIT": "c" * 40}
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+    done = bench("--op", "twice", "--seconds", "0.01", "--no-plot", "--json", str(device / "rows.jsonl"))
+    assert done.returncode == 0, done.stderr
+    found = {row["impl"]: row for row in map(json.loads, (device / "rows.jsonl").read_text().splitlines())}
+    assert list(found) == ["copy", "fastgrpo", "eager", "liger"]
+    assert found["eager"]["ok"] and found["eager"]["roof_share"] > 0 and found["eager"]["bytes"] == 2400
+    assert found["liger"]["ok"] is False and "wrong: relative error 0.5" in found["liger"]["reason"]
+    assert "met          twice: eager's time over ours: " in done.stdout
+    done = bench("--report", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stderr
+    assert "Twice the logits, 6 tokens, V = 50:" in (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "| twice, fp32 | 6 tokens, V = 50 |" in readme.read_text()

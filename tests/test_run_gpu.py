@@ -172,8 +172,9 @@ from unittest import mock
 sys.argv = ["gpu.py", "peers", "--rehearse"]
 sys.path.insert(0, {here!r})
 import gpu, torch
-from fastgrpo.bench import command, implementations
-from fastgrpo.bench.cases import Case
+from fastgrpo.bench import turns
+from fastgrpo.bench.operation import Case, Implementation
+from fastgrpo.bench.registry import REGISTRY
 
 def raises(_):
     raise RuntimeError("planted")
@@ -181,12 +182,12 @@ def raises(_):
 def nothing_but_nan(inputs):
     return {{name: x * torch.nan for name, x in right.step(inputs).items()}}
 
-right = next(each for each in implementations.REGISTRY if (each.op, each.name) == ("linear", "eager"))
+right = next(each for each in REGISTRY if (each.op, each.name) == ("linear", "eager"))
 case, output = Case("linear", 8, 4, 300, 64, "bf16"), gpu.Output(Path({out!r}), True)
-with mock.patch.object(command, "peak", lambda *_: None):
+with mock.patch.object(turns, "peak", lambda *_: None):
     for name, step, why in (("fastgrpo", raises, None), ("fastgrpo", nothing_but_nan, None), ("trl", raises, None),
                             ("fastgrpo", raises, "not here"), ("fastgrpo", right.step, None)):
-        side = implementations.Implementation("linear", name, step, why_not=lambda case: why)
+        side = Implementation("linear", name, step, why_not=lambda case: why)
         print("failed:", gpu._measured(case, [side], output, 0.01))
 """
 

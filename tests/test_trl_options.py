@@ -20,6 +20,9 @@ import transformers
 from datasets import Dataset
 from test_trl import assert_same, common, dpo_run, fast, logged, reward, sft_run, trl, trl_utils
 
+from fastgrpo.integrations.trl import at_head
+from fastgrpo.integrations.trl.chunked import ChunkedLogProb
+
 peft = pytest.importorskip("peft", reason="adapters are among the options (pip install '.[test]')")
 
 folder = test_trl.folder
@@ -125,8 +128,8 @@ def three_ways(run, monkeypatch, *args, same=assert_same, near=2e-6, **options):
     want = logged(run, trl.GRPOTrainer, *args, **options)
     with fast.patch():
         same(logged(run, trl.GRPOTrainer, *args, **options), want, near)
-    losses, make = [], fast.linear_grpo_loss
-    monkeypatch.setattr(fast, "linear_grpo_loss", lambda *a, **k: losses.append(make(*a, **k)) or losses[-1])
+    losses, make = [], at_head.linear_grpo_loss
+    monkeypatch.setattr(at_head, "linear_grpo_loss", lambda *a, **k: losses.append(make(*a, **k)) or losses[-1])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "fastgrpo leaves this to TRL")
         same(logged(run, fast.GRPOTrainer, *args, **options), want, near)
@@ -402,8 +405,8 @@ def test_other_trainers_log_the_same_under_patch(name, model_folder, tmp_path, m
         return [{k: v for k, v in entry.items() if not k.startswith("perf/")} for entry in history], weights
 
     want = result()
-    calls, ours = [], fast.ChunkedLogProb.apply
-    monkeypatch.setattr(fast.ChunkedLogProb, "apply", lambda *a: calls.append(a) or ours(*a))
+    calls, ours = [], ChunkedLogProb.apply
+    monkeypatch.setattr(ChunkedLogProb, "apply", lambda *a: calls.append(a) or ours(*a))
     with fast.patch():
         assert_same(result(), want)
     assert calls

@@ -11,7 +11,7 @@ import test_trl
 import torch
 from test_trl import TIMES, assert_same, fast
 
-from fastgrpo.integrations import _trl_script
+from fastgrpo.integrations.trl import places, script
 
 folder = test_trl.folder
 
@@ -129,7 +129,7 @@ def test_script_logs_what_it_logs_alone(form, folder, alone, tmp_path):
     assert ("trl.GRPOTrainer" in said.split(", ")) == ("--subclass" in arguments)
     for rank in range(processes):
         facts = json.loads((tmp_path / f"out-{rank}.json").read_text())
-        module = "fastgrpo.integrations.trl" if "--subclass" in arguments else "trl.trainer.grpo_trainer"
+        module = "fastgrpo.integrations.trl.trainer" if "--subclass" in arguments else "trl.trainer.grpo_trainer"
         assert facts["trainers"] == [module] * 3 and facts["trainer"] == module
         if rank == 0:
             assert_same(numbers(facts), alone[processes])
@@ -173,26 +173,26 @@ def test_command_of_trl(folder, tmp_path):
     status, _, err = run(*OURS, "--subclass", "grpo", *options, *ACCELERATE_OPTIONS, cwd=tmp_path)
     assert status == 0, err[-3000:]
     assert len(announcements(err)) == 1
-    assert json.loads((tmp_path / "seen.json").read_text()) == ["fastgrpo.integrations.trl", "grpo.py"]
+    assert json.loads((tmp_path / "seen.json").read_text()) == ["fastgrpo.integrations.trl.trainer", "grpo.py"]
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("launcher", ["RANK", "OMPI_COMM_WORLD_RANK", "ACCELERATE_MIXED_PRECISION", None])
 def test_command_of_trl_is_launched_once(launcher, monkeypatch, capsys):
-    for name in _trl_script._LAUNCHED:
+    for name in script._LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     if launcher:
         monkeypatch.setenv(launcher, "no" if launcher.startswith("ACCELERATE") else "0")
     done = []
-    monkeypatch.setattr(_trl_script, "_launch", lambda *arguments: done.append(arguments) or 7)
-    monkeypatch.setattr(_trl_script, "_run", lambda script, arguments: done.append((script, arguments)))
+    monkeypatch.setattr(script, "_launch", lambda *arguments: done.append(arguments) or 7)
+    monkeypatch.setattr(script, "_run", lambda *arguments: done.append(arguments))
     try:
-        status = _trl_script.main(["grpo", "--config", "x"])
+        status = script.main(["grpo", "--config", "x"])
     finally:
         fast.unpatch()
     if launcher:
-        script = os.path.join(os.path.dirname(test_trl.trl.__file__), "scripts", "grpo.py")
-        assert (status, done) == (0, [(script, ["--config", "x"])])
+        file = os.path.join(os.path.dirname(test_trl.trl.__file__), "scripts", "grpo.py")
+        assert (status, done) == (0, [(file, ["--config", "x"])])
     else:
         assert (status, done) == (7, [("grpo", ["--config", "x"], [])])
 
@@ -224,7 +224,7 @@ def test_script_finds_itself_as_under_python(ending, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
-    assert _trl_script.main(arguments) == 2
+    assert script.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m fastgrpo.integrations.trl: error: ") and message in line
 
@@ -234,11 +234,11 @@ def test_trl_that_differs_is_one_line(tmp_path, capsys, monkeypatch):
         raise RuntimeError("TRL 9.9 differs")
 
     (tmp_path / "script.py").write_text("")
-    monkeypatch.setattr(fast, "patch", refuse)
-    assert _trl_script.main([str(tmp_path / "script.py")]) == 2
+    monkeypatch.setattr(places, "patch", refuse)
+    assert script.main([str(tmp_path / "script.py")]) == 2
     assert capsys.readouterr().err == "python -m fastgrpo.integrations.trl: error: TRL 9.9 differs\n"
 
 
 def test_help(capsys):
-    assert _trl_script.main(["--help"]) == 0
+    assert script.main(["--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: python -m fastgrpo.integrations.trl [--subclass] SCRIPT|COMMAND")

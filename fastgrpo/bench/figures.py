@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-LINE = 100  # columns that what is printed has at most
+from fastgrpo.bench.registry import FLOORS
 
-_COLOURS = {"fastgrpo": "tab:blue", "eager": "tab:gray", "trl": "tab:orange", "liger": "tab:green", "copy": "black",
-            "GEMMs alone": "black", "F.linear_cross_entropy": "tab:purple", "torch.compile": "tab:brown"}  # fmt: skip
+LINE = 100  # columns that what is printed has at most
+PLOT = "fastgrpo-bench.png"  # where a run draws
+
+_COLOURS = {"fastgrpo": "tab:blue", "eager": "tab:gray", "trl": "tab:orange", "liger": "tab:green",
+            "F.linear_cross_entropy": "tab:purple", "torch.compile": "tab:brown"}  # fmt: skip
 
 
 def colour(impl: str) -> str:
     """Of the lines and bars of an implementation."""
-    return _COLOURS.get(impl, "tab:pink")
+    return "black" if impl in FLOORS else _COLOURS.get(impl, "tab:pink")
 
 
 def short(ms: float) -> str:

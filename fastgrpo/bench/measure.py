@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
+TURNS = 2  # of each side
 _L2_BYTES = 256 << 20  # more than any GPU's L2 cache
 _MOST_CALLS = 50  # of a turn
 _ROTATED_BYTES = 1 << 30  # inputs below this are kept twice on a GPU, and take turns
@@ -33,7 +34,7 @@ class Stopwatch:
         seconds: for each side, over all its turns.
     """
 
-    def __init__(self, inputs: SimpleNamespace, seconds: float, turns: int = 2):
+    def __init__(self, inputs: SimpleNamespace, seconds: float, turns: int = TURNS):
         self.seconds, self.turns, self._copies = seconds, turns, [inputs]
         tensors = {name: x for name, x in vars(inputs).items() if isinstance(x, torch.Tensor)}
         self._on_gpu = any(x.is_cuda for x in tensors.values())

@@ -2,7 +2,7 @@
 
 import contextlib
 
-import fastgrpo.bench.command  # noqa: F401
+import fastgrpo.bench.turns  # noqa: F401
 
 with contextlib.suppress(ImportError):
     import trl.trainer.grpo_trainer

@@ -11,25 +11,23 @@ import math
 import os
 from pathlib import Path
 
-from fastgrpo.bench import targets
-from fastgrpo.bench.cases import OPS
-from fastgrpo.bench.command import plain
+from fastgrpo.bench import verdicts
 from fastgrpo.bench.figures import colour, duration
-from fastgrpo.bench.implementations import label
-
-Rows = list[dict]
+from fastgrpo.bench.operation import Rows, label
+from fastgrpo.bench.origin import plain
+from fastgrpo.bench.registry import FLOORS, GROWING, OPERATIONS
 
 START, END = "<!-- fastgrpo bench --report writes from here -->", "<!-- to here -->"
 PAGE = Path("docs", "benchmarks.md")  # beside the README
-_TABLES = ("loss", "linear", "step", "logps")  # the others are in the rows
-_SHORT = {"loss": "from logits", "linear": "from hidden states", "step": "a step of TRL's trainer, two layers"}
+_PAGES = sorted((op for op in OPERATIONS.values() if op.page is not None), key=lambda op: op.page)
+_SHORT = {op.name: op.short for op in _PAGES if op.short is not None}
 _SIDES = {"fastgrpo": "fastgrpo", "eager": "eager PyTorch", "trl": "TRL", "liger": "Liger"}
 
 
 def load(folder: Path) -> tuple[Rows, Rows]:
     """The rows of a folder's .jsonl files, in order; of a measurement that was repeated, the last.
 
-    Rows of a rehearsal and of other operations than `cases.OPS` (sweeps of a kernel's choices) are not reported.
+    Rows of a rehearsal and of no operation (sweeps of a kernel's choices) are not reported.
 
     Returns:
         (rows recorded on a committed tree, the other measurements, which are in no table and no plot).
@@ -39,7 +37,7 @@ def load(folder: Path) -> tuple[Rows, Rows]:
         for number, line in enumerate(file.read_text().splitlines(), 1):
             try:
                 row = json.loads(line)
-                if row["op"] not in OPS or row.get("rehearsed"):
+                if row["op"] not in OPERATIONS or row.get("rehearsed"):
                     continue
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number}: expected a row of the bench, got {line[:60]!r}") from error
@@ -63,7 +61,7 @@ def write_report(results: Path, readme: Path) -> None:
     parts = []
     for folder, rows, left_out in devices:
         parts.append(section(rows, left_out))
-        if len(targets.growth(_growing(rows))) > 1:
+        if len(verdicts.growth(_growing(rows))) > 1:
             plot(rows, folder / "growth.svg")
             where = Path(os.path.relpath(folder / "growth.svg", page.parent)).as_posix()
             parts.append(f"![time and memory as tokens and vocabulary grow]({where})")
@@ -117,16 +115,16 @@ def short_table(devices: list[Rows]) -> str:
 def section(rows: Rows, left_out: Rows = ()) -> str:
     """One device's tables as Markdown; `left_out` are measurements that may not be shown."""
     growing = _growing(rows)
-    points = targets.growth(growing)
+    points = verdicts.growth(growing)
     shown = rows if len(points) > 1 else [row for row in rows if row not in growing]
     commits = ", ".join(sorted({row["commit"][:12] for row in shown}))
     commands = ", ".join(f"`{command}`" for command in sorted({plain(row["command"]) for row in shown}))
     parts = [f"## {_device(rows[0])}", f"{max(row['date'] for row in shown)}, commit {commits}: {commands}."]
     timed = {label(row) for row in rows if row["ms_p50"] is not None}
-    for op in _TABLES:
-        found = [row for row in rows if row["op"] == op and row not in growing and label(row) in timed]
+    for op in _PAGES:
+        found = [row for row in rows if row["op"] == op.name and row not in growing and label(row) in timed]
         sizes = {_size(row): None for row in found}
-        parts += [_table(op, size, [row for row in found if _size(row) == size]) for size in sizes]
+        parts += [_table(op.title, size, [row for row in found if _size(row) == size]) for size in sizes]
     if len(points) > 1:
         parts.append(_growth_table(growing, points))
     if missing := _missing(rows):
@@ -147,9 +145,7 @@ def _device(row: dict) -> str:
 
 def _size(row: dict) -> str:
     shape = row["shape"]
-    words = [f"{shape['B'] * shape.get('T', 1):,} {'tokens' if 'T' in shape else 'rewards'}"]
-    if row["op"] == "step":
-        words = [f"{shape['B']} completions of {shape['T'] // 2} to {shape['T']} tokens"]
+    words = [OPERATIONS[row["op"]].size(shape)]
     words += [f"{name} = {shape[name]:,}" for name in "VH" if name in shape]
     words += [f"{row['inactive']:.0%} of the completions inactive"] * (row["inactive"] > 0)
     words += [row["model"]] * bool(row["model"])
@@ -161,7 +157,7 @@ def _growing(rows: Rows) -> Rows:
     return [row for row in rows if "--growth" in row["command"]]
 
 
-def _table(op: str, size: str, rows: Rows) -> str:
+def _table(title: str, size: str, rows: Rows) -> str:
     dtypes = [d for d in ("bf16", "fp16", "fp32") if any(row["dtype"] == d for row in rows)]
     by_name: dict[str, dict[str, dict]] = {}
     for row in rows:
@@ -169,7 +165,7 @@ def _table(op: str, size: str, rows: Rows) -> str:
     ours = [row for row in rows if row["impl"] == "fastgrpo" and row["ms_p50"]]
     best = {d: min((row["ms_p50"] for row in ours if row["dtype"] == d), default=None) for d in dtypes}
     lines = [
-        f"{OPS[op][0].upper()}{OPS[op][1:]}, {size}:",
+        f"{title[0].upper()}{title[1:]}, {size}:",
         "",
         "| | " + " | ".join(f"{d}, time | × | memory | error" for d in dtypes) + " |",
         "|---|" + "---:|---:|---:|---:|" * len(dtypes),
@@ -209,9 +205,9 @@ def _facts(row: dict) -> tuple[str, str, str]:
 
 
 def _growth_table(rows: Rows, points: list[tuple[int, float, float | None]]) -> str:
-    first = next(row for row in rows if row["op"] == "linear")
+    first = next(row for row in rows if row["op"] == GROWING.name)
     lines = [
-        f"From hidden states as tokens grow, {first['dtype']}; the vocabulary in the plot:",
+        f"{GROWING.short.capitalize()} as tokens grow, {first['dtype']}; the vocabulary in the plot:",
         "",
         "| tokens | fastgrpo | per thousand tokens | memory above inputs and gradients |",
         "|---:|---:|---:|---:|",
@@ -226,14 +222,14 @@ def _targets_table(rows: Rows) -> str:
     lines = ["The project's targets, on these rows:", "", "| target | measured | |", "|---|---|---|"]
     growing = _growing(rows)
     plain = [row for row in rows if row not in growing]
-    for what, numbers, verdict in targets.verdicts(plain)[:-1] + targets.growth_verdict(growing):
+    for what, numbers, verdict in verdicts.verdicts(plain)[:-1] + verdicts.growth_verdict(growing):
         if verdict != "not measured":
             lines.append(f"| {what} | {numbers} | {verdict} |")
     return "\n".join(lines)
 
 
 def plot(rows: Rows, path: Path) -> None:
-    """Time and memory from hidden states against tokens and against vocabulary, on log axes, all sides beside."""
+    """Time and memory against tokens and against vocabulary, on log axes, all sides beside."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -249,7 +245,7 @@ def plot(rows: Rows, path: Path) -> None:
                 for name in dict.fromkeys(label(row) for row in chosen):
                     points = sorted((_xs(r)[vary], r[key]) for r in chosen if label(r) == name and r[key])
                     if points:
-                        style = "--" if name in ("GEMMs alone", "fastgrpo (torch)") else "-"
+                        style = "--" if name in {*FLOORS, "fastgrpo (torch)"} else "-"
                         axis.plot(
                             *zip(*points, strict=True),
                             style,
@@ -275,7 +271,7 @@ def is_sweep(rows: Rows) -> bool:
 
 
 def _swept(rows: Rows) -> Rows:
-    return [row for row in rows if row["op"] == "linear" and row["ms_p50"] is not None and not row["inactive"]]
+    return [row for row in rows if row["op"] == GROWING.name and row["ms_p50"] is not None and not row["inactive"]]
 
 
 def _xs(row: dict) -> dict[str, int]:

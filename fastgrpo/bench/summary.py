@@ -6,9 +6,8 @@ import textwrap
 from pathlib import Path
 
 from fastgrpo.bench.figures import LINE, colour, duration, multiple
-from fastgrpo.bench.implementations import label
-
-Rows = list[dict]
+from fastgrpo.bench.operation import Rows, label
+from fastgrpo.bench.registry import FLOORS
 
 # columns of the table, and whose rows they are; the fastest row of each case counts
 _SIDES = {
@@ -16,7 +15,7 @@ _SIDES = {
     "compile": ("torch.compile",),
     "trl": ("trl",),
     "liger": ("liger",),
-    "floor": ("copy", "GEMMs alone"),
+    "floor": tuple(FLOORS),
 }
 _WIDTH, _TIME = 8, 11
 

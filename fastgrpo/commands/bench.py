@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 
 from fastgrpo import backends
+from fastgrpo.bench import choose
+from fastgrpo.bench.figures import PLOT
+from fastgrpo.bench.operation import DTYPES
+from fastgrpo.bench.registry import OPERATIONS
 from fastgrpo.commands.options import number
-
-PLOT = "fastgrpo-bench.png"
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -27,16 +29,17 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--quick", action="store_true", help="small ones, in less than two minutes on two cores; so without arguments")
     add("--full", action="store_true", help="those of the README's table")
     add("--growth", action="store_true", help="sweeps of the number of tokens and of the vocabulary")
-    add("--model", action="append", choices=("qwen2.5-0.5b", "qwen2.5-7b", "llama3-8b", "gemma2-9b"),
+    add("--model", action="append", choices=choose.MODELS,
         help="that of this one's head; repeatable")  # fmt: skip
     add("--shape", action="append",
-        help="B=8,T=64,V=151936,H=896 or some: completions, tokens, vocabulary, width; repeatable")  # fmt: skip
-    add("--dtype", action="append", choices=("bf16", "fp16", "fp32"), help="repeatable (default: bf16 and fp32)")
+        help=f"{choose.shape_text()} or some: completions, tokens, vocabulary, width; repeatable")  # fmt: skip
+    add("--dtype", action="append", choices=DTYPES,
+        help=f"repeatable (default: {' and '.join(choose.DTYPES)})")  # fmt: skip
     add("--inactive", type=number(least=0), action="append",
         help="share of the completions with advantage 0, from hidden states; repeatable")  # fmt: skip
 
     add = bench.add_argument_group("what is measured").add_argument
-    add("--op", action="append", choices=("advantages", "logps", "forward", "loss", "linear", "step"),
+    add("--op", action="append", choices=OPERATIONS,
         help="only this operation: loss is from logits, linear from hidden states; repeatable")  # fmt: skip
     add("--impl", action="append", help="only this implementation, such as fastgrpo, eager, trl, liger; repeatable")
     add("--backend", action="append", choices=backends.NAMES, help="only this backend of fastgrpo; repeatable")

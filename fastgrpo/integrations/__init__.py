@@ -1,1 +1,1 @@
-"""fastgrpo in other frameworks' trainers, one module each."""
+"""fastgrpo in other frameworks' trainers: a file or a folder each, on what `seam` gives."""

@@ -135,11 +135,12 @@ LOSSES |= {
     "grpo": _clipped(per_sequence),  # arXiv:2402.03300
     "bnpo": _clipped(per_token),
     "dr_grpo": _clipped(per_length, needs="max_completion_length"),  # arXiv:2503.20783
-    "dapo": _clipped(per_item),  # arXiv:2503.14476
+    "dapo": _clipped(per_item, over_items=True),  # arXiv:2503.14476
     "luspo": _clipped(summed),  # arXiv:2602.05261
     "cispo": Loss(  # arXiv:2506.13585
         cispo,
         per_item,
+        over_items=True,
         kind=Kind.CISPO.value,
         numbers=lambda o: (o.clip_high,),
         clip_high=lambda epsilon_high: epsilon_high,
@@ -149,6 +150,11 @@ LOSSES |= {
         sapo, per_sequence, kind=Kind.SAPO.value, numbers=lambda o: (o.sapo_temperature_pos, o.sapo_temperature_neg)
     ),
     "vespo": Loss(  # arXiv:2602.10693
-        vespo, per_item, whole_sequences=True, takes_importance_ratio=True, logs=("vespo/phi_seq_mean",)
+        vespo,
+        per_item,
+        over_items=True,
+        whole_sequences=True,
+        takes_importance_ratio=True,
+        logs=("vespo/phi_seq_mean",),
     ),
 }

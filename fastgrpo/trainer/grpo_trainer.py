@@ -20,11 +20,11 @@ from accelerate.utils import gather, gather_object, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from fastgrpo.metrics import reduce_metrics
 from fastgrpo.models import sharding
 from fastgrpo.models.adapters import reference
 from fastgrpo.models.calls import pad
 from fastgrpo.models.head import is_peft, unwrap
+from fastgrpo.objective.metrics import reduce_metrics
 from fastgrpo.output import GRPOOutput
 from fastgrpo.rewards import RewardFunc, as_reward_list, call_reward_func, combine_rewards, reward_arguments
 from fastgrpo.rewards.text import is_conversation, rendered
@@ -315,7 +315,7 @@ class GRPOTrainer(GroupTrainer):
         return loss
 
     def _log_loss(self, output: GRPOOutput, mask: Tensor, mode: str, accumulation: int) -> None:
-        self._log.add(mode, reduce_metrics(self.accelerator, self.objective, output, mask, accumulation))
+        self._log.add(mode, reduce_metrics(self.accelerator, self.objective, output.metrics, mask, accumulation))
         if self.objective.entropy_coef != 0 and mode == "train" and self.accelerator.sync_gradients:
             self._log.add(mode, {"entropy_coef": self.objective.entropy_coef})
 

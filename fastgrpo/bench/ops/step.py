@@ -1,4 +1,4 @@
-"""The operation "step": loss and backward pass of one micro-batch in TRL's GRPOTrainer, on a model of two layers.
+"""Loss and backward pass of one micro-batch in TRL's GRPOTrainer, on a model of two layers.
 
 The model has Qwen2's layers at a case's H and V, with tied embeddings; completions of T/2 to T tokens follow prompts
 of T/2. Nothing is sampled and no optimiser steps: it is the part of a training step that a loss changes.
@@ -10,15 +10,31 @@ import copy
 import functools
 import tempfile
 import warnings
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.bench.cases import DTYPES, GROUP, Case
-from fastgrpo.bench.implementations import REGISTRY, Implementation, needs
-from fastgrpo.objective import Objective
-from fastgrpo.reference import linear_grpo_loss_reference
+from fastgrpo import linear_grpo_loss_reference
+from fastgrpo.bench.inputs import Random, add_completions
+from fastgrpo.bench.operation import (
+    DTYPES,
+    EPSILON,
+    GROUP,
+    Case,
+    Inputs,
+    Operation,
+    Results,
+    head_bytes,
+    head_flops,
+    needs,
+)
+from fastgrpo.bench.targets import both, ratio
+
+
+def _inputs(case: Case) -> Inputs:
+    inputs = Inputs(case=case)
+    add_completions(inputs, Random(case))
+    return inputs
 
 
 def _make_model(case: Case) -> nn.Module:
@@ -50,7 +66,7 @@ def _make_trainer(cls: type, case: Case, folder: str):
         warnings.simplefilter("ignore")
         args = trl.GRPOConfig(
             output_dir=folder, use_cpu=case.device == "cpu", bf16=False, report_to="none", num_generations=case.B,
-            per_device_train_batch_size=case.B, gradient_checkpointing=False, epsilon=0.2, beta=0.0,
+            per_device_train_batch_size=case.B, gradient_checkpointing=False, epsilon=EPSILON, beta=0.0,
         )  # fmt: skip
         trainer = cls(
             model=_make_model(case), reward_funcs=lambda completions, **_: [0.0] * len(completions), args=args,
@@ -61,7 +77,7 @@ def _make_trainer(cls: type, case: Case, folder: str):
     return trainer
 
 
-def _trainer(inputs: SimpleNamespace, name: str):
+def _trainer(inputs: Inputs, name: str):
     """TRL's trainer, or fastgrpo's subclass of it; made once."""
     made = vars(inputs).setdefault("trainers", {})
     if name not in made:
@@ -76,7 +92,7 @@ def _trainer(inputs: SimpleNamespace, name: str):
     return made[name]
 
 
-def _batch(inputs: SimpleNamespace) -> dict[str, Tensor]:
+def _batch(inputs: Inputs) -> dict[str, Tensor]:
     case, ids = inputs.case, inputs.ids
     prompt = max(case.T // 2, 1)
     lengths = torch.linspace(prompt, case.T, case.B, device=ids.device).long()
@@ -87,7 +103,7 @@ def _batch(inputs: SimpleNamespace) -> dict[str, Tensor]:
     )  # fmt: skip
 
 
-def _results(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+def _results(loss: Tensor, model: nn.Module) -> Results:
     layer = model.model.layers[0]
     results = {
         "loss": loss.detach(),
@@ -98,46 +114,54 @@ def _results(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return results
 
 
-def _step(inputs: SimpleNamespace, name: str) -> dict[str, Tensor]:
+def _step(inputs: Inputs, name: str) -> Results:
     trainer = _trainer(inputs, name)
     loss = trainer._compute_loss(trainer.model, _batch(inputs))
     loss.backward()
     return _results(loss, trainer.model)
 
 
-def _patched(inputs: SimpleNamespace) -> dict[str, Tensor]:
+def _patched(inputs: Inputs) -> Results:
     from fastgrpo.integrations.trl import patch
 
     with patch():
         return _step(inputs, "trl")
 
 
-def _truth(inputs: SimpleNamespace) -> dict[str, Tensor]:
+def _truth(inputs: Inputs) -> Results:
     """The whole model in float64."""
     batch, model = _batch(inputs), copy.deepcopy(_make_model(inputs.case)).double()
     ids, mask = (torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], 1) for x in ("ids", "mask"))
     hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, -inputs.case.T - 1 : -1]
     output = linear_grpo_loss_reference(
         hidden, model.lm_head.weight, batch["completion_ids"], batch["advantages"].double(),
-        completion_mask=batch["completion_mask"], objective=Objective(epsilon=0.2), return_stats=False,
+        completion_mask=batch["completion_mask"], objective=inputs.case.objective, return_stats=False,
     )  # fmt: skip
     output.loss.backward()
     return _results(output.loss, model)
 
 
-for _name, _mode, _call in (
-    ("trl", "", functools.partial(_step, name="trl")),
-    ("fastgrpo", "patch()", _patched),
-    ("fastgrpo", "GRPOTrainer", functools.partial(_step, name="subclass")),
+step = Operation(
+    "step",
+    title="loss and backward pass of TRL's trainer, on a model of two layers",
+    place=5,
+    inputs=_inputs,
+    truth=_truth,
+    bytes=head_bytes,
+    flops=head_flops,
+    sizes="BTVH",
+    quick=(Case("step", 8, 16, 32_768),),
+    full=tuple(Case("step", 8, 128, 151_936, dtype=dtype) for dtype in ("bf16", "fp32")),
+    targets=both("TRL's step: TRL's time over the subclass's", ratio("trl", under_mode="GRPOTrainer"), 4, 1.6),
+    softcap="refused",
+    page=2,
+    short="a step of TRL's trainer, two layers",
+    size=lambda shape: f"{shape['B']} completions of {shape['T'] // 2} to {shape['T']} tokens",
+)
+
+for _name, _backend, _mode, _call in (
+    ("trl", "torch", "", functools.partial(_step, name="trl")),
+    ("fastgrpo", "auto", "patch()", _patched),
+    ("fastgrpo", "auto", "GRPOTrainer", functools.partial(_step, name="subclass")),
 ):
-    REGISTRY.append(
-        Implementation(
-            "step",
-            _name,
-            _call,
-            backend="auto" if _name == "fastgrpo" else "torch",
-            mode=_mode,
-            why_not=needs("trl"),
-            truth=_truth,
-        )  # fmt: skip
-    )
+    step.add(_name, backend=_backend, mode=_mode, why_not=needs("trl"), keeps=True)(_call)

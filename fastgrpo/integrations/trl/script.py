@@ -20,10 +20,10 @@ import io
 import os
 import sys
 from importlib.metadata import version
-from types import ModuleType
 
 from fastgrpo import __version__
-from fastgrpo._extras import MissingPackage
+from fastgrpo._extras import MissingPackage, require
+from fastgrpo.integrations.seam import Patch, Place, held_in, in_place
 
 _NAME = "python -m fastgrpo.integrations.trl"
 _USAGE = f"usage: {_NAME} [--subclass] SCRIPT|COMMAND [ARGS...]; COMMAND: one of TRL's that train, such as grpo"
@@ -45,20 +45,19 @@ def main(argv: list[str]) -> int:
         if not argv[len(flags) :] or argv[len(flags)].startswith("-"):
             raise _Refused(f"expected a script or a command, got {' '.join(argv) or 'nothing'}; {_USAGE}")
         target, *arguments = argv[len(flags) :]
-        from fastgrpo.integrations import trl as fast
-
+        require("fastgrpo.integrations.trl", "trl", "trl")
         if target in _commands():
             if not any(name in os.environ for name in _LAUNCHED):
                 return _launch(target, arguments, flags)
             target = str(importlib.resources.files("trl.scripts") / f"{target}.py")
         if not os.path.isfile(target):
             raise _Refused(f"expected a script or one of TRL's {', '.join(_commands())}; no such file: {target}")
-        replaced = _replace(fast, bool(flags))
+        replaced = _replace(bool(flags))
     except (MissingPackage, _Refused) as error:
         print(f"{_NAME}: error: {error}", file=sys.stderr)
         return 2
     if not any(int(os.environ.get(name, 0)) for name in _RANKS):
-        print(f"fastgrpo {__version__} in TRL {version('trl')}: replaced {', '.join(replaced)}", file=sys.stderr)
+        print(f"fastgrpo {__version__} in TRL {version('trl')}: replaced {replaced}", file=sys.stderr)
     _run(target, arguments)
     return 0
 
@@ -80,28 +79,23 @@ def _launch(command: str, arguments: list[str], flags: list[str]) -> int:
     def launch_here(script_name: str, launch_args: list[str], training_script_args: list[str]) -> None:
         launch(script_name, [*launch_args, "--module", "fastgrpo.integrations.trl", *flags], training_script_args)
 
-    accelerate_launcher.launch_training_script = launch_here
-    return trl_main([command, *arguments])
+    with in_place([Place(accelerate_launcher, "launch_training_script", launch_here)]):
+        return trl_main([command, *arguments])
 
 
-def _replace(fast: ModuleType, subclass: bool) -> list[str]:
+def _replace(subclass: bool) -> str:
     """Put fastgrpo in TRL's places, for the rest of the process; returns their names."""
+    from fastgrpo.integrations.trl import places, trainer, versions
+
     try:
-        fast.patch()
+        replaced = str(places.patch())
     except RuntimeError as error:  # not a TRL that it knows
         raise _Refused(error) from error
-    owners = [(owner, name) for owner, name, _ in fast._originals]
-    replaced = [
-        f"{owner.__name__ if isinstance(owner, ModuleType) else f'{owner.__module__}.{owner.__qualname__}'}.{name}"
-        for owner, name in owners
-    ]
     if not subclass:
         return replaced
-    trls = fast.GRPOTrainer.__base__
-    for name, module in list(sys.modules.items()):  # scripts import it from more than one of TRL's modules
-        if name.partition(".")[0] == "trl" and vars(module).get("GRPOTrainer") is trls:
-            module.GRPOTrainer = fast.GRPOTrainer
-    return [*replaced, "trl.GRPOTrainer"]
+    # scripts import it from more than one of TRL's modules
+    Patch(lambda: held_in("trl", "GRPOTrainer", versions.OwnGRPOTrainer, trainer.GRPOTrainer)).put()
+    return f"{replaced}, trl.GRPOTrainer"
 
 
 def _run(script: str, arguments: list[str]) -> None:

@@ -1,0 +1,53 @@
+"""The loss where TRL scores its tokens: gradients in the forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgrpo import GRPOOutput, linear_grpo_loss
+
+
+class LossAtHead:
+    """Stands at TRL's seam for one forward pass of a model, and takes the loss there.
+
+    What it returns goes through the model's outputs, with a term of value 0 that leads back to the loss: so wrappers
+    that look for gradients at a model's outputs (DDP, FSDP, ZeRO) find them.
+
+    Args:
+        completion_mask (B, T): the completions' tokens, those of tools included.
+        call: keyword arguments of `linear_grpo_loss`; what is per token is (B, T).
+    """
+
+    def __init__(self, completion_mask: Tensor, call: dict):
+        self._mask, self._call = completion_mask.bool(), call
+        self.output: GRPOOutput | None = None
+
+    def apply(
+        self, hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=()
+    ) -> tuple[Tensor, Tensor, None, None, None]:
+        call, (batch, length) = dict(self._call), self._mask.shape
+        every = len(hidden) >= batch * length  # position, or only those of completions
+        if every:
+            rows = hidden.view(batch, -1, hidden.shape[-1])[:, -length:]
+        else:
+            rows = hidden
+            lengths = self._mask.sum(-1)
+            call["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+            for name, value in call.items():
+                if isinstance(value, Tensor) and value.shape == self._mask.shape:
+                    call[name] = value[self._mask]
+        head = dict(bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            weight, head["bias"] = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        self.output = output = linear_grpo_loss(rows, weight, **call, **head)
+        results = []
+        for values in (output.per_token_logps, output.entropies):
+            if every:
+                full = values.new_zeros(batch, len(hidden) // batch)
+                full[:, -length:] = values
+                values = full.view(-1)
+            results.append(values)
+        logps, entropies = results
+        return logps + (output.loss - output.loss.detach()), entropies, None, None, None

@@ -1,0 +1,106 @@
+"""TRL's chunked log-probabilities on fastgrpo's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgrpo import backends
+from fastgrpo.backends import Rows, Scores
+from fastgrpo.batch.batch import wide
+from fastgrpo.engine.head import Head, default_chunk
+from fastgrpo.engine.hidden import gradients, no_autocast
+from fastgrpo.engine.plan import cut
+from fastgrpo.engine.projection import Projection
+from fastgrpo.integrations.trl.versions import gathered
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Head:
+    """What makes logits of hidden states (1, N, H), in their dtype or autocast's, whatever the weight's is."""
+    device, vocab = hidden.device, len(weight)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+    cap, chunk = None if softcap is None else softcap / scale, default_chunk(vocab, dtype, device)
+    backend = backends.select(hidden, "auto", dtype, vocab=vocab, softcap=cap)
+    return Head(weight, bias, vocab, scale, cap, dtype, chunk, backend)
+
+
+class ChunkedLogProb(torch.autograd.Function):
+    """TRL's `_ChunkedLogProbFunction` on fastgrpo's kernels, with its arguments and results.
+
+    The forward pass takes 2NHV FLOPs, a chunk of logits at a time. The backward pass takes 6HV for each row whose
+    upstream gradient is not exactly 0, and nothing for the others.
+
+    Args of `apply`:
+        hidden (N, H), weight (V, H), bias (V,) or None: as in `linear_logps`.
+        targets (N,) int64: the tokens to score.
+        temperature: number > 0.
+        chunk_size: not used.
+        final_logit_softcapping, logit_scale: `softcap` and `logit_scale` of `linear_logps`.
+        outputs: the results to compute beside logp.
+
+    Returns:
+        logp, entropy, log_sum_sq_probs, mean_logits (N,) fp32, is_top1 (N,) bool; None if not in `outputs`. The first
+        two are differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ):
+        ctx.set_materialize_grads(False)
+        hidden, n = hidden[None], len(targets)
+        head = _head(hidden, weight, bias, logit_scale, final_logit_softcapping)
+        ones = torch.ones(n, dtype=wide(head.dtype), device=hidden.device)
+        inv_temperature, every = head.scaled(ones / temperature), ones != 0
+        results = {name: torch.empty_like(ones) for name in ("log_probs", "lse", *outputs)}
+        if "is_top1" in outputs:
+            results["is_top1"] = torch.empty_like(every)
+        with no_autocast(hidden):
+            projection = Projection(hidden, head, min(head.chunk, n))
+            for rows in cut(0, n, head.chunk):
+                logits = projection.logits(rows)  # (1, n, V)
+                ids, mask, inv_t = targets[rows], every[rows], inv_temperature[rows]
+                stats = head.sweeps.stats(logits, Rows(ids, mask, inv_t), "entropy" in outputs)
+                for name, values in zip(("log_probs", "lse", "entropy"), stats, strict=True):
+                    if name in results:
+                        results[name][rows] = values
+                if "log_sum_sq_probs" in outputs:  # Σp² = Σexp(2z) / exp(2 lse)
+                    twice = head.sweeps.stats(logits, Rows(ids, mask, 2 * inv_t), False)
+                    results["log_sum_sq_probs"][rows] = twice.lse - 2 * stats.lse
+                if "mean_logits" in outputs:
+                    z = _capped(logits[0], head.softcap, inv_t.dtype)
+                    results["mean_logits"][rows] = z.mean(-1, dtype=inv_t.dtype) * inv_t
+                if "is_top1" in outputs:
+                    results["is_top1"][rows] = logits[0].argmax(-1) == ids
+        entropy = results.get("entropy")
+        ctx.save_for_backward(hidden, weight, bias, targets, inv_temperature, results["lse"], entropy)
+        ctx.head = head
+        rest = [results.get(name) for name in ("log_sum_sq_probs", "mean_logits", "is_top1")]
+        ctx.mark_non_differentiable(*(x for x in rest if x is not None))
+        return results["log_probs"], entropy, *rest
+
+    @staticmethod
+    def backward(ctx, d_logp: Tensor | None, d_entropy: Tensor | None, *_):
+        hidden, weight, bias, targets, inv_temperature, lse, entropy = ctx.saved_tensors
+        if d_logp is None and d_entropy is None:
+            return (None,) * 9
+        g = torch.zeros_like(lse) if d_logp is None else d_logp.to(lse.dtype).contiguous()
+        h = None if d_entropy is None else d_entropy.to(lse.dtype).contiguous()
+        rows, scores = Rows(targets, None, inv_temperature), Scores(lse, lse, entropy)
+        with gathered(weight, bias):
+            made = gradients(hidden, ctx.head, rows, scores, g, h, ctx.needs_input_grad[:3])
+        d_hidden, *others = made
+        return d_hidden if d_hidden is None else d_hidden[0], *others, *(None,) * 6
+
+
+def _capped(logits: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits.to(dtype) / softcap)
