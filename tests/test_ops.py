@@ -1,7 +1,5 @@
 """The operators as torch sees them: opcheck, torch.compile, fakes."""
 
-import math
-
 import pytest
 import torch
 from cases import (
@@ -32,19 +30,18 @@ def _arguments(backend, device, extras=("old", "ref")):
 
 def test_opcheck(backend, device):
     logits, batch, objective = _arguments(backend, device)
-    rows = (batch.ids, batch.mask, batch.inv_temperature)
+    rows = Rows(batch.ids, batch.mask, batch.inv_temperature)
     leaf = logits.clone().requires_grad_()
     for want_entropy in (False, True):
         opcheck(ops.row_stats, (leaf, *rows, want_entropy, backend))
     _, lse, entropy = ops.row_stats(logits, *rows, True, backend)
     g = torch.randn_like(lse)
     for h in (None, torch.randn_like(lse)):
-        stats = (batch.ids, lse, entropy, g, h, batch.inv_temperature, backend)
-        opcheck(ops.row_grad, (logits, *stats))
+        opcheck(ops.row_grad, (logits, batch.ids, batch.inv_temperature, lse, entropy, g, h, backend))
     opcheck(ops.scale_, (logits.clone(), torch.tensor(2.0, device=device), backend))
-    if backend != "torch":
-        _, token_rows, spec = fuse(Rows(*rows), objective, batch, row_weights(objective, batch))
-        inputs = (*rows, True, *token_rows, ops.spec_numbers(spec), backend)
+    if backend != "torch":  # which has no fused objective
+        _, token, spec = fuse(rows, objective, batch, row_weights(objective, batch))
+        inputs = ([*rows], [*token], ops.spec_numbers(spec), True, backend)
         opcheck(ops.token_loss, (leaf, *inputs))
         opcheck(ops.token_loss_, (logits.clone(), *inputs))
 
@@ -105,22 +102,21 @@ def test_opcheck_linear(softcap, dtype, backend, device):
     objective = objective_for("grpo", "token", dict(beta=0.1, entropy_coef=0.1))
     batch = make_batch(ids, kwargs.pop("advantages"), kwargs, dtype=torch.float32)
     head = [x.clone().requires_grad_() for x in (hidden, weight, torch.randn(37, device=device).to(dtype))]
-    options = (37, softcap_on(backend, softcap) or math.inf, 4, dtype, backend)
+    options = ([37, 4], softcap_on(backend, softcap), dtype, backend)
     for mask, want_entropy in ((None, False), (batch.mask, True)):
-        rows = (batch.ids, mask, batch.inv_temperature, want_entropy)
-        opcheck(ops.linear_stats, (*head, *rows, *options))
-    _, lse, entropy = ops.linear_stats(*head, *rows, *options)
+        rows = [batch.ids, mask, batch.inv_temperature]
+        opcheck(ops.linear_stats, (*head, rows, want_entropy, *options))
+    _, lse, entropy = (x.detach() for x in ops.linear_stats(*head, rows, True, *options))
     g = torch.randn_like(lse)
     for h, needs in ((None, [True, False, True]), (torch.randn_like(lse), [True, True, True])):
-        rows = (batch.ids, lse.detach(), entropy.detach(), g, h, batch.inv_temperature, needs)
-        opcheck(ops.linear_grad, (*(x.detach() for x in head), *rows, *options))
+        rows = [batch.ids, batch.inv_temperature, lse, entropy, g, h]
+        opcheck(ops.linear_grad, (*(x.detach() for x in head), rows, needs, *options))
     if backend != "torch":  # which has no fused objective
         rows = Rows(batch.ids, batch.mask, batch.inv_temperature)
         _, token, spec = fuse(rows, objective, batch, row_weights(objective, batch))
-        token = (token.weight, token.advantages, token.old, token.ref, token.policy_scale, token.h)
-        how = (ops.spec_numbers(spec), True, [True, True, True])
-        rows = (batch.ids, batch.mask, None, batch.inv_temperature)
-        opcheck(ops.linear_loss, (*head, *rows, *token, *how, *options))
+        rows = [batch.ids, batch.mask, None, batch.inv_temperature]
+        how = ([*token], ops.spec_numbers(spec), [True, True, True], True)
+        opcheck(ops.linear_loss, (*head, rows, *how, *options))
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5])

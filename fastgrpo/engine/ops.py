@@ -1,12 +1,12 @@
-"""The operators `torch.ops.fastgrpo.*`, for compiled graphs alone: schemas, fakes, autograd formulas.
+"""The operators `torch.ops.fastgrpo_2.*`, for compiled graphs alone: schemas, fakes, autograd formulas.
 
-An operator takes tensors and numbers, where the engine takes objects. Each has beside it the function that takes the
-objects apart; its body puts them together again and calls what an eager call calls.
+An operator takes tensors, lists of them and numbers, where the engine takes objects. Each has beside it the function
+that takes the objects apart; its body puts them together again and calls what an eager call calls.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,12 @@ from fastgrpo.engine import hidden as chunks
 from fastgrpo.engine.head import Head
 from fastgrpo.engine.logits import Fused, Sweeps, empty_gradient
 from fastgrpo.engine.plan import Roles, plan_rows
+
+# Goes up with every change of an operator or its gradient: torch keeps compiled graphs on disk, and finds them by the
+# names of the operators in their forward pass.
+NAMESPACE = "fastgrpo_2"
+
+Vectors = Sequence[Tensor | None]
 
 
 def refuse_double_backward(*_):
@@ -36,7 +42,8 @@ def _taken(x: Tensor) -> Tensor | None:
 
 def _answer(ctx, *gradients):
     """The gradients of an operator's first inputs; the others have none."""
-    return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
+    rest = ctx.needs_input_grad[len(gradients) :]  # a list for a list of tensors
+    return *gradients, *([None] * len(x) if isinstance(x, list) else None for x in rest)
 
 
 # ---- sweeps over logits
@@ -47,7 +54,7 @@ def stats(logits: Tensor, sweeps: Sweeps, rows: Rows, want_entropy: bool) -> Sco
     return Scores(logp, lse, entropy if want_entropy else None)
 
 
-@torch.library.custom_op("fastgrpo::row_stats", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::row_stats", mutates_args=())
 def row_stats(
     logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,21 +63,25 @@ def row_stats(
     return logp, lse, _given(entropy, logp)
 
 
-@row_stats.register_fake
-def _(logits, ids, mask, inv_temperature, want_entropy, backend):
+def _fake_scores(inv_temperature: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     logp, lse, entropy = (torch.empty_like(inv_temperature) for _ in range(3))
     return logp, lse, entropy if want_entropy else entropy.new_empty(0)
 
 
-@torch.library.custom_op("fastgrpo::row_grad", mutates_args=())
+@row_stats.register_fake
+def _(logits, ids, mask, inv_temperature, want_entropy, backend):
+    return _fake_scores(inv_temperature, want_entropy)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::row_grad", mutates_args=())
 def row_grad(
     logits: Tensor,
     ids: Tensor,
+    inv_temperature: Tensor,
     lse: Tensor,
     entropy: Tensor,
     g: Tensor,
     h: Tensor | None,
-    inv_temperature: Tensor,
     backend: str,
 ) -> Tensor:
     """The gradient of the logits from g = dL/dlogp and h = dL/dentropy of each row; rows with both 0 are not read."""
@@ -90,26 +101,26 @@ row_grad.register_autograd(refuse_double_backward)
 def _row_stats_setup(ctx, inputs, output):
     logits, ids, mask, inv_temperature, _, ctx.backend = inputs
     _, lse, entropy = output
-    ctx.save_for_backward(logits, ids, mask, inv_temperature, lse, entropy)
+    ctx.save_for_backward(logits, mask, ids, inv_temperature, lse, entropy)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # so that an entropy that nobody differentiates costs no gradient
 
 
 def _row_stats_backward(ctx, d_logp, _, d_entropy):
-    logits, ids, mask, inv_temperature, lse, entropy = ctx.saved_tensors
-    d_entropy = d_entropy if entropy.numel() > 0 else None
+    logits, mask, *rows = ctx.saved_tensors
+    d_entropy = d_entropy if rows[-1].numel() > 0 else None
     if d_logp is None and d_entropy is None:
         return _answer(ctx)
     # masked rows have no gradient, whatever the upstream gradient is
-    g = torch.zeros_like(lse) if d_logp is None else torch.where(mask, d_logp, 0.0)
+    g = torch.zeros_like(rows[-2]) if d_logp is None else torch.where(mask, d_logp, 0.0)
     h = None if d_entropy is None else torch.where(mask, d_entropy, 0.0)
-    return _answer(ctx, row_grad(logits, ids, lse, entropy, g, h, inv_temperature, ctx.backend))
+    return _answer(ctx, row_grad(logits, *rows, g, h, ctx.backend))
 
 
 row_stats.register_autograd(_row_stats_backward, setup_context=_row_stats_setup)
 
 
-@torch.library.custom_op("fastgrpo::scale_", mutates_args=("x",))
+@torch.library.custom_op(f"{NAMESPACE}::scale_", mutates_args=("x",))
 def scale_(x: Tensor, factor: Tensor, backend: str) -> None:
     """x *= factor (0-dim), without reading the factor on the host; x is left untouched when it is 1."""
     Sweeps(backend).scale_(x, factor)
@@ -124,10 +135,9 @@ def _(x, factor, backend):
 
 
 def fused_loss(logits: Tensor, sweeps: Sweeps, how: Fused, want_entropy: bool, inplace: bool = False) -> TokenLoss:
+    rows, token, spec = how
     op = token_loss_ if inplace else token_loss
-    loss, logp, lse, entropy, *rest = op(
-        logits, *how.rows, want_entropy, *how.token, spec_numbers(how.spec), sweeps.backend
-    )
+    loss, logp, lse, entropy, *rest = op(logits, [*rows], [*token], spec_numbers(spec), want_entropy, sweeps.backend)
     return TokenLoss(loss, logp, lse, entropy if want_entropy else None, *rest)
 
 
@@ -136,67 +146,39 @@ def spec_numbers(spec: TokenSpec) -> list[float]:
     return [float(x) for x in (kind, *rest, *numbers)]
 
 
-def _spec_of(numbers: list[float]) -> TokenSpec:
+def _fused(rows: Sequence[Tensor], token: Vectors, numbers: Sequence[float]) -> Fused:
     kind, beta, bias_correction, group_size, scale_by_std, skip_zero, *own = numbers
     flags = bool(bias_correction), int(group_size), bool(scale_by_std), bool(skip_zero)
-    return TokenSpec(int(kind), tuple(own), beta, *flags)
+    return Fused(Rows(*rows), TokenRows(*token), TokenSpec(int(kind), tuple(own), beta, *flags))
 
 
-def _token_loss(logits, ids, mask, inv_temperature, want_entropy, token, spec, backend, out):
-    how = Fused(Rows(ids, mask, inv_temperature), TokenRows(*token), _spec_of(spec))
-    result = Sweeps(backend).token_loss(logits, how, want_entropy, out)
+Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::token_loss", mutates_args=())
+def token_loss(
+    logits: Tensor, rows: Sequence[Tensor], token: Vectors, spec: Sequence[float], want_entropy: bool, backend: str
+) -> Seven:
+    """(loss, logp, lse, entropy, kl, ratio, g) of each row: row_stats and the fused objective in one pass.
+
+    `rows` and `token` are those of Rows and TokenRows.
+    """
+    result = Sweeps(backend).token_loss(logits, _fused(rows, token, spec), want_entropy, out=None)
     return *result[:3], _given(result.entropy, result.logp), *result[4:]
 
 
-@torch.library.custom_op("fastgrpo::token_loss", mutates_args=())
-def token_loss(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor,
-    inv_temperature: Tensor,
-    want_entropy: bool,
-    weight: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    seq: Tensor | None,
-    old: Tensor | None,
-    ref: Tensor | None,
-    policy_scale: Tensor | None,
-    h: Tensor | None,
-    spec: list[float],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logp, lse, entropy, kl, ratio, g) of each row: row_stats and the fused objective in one pass."""
-    token = (weight, advantages, rewards, seq, old, ref, policy_scale, h)
-    return _token_loss(logits, ids, mask, inv_temperature, want_entropy, token, spec, backend, None)
-
-
-@torch.library.custom_op("fastgrpo::token_loss_", mutates_args=("logits",))
+@torch.library.custom_op(f"{NAMESPACE}::token_loss_", mutates_args=("logits",))
 def token_loss_(
-    logits: Tensor,
-    ids: Tensor,
-    mask: Tensor,
-    inv_temperature: Tensor,
-    want_entropy: bool,
-    weight: Tensor,
-    advantages: Tensor | None,
-    rewards: Tensor | None,
-    seq: Tensor | None,
-    old: Tensor | None,
-    ref: Tensor | None,
-    policy_scale: Tensor | None,
-    h: Tensor | None,
-    spec: list[float],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, rows: Sequence[Tensor], token: Vectors, spec: Sequence[float], want_entropy: bool, backend: str
+) -> Seven:
     """token_loss that also writes the gradient over the logits, in the same pass."""
-    token = (weight, advantages, rewards, seq, old, ref, policy_scale, h)
-    return _token_loss(logits, ids, mask, inv_temperature, want_entropy, token, spec, backend, logits)
+    result = Sweeps(backend).token_loss(logits, _fused(rows, token, spec), want_entropy, out=logits)
+    return *result[:3], _given(result.entropy, result.logp), *result[4:]
 
 
-def _token_loss_fake(logits, ids, mask, inv_temperature, want_entropy, *_):
-    loss, logp, lse, entropy, kl, ratio, g = (torch.empty_like(inv_temperature) for _ in range(7))
-    return loss, logp, lse, entropy if want_entropy else entropy.new_empty(0), kl, ratio, g
+def _token_loss_fake(logits, rows, token, spec, want_entropy, backend):
+    loss, kl, ratio, g = (torch.empty_like(rows[2]) for _ in range(4))
+    return loss, *_fake_scores(rows[2], want_entropy), kl, ratio, g
 
 
 token_loss.register_fake(_token_loss_fake)
@@ -204,19 +186,18 @@ token_loss_.register_fake(_token_loss_fake)
 
 
 def _token_loss_setup(ctx, inputs, output):
-    logits, ids, _, inv_temperature, *_, h, _, ctx.backend = inputs
+    logits, (ids, _, inv_temperature), token, *_, ctx.backend = inputs
     _, logp, lse, entropy, kl, ratio, g = output
-    ctx.save_for_backward(logits, ids, inv_temperature, lse, entropy, g, h)
+    ctx.save_for_backward(logits, ids, inv_temperature, lse, entropy, g, TokenRows(*token).h)
     ctx.mark_non_differentiable(logp, lse, entropy, kl, ratio, g)
     ctx.set_materialize_grads(False)
 
 
 def _token_loss_backward(ctx, d_loss, *_):
-    logits, ids, inv_temperature, lse, entropy, g, h = ctx.saved_tensors
+    logits, *rows, g, h = ctx.saved_tensors
     if d_loss is None:
         return _answer(ctx)
-    h = None if h is None else h * d_loss
-    return _answer(ctx, row_grad(logits, ids, lse, entropy, g * d_loss, h, inv_temperature, ctx.backend))
+    return _answer(ctx, row_grad(logits, *rows, g * d_loss, None if h is None else h * d_loss, ctx.backend))
 
 
 token_loss.register_autograd(_token_loss_backward, setup_context=_token_loss_setup)
@@ -225,82 +206,75 @@ token_loss.register_autograd(_token_loss_backward, setup_context=_token_loss_set
 # ---- the projection in chunks
 
 
-def _head_numbers(head: Head) -> tuple[int, float, int, torch.dtype, str]:
-    cap = math.inf if head.softcap is None else head.softcap
-    return head.vocab, cap, head.chunk, head.dtype, head.backend
+def _apart(head: Head) -> tuple[list[int], float | None, torch.dtype, str]:
+    return [head.vocab, head.chunk], head.softcap, head.dtype, head.backend
 
 
-def _head_of(weight: Tensor, bias: Tensor | None, vocab: int, softcap: float, chunk: int, dtype, backend: str) -> Head:
-    cap = None if math.isinf(softcap) else softcap
-    return Head(weight, bias, vocab, 1.0, cap, dtype, chunk, backend)  # the scale is in the temperature already
+def _head(weight, bias, sizes, softcap, dtype, backend) -> Head:
+    vocab, chunk = sizes
+    return Head(weight, bias, vocab, 1.0, softcap, dtype, chunk, backend)  # the scale is in the temperature already
 
 
 def scores(hidden: Tensor, head: Head, rows: Rows, roles: Roles, want_entropy: bool) -> Scores:
-    ids, _, inv_temperature = rows
-    logp, lse, entropy = linear_stats(
-        hidden, head.weight, head.bias, ids, roles.scored, inv_temperature, want_entropy, *_head_numbers(head)
-    )
+    vectors = [rows.ids, roles.scored, rows.inv_temperature]
+    logp, lse, entropy = linear_stats(hidden, head.weight, head.bias, vectors, want_entropy, *_apart(head))
     return Scores(logp, lse, entropy if want_entropy else None)
 
 
-@torch.library.custom_op("fastgrpo::linear_stats", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_stats", mutates_args=())
 def linear_stats(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ids: Tensor,
-    mask: Tensor | None,
-    inv_temperature: Tensor,
+    rows: Vectors,
     want_entropy: bool,
-    vocab: int,
-    softcap: float,
-    chunk: int,
+    sizes: Sequence[int],
+    softcap: float | None,
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """row_stats of the logits of a head, with 2NHV FLOPs; rows outside `mask` enter no GEMM."""
-    head = _head_of(weight, bias, vocab, softcap, chunk, dtype, backend)
-    plan = plan_rows(ids.numel(), Roles(mask, None), chunk, learn=False)
-    found = chunks.score(hidden, head, _rows(ids, inv_temperature), plan, want_entropy)
+    """row_stats of the logits of a head, with 2NHV FLOPs; rows that are not scored enter no GEMM.
+
+    `rows` are ids, scored (or None) and inv_temperature, `sizes` V and the rows of a chunk.
+    """
+    ids, scored, inv_temperature = rows
+    head = _head(weight, bias, sizes, softcap, dtype, backend)
+    plan = plan_rows(ids.numel(), Roles(scored, None), head.chunk, learn=False)
+    found = chunks.score(hidden, head, _every(ids, inv_temperature), plan, want_entropy)
     return *(x.clone() for x in found[:2]), _given(found.entropy, inv_temperature).clone()
 
 
-def _rows(ids: Tensor, inv_temperature: Tensor) -> Rows:
+def _every(ids: Tensor, inv_temperature: Tensor) -> Rows:
     """All of them to be read."""
     return Rows(ids, torch.ones_like(ids, dtype=torch.bool), inv_temperature)
 
 
 @linear_stats.register_fake
-def _(hidden, weight, bias, ids, mask, inv_temperature, want_entropy, *_):
-    logp, lse, entropy = (torch.empty_like(inv_temperature) for _ in range(3))
-    return logp, lse, entropy if want_entropy else entropy.new_empty(0)
+def _(hidden, weight, bias, rows, want_entropy, *_):
+    return _fake_scores(rows[2], want_entropy)
 
 
-@torch.library.custom_op("fastgrpo::linear_grad", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_grad", mutates_args=())
 def linear_grad(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ids: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    g: Tensor,
-    h: Tensor | None,
-    inv_temperature: Tensor,
-    needs: list[bool],
-    vocab: int,
-    softcap: float,
-    chunk: int,
+    rows: Vectors,
+    needs: Sequence[bool],
+    sizes: Sequence[int],
+    softcap: float | None,
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias (empty unless `needs` says so) from g = dL/dlogp and h = dL/dentropy.
 
-    Rows with both 0 enter no GEMM. It takes 2NHV FLOPs, and 2NHV more for each of the first two gradients.
+    `rows` are ids, inv_temperature, lse, entropy (or empty), g and h (or None). Rows with both 0 enter no GEMM. It
+    takes 2NHV FLOPs, and 2NHV more for each of the first two gradients.
     """
-    head = _head_of(weight, bias, vocab, softcap, chunk, dtype, backend)
-    rows, found = _rows(ids, inv_temperature), Scores(lse, lse, _taken(entropy))
-    made = chunks.gradients(hidden, head, rows, found, g, h, needs)
+    ids, inv_temperature, lse, entropy, g, h = rows
+    head = _head(weight, bias, sizes, softcap, dtype, backend)
+    found = Scores(lse, lse, _taken(entropy))
+    made = chunks.gradients(hidden, head, Rows(ids, None, inv_temperature), found, g, h, needs)
     return tuple(_given(x, inv_temperature) for x in made)
 
 
@@ -313,7 +287,7 @@ def _fake_gradients(hidden, weight, bias, needs, hold=lambda dtype: dtype):
 
 
 @linear_grad.register_fake
-def _(hidden, weight, bias, ids, lse, entropy, g, h, inv_temperature, needs, *_):
+def _(hidden, weight, bias, rows, needs, *_):
     return _fake_gradients(hidden, weight, bias, needs)
 
 
@@ -321,24 +295,23 @@ linear_grad.register_autograd(refuse_double_backward)
 
 
 def _linear_stats_setup(ctx, inputs, output):
-    hidden, weight, bias, ids, mask, inv_temperature, _, *ctx.head = inputs
+    hidden, weight, bias, (ids, scored, inv_temperature), _, *ctx.head = inputs
     _, lse, entropy = output
-    ctx.save_for_backward(hidden, weight, bias, ids, mask, inv_temperature, lse, entropy)
+    ctx.save_for_backward(hidden, weight, bias, scored, ids, inv_temperature, lse, entropy)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 
 
 def _linear_stats_backward(ctx, d_logp, _, d_entropy):
-    hidden, weight, bias, ids, mask, inv_temperature, lse, entropy = ctx.saved_tensors
-    d_entropy = d_entropy if entropy.numel() > 0 else None
+    hidden, weight, bias, scored, *rows = ctx.saved_tensors
+    d_entropy = d_entropy if rows[-1].numel() > 0 else None
     if d_logp is None and d_entropy is None:
         return _answer(ctx)
-    # masked rows have no gradient, whatever the upstream gradient is
-    g, h = (None if d is None else d if mask is None else torch.where(mask, d, 0.0) for d in (d_logp, d_entropy))
-    g = torch.zeros_like(lse) if g is None else g.contiguous()
-    h = None if h is None else h.contiguous()
+    # rows that were not scored have no gradient, whatever the upstream gradient is
+    g, h = (None if d is None else d if scored is None else torch.where(scored, d, 0.0) for d in (d_logp, d_entropy))
+    g = torch.zeros_like(rows[-2]) if g is None else g.contiguous()
     needs = list(ctx.needs_input_grad[:3])
-    made = linear_grad(hidden, weight, bias, ids, lse, entropy, g, h, inv_temperature, needs, *ctx.head)
+    made = linear_grad(hidden, weight, bias, [*rows, g, None if h is None else h.contiguous()], needs, *ctx.head)
     return _answer(ctx, *(x if need else None for x, need in zip(made, needs, strict=True)))
 
 
@@ -348,67 +321,46 @@ linear_stats.register_autograd(_linear_stats_backward, setup_context=_linear_sta
 def fused_hidden_loss(
     hidden: Tensor, head: Head, how: Fused, roles: Roles, needs: list[bool], want_entropy: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    token, columns = how.token, [*["logp", "entropy"][: 1 + want_entropy], *how.columns()]
+    (ids, _, inv_temperature), token, spec = how
+    rows, numbers = [ids, *roles, inv_temperature], spec_numbers(spec)
     loss, table, *_ = linear_loss(
-        hidden,
-        head.weight,
-        head.bias,
-        how.rows.ids,
-        *roles,
-        how.rows.inv_temperature,
-        token.weight,
-        token.advantages,
-        token.old,
-        token.ref,
-        token.policy_scale,
-        token.h,
-        spec_numbers(how.spec),
-        want_entropy,
-        needs,
-        *_head_numbers(head),
+        hidden, head.weight, head.bias, rows, [*token], numbers, needs, want_entropy, *_apart(head)
     )
+    columns = [*["logp", "entropy"][: 1 + want_entropy], *how.columns()]
     return loss, dict(zip(columns, table.unbind(), strict=True))
 
 
-@torch.library.custom_op("fastgrpo::linear_loss", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_loss", mutates_args=())
 def linear_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    ids: Tensor,
-    scored: Tensor | None,
-    learn: Tensor | None,
-    inv_temperature: Tensor,
-    row_weight: Tensor,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    policy_scale: Tensor | None,
-    h: Tensor | None,
-    spec: list[float],
+    rows: Vectors,
+    token: Vectors,
+    spec: Sequence[float],
+    needs: Sequence[bool],
     want_entropy: bool,
-    needs: list[bool],
-    vocab: int,
-    softcap: float,
-    chunk: int,
+    sizes: Sequence[int],
+    softcap: float | None,
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, statistics (K, N), and the gradients of hidden, weight and bias for dL = 1), in one pass over chunks."""
-    head = _head_of(weight, bias, vocab, softcap, chunk, dtype, backend)
-    token = TokenRows(row_weight, advantages, None, None, old, ref, policy_scale, h)
-    how = Fused(_rows(ids, inv_temperature), token, _spec_of(spec))
-    plan = plan_rows(ids.numel(), Roles(scored, learn), chunk)
+    """(loss, statistics (K, N), and the gradients of hidden, weight and bias for dL = 1), in one pass over chunks.
+
+    `rows` are ids, scored and learn (or None), and inv_temperature.
+    """
+    ids, scored, learn, inv_temperature = rows
+    head, how = _head(weight, bias, sizes, softcap, dtype, backend), _fused(_every(ids, inv_temperature), token, spec)
+    plan = plan_rows(ids.numel(), Roles(scored, learn), head.chunk)
     learned = chunks.learn(hidden, head, how, plan, needs, want_entropy)
     table = torch.stack([*learned.columns.values()])
     return learned.loss, table, *(_given(x, inv_temperature) for x in learned.gradients)
 
 
 @linear_loss.register_fake
-def _(hidden, weight, bias, ids, scored, learn, inv_temperature, *rest):
-    spec, want_entropy, needs, *_ = rest[-8:]
-    rows = 2 + want_entropy + (_spec_of(spec).beta != 0)
-    table = inv_temperature.new_empty(rows, len(inv_temperature))
+def _(hidden, weight, bias, rows, token, spec, needs, want_entropy, *_):
+    beta, inv_temperature = spec[1], rows[3]
+    table = inv_temperature.new_empty(2 + want_entropy + (beta != 0), len(inv_temperature))
     return inv_temperature.new_empty(()), table, *_fake_gradients(hidden, weight, bias, needs, chunks.hold_dtype)
 
 
