@@ -213,8 +213,8 @@ FASTGRPO_DEVICE Plan plan_row(const FastgrpoArgs& a, int64_t row) {
       return plan;
     }
     plan.weight = global_load(a.weight + row);
-    plan.old_logp = or_else(a.old_logps, row, 0.0f);
-    plan.ref_logp = or_else(a.ref_logps, row, 0.0f);
+    plan.old_logp = or_else(a.old, row, 0.0f);
+    plan.ref_logp = or_else(a.ref, row, 0.0f);
     plan.policy_scale = or_else(a.policy_scale, row, 1.0f);
     plan.h = or_else(a.h, row, 0.0f);
   }
@@ -294,7 +294,7 @@ FASTGRPO_DEVICE RowGradient finish_row(const FastgrpoArgs& a, const Plan& plan, 
   }
   if (a.loss == nullptr) return {};
   ObjectiveResult result = objective(a.spec, {s.logp, plan.old_logp, plan.ref_logp, plan.advantage, plan.weight,
-                                              plan.policy_scale, a.old_logps != nullptr});
+                                              plan.policy_scale, a.old != nullptr});
   if (plan.h != 0.0f) result.loss += plan.h * s.entropy;
   if (writes) {
     global_store(a.loss + r, result.loss);

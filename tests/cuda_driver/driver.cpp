@@ -316,7 +316,7 @@ class Run {
           args.group_size = args.sequences = kBatch;
           args.rewards = at_rewards.get(), args.seq = at_seq.get(), args.advantages = at_scratch.get();
         }
-        args.old_logps = at_old.get(), args.ref_logps = at_ref.get();
+        args.old = at_old.get(), args.ref = at_ref.get();
         args.h = case_.entropy ? at_h.get() : nullptr;
         args.loss = loss->get(), args.kl = kl->get(), args.ratio = ratio->get(), args.g = dlogp->get();
       }
