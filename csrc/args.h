@@ -52,8 +52,8 @@ using Strides = int64_t[2];  // of b and of t, in elements
   F(float*, advantages) /* of every row; with rewards, those of every sequence, which the call works out first */ \
   F(const float*, rewards)                                                                                        \
   F(const int32_t*, seq) /* the sequence of every row, with rewards */                                            \
-  F(const float*, old_logps)                                                                                      \
-  F(const float*, ref_logps)                                                                                      \
+  F(const float*, old)                                                                                            \
+  F(const float*, ref)                                                                                            \
   F(const float*, policy_scale)                                                                                   \
   F(const float*, h)                                                                                              \
   F(float*, loss)                                                                                                 \

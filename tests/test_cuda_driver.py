@@ -53,6 +53,8 @@ def test_every_kernel_is_right(build):
         for what in ("in place", "apart", "apart and otherwise modulo 16"):
             for entropy in ("", ", entropy"):
                 assert f"row_grad {dtype} V=1003{entropy}, {what}:" in said
+        for how in ("", ", two passes"):
+            assert f"token_loss {dtype} V=1003{how}, groups" in said
         for n in (1, 2, 3, 4):
             assert all(f"{n} buffers, {blocks} to a multiprocessor" in said for blocks in (1, 2))
         assert all(f"scale {dtype} V=61, factor {factor}" in said for factor in (1, 0.3))

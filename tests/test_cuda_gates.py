@@ -255,6 +255,14 @@ def faults(case: tuple, found: dict) -> list[str]:
 # ---- in pytest
 
 
+def compile_for(target: str, source: Path, cubin: Path) -> list[sass.Kernel]:
+    code = f"arch={target.replace('sm', 'compute')},code={target}"
+    command = ["nvcc", "-std=c++17", "-O3", "-gencode", code, f"-I{CUDA.parent}", f"-I{CUDA}"]
+    run = subprocess.run([*command, "-cubin", "-o", cubin, source], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return sass.kernels(cubin)
+
+
 @pytest.fixture(scope="module")
 def machine_code(tmp_path_factory):
     """{source or planted fault: {case: what `read_kernel` found}}; prints the table."""
@@ -274,11 +282,7 @@ def machine_code(tmp_path_factory):
         if name in PLANTED:
             source = directory / f"{name}.cu"
             source.write_text(PLANTED[name])
-        code = f"arch={target.replace('sm', 'compute')},code={target}"
-        command = ["nvcc", "-std=c++17", "-O3", "-gencode", code, f"-I{CUDA.parent}", f"-I{CUDA}"]
-        run = subprocess.run([*command, "-cubin", "-o", cubin, source], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-4000:]
-        return {case: read_kernel(case, kernel) for kernel in sass.kernels(cubin)
+        return {case: read_kernel(case, kernel) for kernel in compile_for(target, source, cubin)
                 for case in [case_of(target, kernel)]}  # fmt: skip
 
     found = {name: {} for name, _ in jobs}
@@ -322,6 +326,15 @@ def test_planted_loads_are_seen(machine_code):
         said = " ".join(faults(case, found))
         for fault in ("generic accesses", "narrow loads", "barriers", "hot loops"):
             assert fault in said, (case, found)
+
+
+def test_the_kernel_of_advantages(tmp_path):
+    """A thread a sequence: it spills nothing, and knows of every address that it is a global one."""
+    if shutil.which("nvcc") is None or sass.tools() is None:
+        pytest.skip("no nvcc, cuobjdump or nvdisasm")
+    (kernel,) = compile_for("sm_80", CUDA / "advantages.cu", tmp_path / "advantages.cubin")
+    assert kernel.spilled == 0 and occupancy(kernel.usage["REG"], 256) >= 2
+    assert not [x for x in kernel.code if re.search(r"\b(?:LD|ST|ATOM)\b", x)]
 
 
 def test_registers_are_given_to_warps():

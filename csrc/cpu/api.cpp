@@ -179,9 +179,9 @@ void loss_row(const Args& a, const Sweeps* table, int64_t r, int64_t end) {
   if (scored) {
     row.cap();
     s = score(row, a.entropy != nullptr || h != 0);
-    result = objective(a.spec, {s.logp, a.old_logps != nullptr ? a.old_logps[r] : 0.0f,
-                                a.ref_logps != nullptr ? a.ref_logps[r] : 0.0f, advantage, a.weight[r],
-                                a.policy_scale != nullptr ? a.policy_scale[r] : 1.0f, a.old_logps != nullptr});
+    result =
+        objective(a.spec, {s.logp, a.old != nullptr ? a.old[r] : 0.0f, a.ref != nullptr ? a.ref[r] : 0.0f, advantage,
+                           a.weight[r], a.policy_scale != nullptr ? a.policy_scale[r] : 1.0f, a.old != nullptr});
     if (h != 0) result.loss += h * s.entropy;
   }
   a.loss[r] = result.loss;

@@ -1,158 +1,20 @@
-// What the kernels know of a row: its elements, sums that no order of threads changes, its score and its gradient.
+// What the kernels know of a row: sums that no order of threads changes, its score and its gradient.
 //
 // Exponents are in base 2, from the largest logit `top` of what is summed: t = (x - top) * c, c = log2(e) /
 // temperature. Sums leave the target out, so that a target whose p is near 1 loses no digits.
 
 #pragma once
 
-#ifndef FASTGRPO_MACHINE
-#define FASTGRPO_MACHINE "ptx.h"
-#endif
-#include FASTGRPO_MACHINE
-
 #include <math.h>
 
 #include "args.h"
+#include "elements.h"
 
 namespace fastgrpo {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLowestExponent = -1000.0f;  // 2^t is 0 long before; t * 0 stays a number
-
-// ---- elements: kCount of them in a Vec
-
-struct Float32 {
-  using Bits = uint32_t;
-  static constexpr int kCount = 4;
-  static constexpr Bits kMinusInfinity = 0xff800000u;
-  static constexpr uint32_t kLowest = kMinusInfinity;
-  static FASTGRPO_DEVICE float number(Bits x) { return as_float(x); }
-  static FASTGRPO_DEVICE Bits bits(float x) { return as_bits(x); }
-  static FASTGRPO_DEVICE void unpack(uint32_t w, float* x) { x[0] = as_float(w); }
-  static FASTGRPO_DEVICE uint32_t pack(const float* x) { return as_bits(x[0]); }
-  static FASTGRPO_DEVICE uint32_t maximum(uint32_t a, uint32_t b) {
-    return as_bits(max_f32(as_float(a), as_float(b)));
-  }
-  static FASTGRPO_DEVICE float largest(uint32_t a) { return as_float(a); }
-};
-
-struct BFloat16 {
-  using Bits = uint16_t;
-  static constexpr int kCount = 8;
-  static constexpr Bits kMinusInfinity = 0xff80;
-  static constexpr uint32_t kLowest = 0xff80ff80u;
-  static FASTGRPO_DEVICE float number(Bits x) { return as_float((uint32_t)x << 16); }
-  static FASTGRPO_DEVICE Bits bits(float x) { return (Bits)pack_bf16x2(x, x); }
-  static FASTGRPO_DEVICE void unpack(uint32_t w, float* x) {
-    x[0] = as_float(w << 16), x[1] = as_float(w & 0xffff0000u);
-  }
-  static FASTGRPO_DEVICE uint32_t pack(const float* x) { return pack_bf16x2(x[0], x[1]); }
-  static FASTGRPO_DEVICE uint32_t maximum(uint32_t a, uint32_t b) { return max_bf16x2(a, b); }
-  static FASTGRPO_DEVICE float largest(uint32_t a) { return max_f32(as_float(a << 16), as_float(a & 0xffff0000u)); }
-};
-
-struct Float16 {
-  using Bits = uint16_t;
-  static constexpr int kCount = 8;
-  static constexpr Bits kMinusInfinity = 0xfc00;
-  static constexpr uint32_t kLowest = 0xfc00fc00u;
-  static FASTGRPO_DEVICE float number(Bits x) {
-    float low, high;
-    unpack_f16x2(x, low, high);
-    return low;
-  }
-  static FASTGRPO_DEVICE Bits bits(float x) { return (Bits)pack_f16x2(x, x); }
-  static FASTGRPO_DEVICE void unpack(uint32_t w, float* x) { unpack_f16x2(w, x[0], x[1]); }
-  static FASTGRPO_DEVICE uint32_t pack(const float* x) { return pack_f16x2(x[0], x[1]); }
-  static FASTGRPO_DEVICE uint32_t maximum(uint32_t a, uint32_t b) { return max_f16x2(a, b); }
-  static FASTGRPO_DEVICE float largest(uint32_t a) {
-    float low, high;
-    unpack_f16x2(a, low, high);
-    return max_f32(low, high);
-  }
-};
-
-template <class E>
-FASTGRPO_DEVICE void unpack(const Vec& v, float (&x)[E::kCount]) {
-  FASTGRPO_UNROLL
-  for (int i = 0; i < 4; ++i) E::unpack(v.w[i], x + i * (E::kCount / 4));
-}
-
-template <class E>
-FASTGRPO_DEVICE Vec pack(const float (&x)[E::kCount]) {
-  Vec v;
-  FASTGRPO_UNROLL
-  for (int i = 0; i < 4; ++i) v.w[i] = E::pack(x + i * (E::kCount / 4));
-  return v;
-}
-
-template <class E>
-FASTGRPO_DEVICE uint32_t maximum(const Vec& v, uint32_t top) {
-  return E::maximum(E::maximum(E::maximum(v.w[0], v.w[1]), E::maximum(v.w[2], v.w[3])), top);
-}
-
-template <class E>
-FASTGRPO_DEVICE typename E::Bits element(const Vec& v, int k) {
-  return (typename E::Bits)(E::kCount == 8 ? v.w[k / 2] >> k % 2 * 16 : v.w[k % 4]);
-}
-
-// `v` with its element k ruled out.
-template <class E>
-FASTGRPO_DEVICE Vec without(Vec v, int k) {
-  float x[E::kCount];
-  unpack<E>(v, x);
-  FASTGRPO_UNROLL
-  for (int i = 0; i < E::kCount; ++i) x[i] = i == k ? -INFINITY : x[i];
-  return pack<E>(x);
-}
-
-// ---- a stretch of a row, in vectors that start at multiples of 16 bytes: `lead` elements before its first one belong
-// to somebody else, and so may the last vector's end
-
-template <class E>
-struct Span {
-  using Bits = typename E::Bits;
-  const Bits* from;  // its first element
-  int lead, count;
-
-  FASTGRPO_DEVICE Span(const void* row, int64_t begin, int elements)
-      : from((const Bits*)row + begin), lead((int)((uintptr_t)from & 15) / (int)sizeof(Bits)), count(elements) {}
-  FASTGRPO_DEVICE int vectors() const { return (lead + count + E::kCount - 1) / E::kCount; }
-  // Whole vectors are [first_whole, end_whole); what else there is are `edges`.
-  FASTGRPO_DEVICE int first_whole() const { return lead > 0; }
-  FASTGRPO_DEVICE int end_whole() const { return (lead + count) / E::kCount; }
-  FASTGRPO_DEVICE bool whole(int v) const { return v >= first_whole() && v < end_whole(); }
-  FASTGRPO_DEVICE bool holds(int position) const { return position >= lead && position < lead + count; }
-  FASTGRPO_DEVICE const Bits* at(int position) const { return from - lead + position; }
-  // Of its first vector, modulo 128 bytes.
-  FASTGRPO_DEVICE uint32_t phase() const { return (uint32_t)(uintptr_t)at(0) & 127; }
-};
-
-// Calls f(position) for the elements of the edges' vectors, each in a lane of its own of 32 or more.
-template <class E, class F>
-FASTGRPO_DEVICE void each_edge(const Span<E>& span, int lane, F f) {
-  const int last = span.end_whole();
-  if (lane < E::kCount) {
-    if (span.lead > 0) f(lane);
-  } else if (lane < 2 * E::kCount) {
-    const bool partial = (span.lead + span.count) % E::kCount != 0 && !(span.lead > 0 && last == 0);
-    if (partial) f((last - 1) * E::kCount + lane);
-  }
-}
-
-// Zeroes the span, by `threads` threads (32 or more) of which this is number `thread`.
-template <class E>
-FASTGRPO_DEVICE void zero(const Span<E>& span, int thread, int threads) {
-  using Bits = typename E::Bits;
-  Vec* const vectors = (Vec*)span.at(0);
-  for (int v = span.first_whole() + thread; v < span.end_whole(); v += threads) {
-    global_store_streaming(vectors + v, Vec{{0, 0, 0, 0}});
-  }
-  each_edge(span, thread, [&](int position) {
-    if (span.holds(position)) global_store((Bits*)span.at(position), (Bits)0);
-  });
-}
 
 // ---- exponents
 
@@ -351,8 +213,8 @@ FASTGRPO_DEVICE Plan plan_row(const FastgrpoArgs& a, int64_t row) {
       return plan;
     }
     plan.weight = global_load(a.weight + row);
-    plan.old_logp = or_else(a.old_logps, row, 0.0f);
-    plan.ref_logp = or_else(a.ref_logps, row, 0.0f);
+    plan.old_logp = or_else(a.old, row, 0.0f);
+    plan.ref_logp = or_else(a.ref, row, 0.0f);
     plan.policy_scale = or_else(a.policy_scale, row, 1.0f);
     plan.h = or_else(a.h, row, 0.0f);
   }
@@ -432,7 +294,7 @@ FASTGRPO_DEVICE RowGradient finish_row(const FastgrpoArgs& a, const Plan& plan, 
   }
   if (a.loss == nullptr) return {};
   ObjectiveResult result = objective(a.spec, {s.logp, plan.old_logp, plan.ref_logp, plan.advantage, plan.weight,
-                                              plan.policy_scale, a.old_logps != nullptr});
+                                              plan.policy_scale, a.old != nullptr});
   if (plan.h != 0.0f) result.loss += plan.h * s.entropy;
   if (writes) {
     global_store(a.loss + r, result.loss);

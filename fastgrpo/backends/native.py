@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("group_size", "sequences")),
         *((name, ctypes.c_void_p) for name in ("logits", "out", "ids", "mask", "inv_temperature")),
         *((name, ctypes.c_void_p) for name in ("weight", "advantages", "rewards", "seq")),
-        *((name, ctypes.c_void_p) for name in ("old_logps", "ref_logps", "policy_scale", "h")),
+        *((name, ctypes.c_void_p) for name in ("old", "ref", "policy_scale", "h")),
         *((name, ctypes.c_void_p) for name in ("loss", "logp", "lse", "entropy", "kl", "ratio", "g")),
     ]
 
@@ -132,22 +133,30 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def make_args(
-    logits: Tensor, out: Tensor | None = None, softcap: float | None = None, **vectors: Tensor | None
+    logits: Tensor,
+    out: Tensor | None = None,
+    softcap: float | None = None,
+    *records: NamedTuple,
+    **vectors: Tensor | None,
 ) -> Args:
-    """The arguments of a call, whose fields point into the tensors."""
+    """The arguments of a call, whose fields point into the tensors: those of records by their names there."""
     batch, tokens, vocab = logits.shape
-    return Args(
+    args = Args(
         batch=batch,
         tokens=tokens,
         vocab=vocab,
         logits_stride=logits.stride()[:2],
-        out_stride=(0, 0) if out is None else out.stride()[:2],
         dtype=DTYPES[logits.dtype],
         softcap=math.inf if softcap is None else softcap,
         logits=_pointer(logits),
-        out=_pointer(out),
-        **{name: _pointer(vector) for name, vector in vectors.items()},
     )
+    if out is not None:
+        args.out, args.out_stride = _pointer(out), out.stride()[:2]
+    for names, values in ((vectors, vectors.values()), *((record._fields, record) for record in records)):
+        for name, value in zip(names, values, strict=True):
+            if value is not None:
+                setattr(args, name, _pointer(value))
+    return args
 
 
 def _new(logits: Tensor, count: int, rows: int) -> list[Tensor]:
@@ -161,10 +170,9 @@ class RowCalls:
         self._call = call
 
     def row_stats(self, logits: Tensor, rows: Rows, *, want_entropy: bool, softcap: float | None = None) -> Scores:
-        scores = Scores(*_new(logits, 2, rows.ids.numel()), None)
-        if want_entropy:
-            scores = scores._replace(entropy=torch.empty_like(scores.logp))
-        args = make_args(logits, None, softcap, **rows._asdict(), **scores._asdict())
+        logp, lse = _new(logits, 2, rows.ids.numel())
+        scores = Scores(logp, lse, torch.empty_like(logp) if want_entropy else None)
+        args = make_args(logits, None, softcap, rows, scores)
         self._call("row_stats", args, logits.device)
         return scores
 
@@ -197,15 +205,13 @@ class RowCalls:
         loss, logp, lse, kl, ratio, g = _new(logits, 6, rows.ids.numel())
         entropy = torch.empty_like(logp) if want_entropy or token.h is not None else None
         results = TokenLoss(loss, logp, lse, entropy, kl, ratio, g)
-        inputs = token._asdict()
-        inputs |= dict(old_logps=inputs.pop("old"), ref_logps=inputs.pop("ref"))
-        if token.advantages is None:
-            inputs["advantages"] = torch.empty_like(token.rewards)  # the library works them out
-        else:
-            inputs["rewards"] = None
-        args = make_args(logits, out, softcap, **rows._asdict(), **inputs, **results._asdict())
+        args = make_args(logits, out, softcap, rows, token, results)
         args.spec = Spec(spec.kind, spec.numbers, spec.beta, spec.bias_correction)
         args.group_size, args.scale_by_std, args.skip_zero = spec.group_size, spec.scale_by_std, spec.skip_zero
-        args.sequences = 0 if token.rewards is None else token.rewards.numel()
+        if token.advantages is None:  # the library works them out
+            advantages = torch.empty_like(token.rewards)
+            args.advantages, args.sequences = _pointer(advantages), advantages.numel()
+        else:
+            args.rewards = None
         self._call("token_loss", args, logits.device)
         return results if want_entropy else results._replace(entropy=None)

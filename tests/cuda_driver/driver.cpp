@@ -97,6 +97,7 @@ struct Case {
   bool entropy = false;  // wanted, and for a gradient its coefficient h too
   FastgrpoOnePass choice = {};
   float factor = 0;
+  bool groups = false;  // advantages are made of rewards
 };
 
 std::string name_of(const Case& c, const char* dtype) {
@@ -111,6 +112,7 @@ std::string name_of(const Case& c, const char* dtype) {
     if (c.choice.blocks > 0) add(", %d to a multiprocessor", c.choice.blocks);
     if (!c.choice.evict_first) add("%s", ", usual eviction");
   }
+  if (c.groups) add("%s", ", groups");
   if (c.kernel == kScale) add(", factor %g", c.factor);
   if (c.entropy) add("%s", ", entropy");
   add("%s", kOuts[c.out]);
@@ -262,6 +264,15 @@ class Run {
       h.push_back(case_.entropy ? (float)spread(row, 10) : 0.0f);
       g.push_back(row == kWithoutAdvantage ? 0.0f : (float)spread(row, 11));
     }
+    std::vector<float> rewards;
+    std::vector<int32_t> seq;
+    for (int b = 0; b < kBatch; ++b) rewards.push_back((float)(2 * spread(b, 12)));
+    for (int64_t row = 0; row < kRows; ++row) {
+      seq.push_back((int32_t)(row / kTokens));
+      double mean = 0;
+      for (const float reward : rewards) mean += reward / (double)kBatch;
+      if (case_.groups) advantages[row] = (float)(rewards[seq.back()] - mean);
+    }
     if (case_.kernel == kGrad) h[kWithoutAdvantage] = 0.0f;  // a row without any gradient
 
     const Memory<Type> logits(values);
@@ -271,6 +282,8 @@ class Run {
     const Memory<int64_t> at_ids(ids);
     const Memory<uint8_t> at_mask(mask);
     const Memory<float> at_inv_temperature(inv_temperature), at_old(old_logps), at_ref(ref_logps);
+    const Memory<float> at_rewards(rewards), at_scratch(std::vector<float>(kBatch, kUntouched));
+    const Memory<int32_t> at_seq(seq);
     const Memory<float> at_advantages(advantages), at_weight(weight), at_h(h), at_g(g);
     std::vector<std::unique_ptr<Memory<float>>> results;
     for (int i = 0; i < 7; ++i) results.emplace_back(new Memory<float>(std::vector<float>(kRows, kUntouched)));
@@ -297,10 +310,13 @@ class Run {
       args.mask = at_mask.get();
       args.logp = logp->get();
       if (case_.kernel == kToken) {
-        args.group_size = 1;
         args.spec = {kClip, {(float)kClipLow, (float)kClipHigh, INFINITY}, (float)kBeta, 0};
         args.weight = at_weight.get(), args.advantages = at_advantages.get();
-        args.old_logps = at_old.get(), args.ref_logps = at_ref.get();
+        if (case_.groups) {
+          args.group_size = args.sequences = kBatch;
+          args.rewards = at_rewards.get(), args.seq = at_seq.get(), args.advantages = at_scratch.get();
+        }
+        args.old = at_old.get(), args.ref = at_ref.get();
         args.h = case_.entropy ? at_h.get() : nullptr;
         args.loss = loss->get(), args.kl = kl->get(), args.ratio = ratio->get(), args.g = dlogp->get();
       }
@@ -385,6 +401,7 @@ std::vector<Case> cases(bool quick) {
     }
   }
   all.push_back({kToken, 1003, kOtherPhase, true, {0, 0, 0, 1}, 0});
+  for (const int cluster : {-1, 0}) all.push_back({kToken, 1003, kInPlace, true, {cluster, 0, 0, 1}, 0, true});
   return all;
 }
 
