@@ -31,7 +31,7 @@ from fastgrpo import (
     linear_grpo_loss_reference,
 )
 from fastgrpo.batch import inputs
-from fastgrpo.engine import plan, projection
+from fastgrpo.engine import projection
 from fastgrpo.objective import LOSS_TYPES
 from fastgrpo.reference import project
 
@@ -524,13 +524,6 @@ def test_module_holds_objective_and_options(backend, device):
     assert torch.equal(module(hidden, weight, ids, **kwargs).loss, want.loss)
     with pytest.raises(ValueError, match="inplace: expected a keyword argument of linear_grpo_loss"):
         LinearGRPOLoss(inplace=True)
-
-
-def test_chunks_hold_whole_sequences_and_no_more_than_they_may():
-    parts = plan.cut_sequences([7, 6, 5, 0, 11], 11)
-    assert parts == [(slice(0, 7), slice(0, 1)), (slice(7, 18), slice(1, 4)), (slice(18, 29), slice(4, 5))]
-    assert plan.cut_sequences([0, 0], 4) == plan.cut(0, 0, 4) == []
-    assert plan.cut(2, 9, 3) == [slice(2, 4), slice(4, 6), slice(6, 9)]
 
 
 PEAK = """

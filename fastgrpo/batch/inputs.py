@@ -89,9 +89,12 @@ def check_ids(ids: Tensor, mask: Tensor, vocab_size: int, mask_name: str = "comp
     """Check that the ids of the rows in `mask` are in [0, V); those of other rows may be anything, such as -100."""
     if not _values_can_be_checked(ids):
         return
-    outside = ((ids < 0) | (ids >= vocab_size)) & mask
-    if bool(outside.any()):
-        where = int(outside.nonzero()[0])
+    read = torch.where(mask, ids, 0)
+    if read.numel() == 0:
+        return
+    lowest, highest = read.aminmax()
+    if lowest < 0 or highest >= vocab_size:
+        where = int(((read < 0) | (read >= vocab_size)).nonzero()[0])
         raise ValueError(
             f"completion_ids: expected ids in [0, {vocab_size}) where {mask_name} is set, got {int(ids[where])} at "
             f"flat position {where}"

@@ -6,6 +6,7 @@ All is 2NHV FLOPs a GEMM: one for scores, two more for gradients, three for a lo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,10 @@ class Learned(NamedTuple):
     gradients: HeadGradients  # of the loss; those of fp16 tensors in fp32
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Operations on x's device take the dtypes that they are given."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def take_rows(rows: Rows, at: slice | Tensor) -> Rows:

@@ -16,6 +16,7 @@ from fastgrpo.batch.batch import wide
 from fastgrpo.engine.head import Head
 from fastgrpo.engine.plan import Plan, cut
 
+LARGE = 4 << 20  # bytes; less lies in small pages
 SLICE = 4096  # so many rows of dW stay in a CPU's cache between their GEMM and their sum
 
 
@@ -23,7 +24,7 @@ def _large(rows: int, width: int, dtype: torch.dtype, device: torch.device, stri
     """An uninitialised (rows, width); on a CPU in large pages, because page faults on small ones can take as long as
     a GEMM."""
     x = torch.empty(rows, stride or width, dtype=dtype, device=device)
-    if device.type == "cpu":
+    if device.type == "cpu" and x.nbytes >= LARGE:
         cpu.prefer_large_pages(x)
     return x[:, :width]
 
@@ -99,7 +100,7 @@ class Gradients:
         self.vocab = len(projection.weight)
         # zeros where no GEMM writes; on a CPU everywhere, because page faults inside a GEMM cost more
         self.sum[self.vocab if chunks and device.type != "cpu" else 0 :].zero_()
-        self.d_bias = torch.zeros(len(bias) if needs[2] else 0, dtype=sums, device=device)
+        self.d_bias = torch.zeros(len(bias), dtype=sums, device=device) if needs[2] else None
         self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)
 
     def add(self, rows: slice | Tensor) -> None:
@@ -123,8 +124,12 @@ class Gradients:
         d_weight = self.sum
         if d_weight.dtype != self.dtype:
             d_weight = _large(*self.shape, self.dtype, d_weight.device).copy_(d_weight)
-        gradients = (self.d_hidden, d_weight, self.d_bias.to(self.bias_dtype))
-        return tuple(x if need else None for x, need in zip(gradients, self.needs, strict=True))
+        of_hidden, of_weight, of_bias = self.needs
+        return (
+            self.d_hidden if of_hidden else None,
+            d_weight if of_weight else None,
+            self.d_bias.to(self.bias_dtype) if of_bias else None,
+        )
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

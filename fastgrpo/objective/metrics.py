@@ -26,8 +26,8 @@ def compute_metrics(o: Objective, batch: Batch, entropies: Tensor | None, terms:
     table = torch.stack([*vectors.values(), *shares.values(), batch.mask], dim=1).to(batch.dtype)
     sums = layout.seq_sum(torch.where(batch.mask[:, None], table, 0.0))  # (S, columns); the last: the lengths
     totals, lengths = sums.sum(0), sums[:, -1:]
-    means = totals / totals[-1].clamp(min=1)
-    metrics = {name: means[i] for i, name in enumerate((*vectors, *shares))}
+    means = (totals[:-1] / totals[-1].clamp(min=1)).unbind()
+    metrics = dict(zip((*vectors, *shares), means, strict=True))
     if per_sequence and shares:
         of_sequence = sums / lengths.clamp(min=1)
         means = of_sequence.sum(0) / max(sequences, 1)
@@ -41,7 +41,7 @@ def compute_metrics(o: Objective, batch: Batch, entropies: Tensor | None, terms:
         else:
             low, high = of_sequence[:, len(vectors)], of_sequence[:, len(vectors) + 1]
             extremes = torch.stack([low.nan_to_num(nan=torch.inf).amin(), high.nan_to_num(nan=-torch.inf).amax()])
-            extremes = extremes + (extremes - extremes)  # infinite where no sequence had a say: NaN
+            extremes = extremes.nan_to_num(posinf=torch.nan, neginf=torch.nan)  # no sequence had a say
         metrics["clip_ratio/low_min"], metrics["clip_ratio/high_max"] = extremes.unbind()
     if not batch.advantages_per_token:
         for name in o.record.logs:  # one number for each sequence, which is 1 where that has no loss token
