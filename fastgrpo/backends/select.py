@@ -6,6 +6,7 @@ import functools
 import importlib
 import operator
 import warnings
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def get(name: str) -> Backend:
     """The backend called `name`."""
     if name not in NAMES:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {name!r}")
-    return importlib.import_module(f"{__package__}.{'eager' if name == 'torch' else name}")
+    return cast(Backend, importlib.import_module(f"{__package__}.{'eager' if name == 'torch' else name}"))
 
 
 @functools.cache
