@@ -32,14 +32,14 @@ CASES = [
     for target in ("sm_80", "sm_90", "sm_100", "gfx942")
     for dtype in (("bf16", "fp32", "fp16") if target == "sm_90" else ("bf16", "fp32"))
     for kernel in (*STATS, "grad", "token", "token_softcap", "token_wide", "token_wide_softcap")
-]
+] + [("sm_90", dtype, "token_groups") for dtype in ("bf16", "fp32", "fp16")]
 
 
 # ---- in the child process: compile, disassemble, count
 
 
 def launched(dtype: str, kernel: str, V: int = 151937, T: int = 3, spec=None):
-    """(kernel, its geometry, arguments, constants), as the backend launches it; nothing is launched."""
+    """(kernel, threads of a program, arguments, constants), as the backend would launch it; nothing is launched."""
     import torch
 
     from fastgrpo.backends import Rows, Scores, TokenRows, TokenSpec
@@ -47,10 +47,10 @@ def launched(dtype: str, kernel: str, V: int = 151937, T: int = 3, spec=None):
 
     calls = []
 
-    def take(kernel, programs, cut, device, *arguments, **constants):
-        calls.append((kernel, cut, arguments, dict(K=cut.K, LANES=cut.LANES, UNROLL=cut.UNROLL, **constants)))
+    def take(kernel, programs, lanes, device, *arguments, **constants):
+        calls.append((kernel, lanes, arguments, constants))
 
-    backend.launch.sweep, sweep = take, backend.launch.sweep
+    backend.launch.run, run = take, backend.launch.run
     x = torch.empty(1, T, V, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
     row = torch.empty(T)
     rows = Rows(row.long(), row.bool(), row)
@@ -60,21 +60,22 @@ def launched(dtype: str, kernel: str, V: int = 151937, T: int = 3, spec=None):
             backend.row_grad(x, rows, Scores(row, row, None), row, None, x)
         elif kernel.startswith("token"):
             token = TokenRows(row, row, None, None, row, row, None, None)
+            if kernel == "token_groups":
+                token = token._replace(advantages=None, rewards=row, seq=row.int())
             with backend.using(lanes=1024 if "wide" in kernel else 512):
                 spec = TokenSpec(beta=0.1) if spec is None else spec
                 backend.token_loss(x, rows, token, spec, x, want_entropy=True, softcap=softcap)
         else:
             backend.row_stats(x, rows, want_entropy=kernel == "stats_entropy", softcap=softcap)
     finally:
-        backend.launch.sweep = sweep
-    (call,) = calls
-    return call
+        backend.launch.run = run
+    return calls[-1]  # before the token kernel the advantages of groups may come
 
 
 def signature_of(name: str, argument):
     """What Triton is told of an argument: its type, that an integer is a stride, and that None is a constant."""
     types = {"torch.float32": "*fp32", "torch.bfloat16": "*bf16", "torch.float16": "*fp16", "torch.int64": "*i64",
-             "torch.bool": "*i1"}  # fmt: skip
+             "torch.int32": "*i32", "torch.bool": "*i1"}  # fmt: skip
     if argument is None:
         return "constexpr"
     if isinstance(argument, tuple):
@@ -104,19 +105,19 @@ def compile_case(target: str, dtype: str, kernel: str) -> dict:
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     # V is odd, and nothing is said of any run-time value: no width below can come from a lucky divisibility.
-    function, cut, arguments, constants = launched(dtype, kernel)
-    assert cut.PARTS == (2 if "wide" in kernel else 1)
+    function, lanes, arguments, constants = launched(dtype, kernel)
+    assert constants.get("PARTS", 1) == (2 if "wide" in kernel else 1)
     names = function.arg_names
     signature = {name: signature_of(name, x) for name, x in zip(names, arguments, strict=False)}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(function, signature=signature, constexprs=absent((), arguments) | constants)
-    options = {"num_warps": cut.LANES // gpu.warp_size}
+    options = {"num_warps": lanes // gpu.warp_size}
     if nvidia:
         options["maxnreg"] = launch.REGISTERS
     compiled = triton_compile(source, target=gpu, options=options)
     found = read_sass(compiled.asm["cubin"]) if nvidia else read_amdgcn(compiled.asm["amdgcn"])
     for loop in found["loops"]:
-        loop["per_logit"] = loop["instructions"] / (loop["loads"] * cut.K)
+        loop["per_logit"] = loop["instructions"] / (loop["loads"] * constants["K"])
     return found
 
 
@@ -310,7 +311,7 @@ def test_no_gradient_before_every_warp_has_the_target(case, machine_code):
 
 
 def test_lengths_strides_and_numbers_are_not_specialised_upon():
-    kernels = ["stats", "stats_entropy", "grad", "token", "token_softcap", "token_wide"]
+    kernels = ["stats", "stats_entropy", "grad", "token", "token_softcap", "token_wide", "token_groups"]
     assert dict(zip(kernels, compiled(kernels), strict=True)) == dict.fromkeys(kernels, 1)
 
 
