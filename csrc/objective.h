@@ -1,6 +1,6 @@
 // The objective of one row, for host and device: from the row's log-probability to its loss and dL/dlogp.
 //
-// This is the C++ copy of the mathematics that fastgrpo/objective.py defines; the sweeps over the vocabulary
+// This is the C++ copy of the mathematics that fastgrpo/objective defines; the sweeps over the vocabulary
 // (csrc/cpu, csrc/cuda) know nothing of it. No state, no allocation, fp32 results.
 
 #pragma once

@@ -48,8 +48,8 @@ def linear_grpo_loss(
     entropy_coef 0, cost one forward GEMM, or none with `return_stats=False`.
 
     Objectives beyond token level keep sequences whole. If a sequence does not fit into a chunk (with
-    top_entropy_quantile < 1: if the batch does not), the gradient is made in the backward pass instead, by projecting
-    the rows that have one again: 8NHV.
+    top_entropy_quantile < 1: if the batch does not), or in a compiled graph, the gradient is made in the backward pass
+    instead, by projecting the rows that have one again: 8NHV.
 
     On a GPU a call waits for the device at most once, to learn how many rows there are to project, or how long packed
     sequences are. It does not wait without a mask and with beta or entropy_coef, at token level or in one chunk. A

@@ -8,8 +8,8 @@ import torch
 from cases import LEVELS, LOG_RATIOS, OPTIONS, assert_close, exact_loss, make_inputs, objective_for, rel_norm
 
 from fastgrpo import Objective, policy_loss
-from fastgrpo.backends import Kind
 from fastgrpo.objective import LOSS_TYPES, LOSSES
+from fastgrpo.objective.losses import Kind
 from fastgrpo.objective.terms import high_entropy_mask
 
 

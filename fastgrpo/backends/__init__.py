@@ -1,13 +1,12 @@
 """The backends: modules with the same functions (`contract.Backend`), and the place that chooses one (`select`)."""
 
-from .contract import Backend, Call, Kind, Rows, Scores, TokenLoss, TokenRows, TokenSpec
+from .contract import Backend, Call, Rows, Scores, TokenLoss, TokenRows, TokenSpec
 from .select import NAMES, get, select
 
 __all__ = [
     "NAMES",
     "Backend",
     "Call",
-    "Kind",
     "Rows",
     "Scores",
     "TokenLoss",

@@ -7,7 +7,6 @@ logits) unless said otherwise. With a softcap c the logits are c·tanh(logit/c),
 
 from __future__ import annotations
 
-import enum
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -43,14 +42,6 @@ class Scores(NamedTuple):
     entropy: Tensor | None  # (N,), in nats; None: not wanted
 
 
-class Kind(enum.IntEnum):
-    """The fused objective's loss of a token."""
-
-    CLIP = 0  # grpo, bnpo, dr_grpo, dapo, luspo
-    CISPO = 1
-    SAPO = 2
-
-
 class TokenRows(NamedTuple):
     """What the fused objective reads per row; (N,) fp32 unless said otherwise."""
 
@@ -67,8 +58,8 @@ class TokenRows(NamedTuple):
 class TokenSpec(NamedTuple):
     """The numbers of the fused objective."""
 
-    kind: int = Kind.CLIP
-    # The kind's own, at most 4: CLIP low, high, delta (inf: none); CISPO high; SAPO tau where A > 0, tau elsewhere.
+    kind: int = 0  # the loss of a token, as csrc/objective.h numbers them
+    # the kind's own, at most 4; here those of a ratio that is clipped between the first two
     numbers: tuple[float, ...] = (0.8, 1.2, math.inf)
     beta: float = 0.0
     bias_correction: bool = False

@@ -6,12 +6,12 @@ works on (N,) vectors, is differentiable, and is the truth that the fused kernel
 
 from __future__ import annotations
 
+import enum
 import math
 
 import torch
 from torch import Tensor
 
-from fastgrpo.backends.contract import Kind
 from fastgrpo.batch.batch import Batch
 from fastgrpo.objective.options import LOSSES, Loss, Objective, Tokens
 
@@ -121,6 +121,14 @@ def cispo_shares(o: Objective, ratio: Tensor, advantages: Tensor) -> dict[str, T
 
 
 # ---- the records
+
+
+class Kind(enum.IntEnum):
+    """The fused objectives, as csrc/objective.h and the Triton kernels number them, and what their numbers are."""
+
+    CLIP = 0  # lowest and highest ratio, delta (inf: none)
+    CISPO = 1  # highest ratio
+    SAPO = 2  # τ where A > 0, τ elsewhere
 
 
 def _clip_numbers(o: Objective) -> tuple[float, ...]:

@@ -38,8 +38,8 @@ class Loss:
         token: (N,) the loss of each token, without KL and entropy bonus; and for each name in `logs` (N,) weights.
         average: (N,) the factor of each token's loss from the mask in numbers: how tokens are averaged.
         over_items: the average is over `num_items_in_batch`, so that the losses of micro-batches add up to a step's.
-        kind, numbers: the fused objective that does the same, `fastgrpo.backends.Kind`, and its numbers, at most 4;
-            None: there is none.
+        kind, numbers: the fused objective that does the same, a `Kind`, and its numbers, at most 4; None: there is
+            none.
         whole_sequences: a token's loss needs the other tokens of its sequence at every level.
         takes_importance_ratio: `token` reads the importance sampling ratio; otherwise it multiplies the loss.
         clip_high: the upper bound of the ratio.

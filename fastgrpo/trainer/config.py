@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +13,23 @@ from fastgrpo import _defaults
 from fastgrpo.advantages import SCALE_REWARDS
 from fastgrpo.objective import Objective
 
-_DEFAULT = Objective()  # the one home of the objective's defaults
-
 # transformers 5.2x renamed the option and warns at the old name
 _FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
 
+# the options of the objective, with its defaults; one of them has a default of its own here
+_Options = dataclasses.make_dataclass(
+    "_Options",
+    [
+        (f.name, typing.get_type_hints(Objective)[f.name], f.default)
+        for f in dataclasses.fields(Objective)
+        if f.name != "max_completion_length"
+    ],
+)
+
 
 @dataclass
-class GRPOConfig(TrainingArguments):
+class GRPOConfig(_Options, TrainingArguments):
     """Options of `GRPOTrainer`.
 
     Everything of `transformers.TrainingArguments`, with other defaults for learning_rate (1e-6), logging_steps (10),
@@ -99,22 +108,6 @@ class GRPOConfig(TrainingArguments):
     # objective
     num_iterations: int = _defaults.NUM_ITERATIONS
     mask_truncated_completions: bool = False
-    loss_type: str = _DEFAULT.loss_type
-    importance_sampling_level: str = _DEFAULT.importance_sampling_level
-    beta: float = _DEFAULT.beta
-    epsilon: float = _DEFAULT.epsilon
-    epsilon_high: float | None = _DEFAULT.epsilon_high
-    delta: float | None = _DEFAULT.delta
-    use_bias_correction_kl: bool = _DEFAULT.use_bias_correction_kl
-    entropy_coef: float = _DEFAULT.entropy_coef
-    top_entropy_quantile: float = _DEFAULT.top_entropy_quantile
-    off_policy_mask_threshold: float | None = _DEFAULT.off_policy_mask_threshold
-    sapo_temperature_pos: float = _DEFAULT.sapo_temperature_pos
-    sapo_temperature_neg: float = _DEFAULT.sapo_temperature_neg
-    vespo_k_pos: float = _DEFAULT.vespo_k_pos
-    vespo_lambda_pos: float = _DEFAULT.vespo_lambda_pos
-    vespo_k_neg: float = _DEFAULT.vespo_k_neg
-    vespo_lambda_neg: float = _DEFAULT.vespo_lambda_neg
     chunk_size: int | None = None
     backend: str = _defaults.BACKEND
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..contract import Kind
 from .numeric import INF, LOG2E, expm1
 
-CLIP = tl.constexpr(int(Kind.CLIP))
-CISPO = tl.constexpr(int(Kind.CISPO))
+CLIP = tl.constexpr(0)  # as in csrc/objective.h
+CISPO = tl.constexpr(1)
 
 
 # ---- the policy loss of a token, by kind: (loss, dloss/dlogp)
