@@ -7,6 +7,7 @@ import torch
 from fastgrpo import Objective, grpo_loss_reference, linear_grpo_loss_reference
 from fastgrpo.objective import LOSS_TYPES
 
+TRL_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")  # of TRL 1.16
 LEVELS = ("token", "sequence", "sequence_token")
 MAX_COMPLETION_LENGTH = 9
 
@@ -229,4 +230,4 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, rel: float, what: str = 
     assert norm <= rel or scale == 0, f"{what}: relative norm of the error {norm:.3e} over {rel:.3e}"
 
 
-__all__ = ["LEVELS", "LOSS_TYPES", "OPTIONS"]
+__all__ = ["LEVELS", "LOSS_TYPES", "OPTIONS", "TRL_LOSS_TYPES"]

@@ -5,7 +5,17 @@ import math
 
 import pytest
 import torch
-from cases import LEVELS, LOG_RATIOS, OPTIONS, assert_close, exact_loss, make_inputs, objective_for, rel_norm
+from cases import (
+    LEVELS,
+    LOG_RATIOS,
+    OPTIONS,
+    TRL_LOSS_TYPES,
+    assert_close,
+    exact_loss,
+    make_inputs,
+    objective_for,
+    rel_norm,
+)
 
 from fastgrpo import Objective, policy_loss
 from fastgrpo.objective import LOSS_TYPES, LOSSES
@@ -15,7 +25,7 @@ from fastgrpo.objective.terms import high_entropy_mask
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("level", LEVELS[:2])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSS_TYPES)
 def test_equals_trl(loss_type, level, option):
     pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
     from fastgrpo.bench.trl_loss import trl_loss
@@ -49,7 +59,7 @@ def test_accumulation_equals_trl():
     logits, ids, kwargs = make_inputs(("old", "ref"))
     logps = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     entropies = torch.rand(ids.shape)
-    for loss_type in LOSS_TYPES:
+    for loss_type in TRL_LOSS_TYPES:
         objective = objective_for(loss_type, "token", dict(beta=0.1, entropy_coef=0.1))
         # TRL's count spans the accumulation window; num_items_in_batch is then the mean per micro-batch
         loss, _ = trl_loss(objective, logps, entropies, accumulation=4, num_items_in_batch=torch.tensor(60), **kwargs)
