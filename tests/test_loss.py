@@ -241,9 +241,10 @@ def test_inplace_refuses_a_second_backward(dtype, backend, device):
         torch.autograd.grad(loss, leaf)
 
 
-def test_inplace_is_seen_by_autograd(backend, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_inplace_is_seen_by_autograd(dtype, backend, device):
     """Someone else who saved the logits gets autograd's error, not a gradient computed from a gradient."""
-    logits, ids, kwargs = make_inputs(("old",), device=device, backend=backend)
+    logits, ids, kwargs = make_inputs(("old",), dtype=dtype, device=device, backend=backend)
     x = logits.clone().requires_grad_() * 1
     other = x.exp().sum() + x.pow(2).sum()  # pow saves its input
     loss = grpo_loss(x, ids, inplace=True, backend=backend, **kwargs).loss

@@ -175,6 +175,7 @@ class _InPlace(torch.autograd.Function):
             ids, inv_temperature, lse, entropy, g, h = rest
             rows, scores = Rows(ids, None, inv_temperature), Scores(lse, lse, entropy)
             ctx.sweeps.grad(buffer, rows, scores, g * d_loss, None if h is None else h * d_loss, buffer)
+            increment_version(buffer)
         elif torch.compiler.is_compiling():
             ops.scale_(buffer, d_loss, ctx.sweeps.backend)
         else:
