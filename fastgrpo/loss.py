@@ -96,7 +96,7 @@ def grpo_loss(
         fused = False  # such a gradient waits for the upstream factor
     dtype, vocab = wide(logits.dtype), logits.size(-1)
     batch = make_batch(completion_ids, advantages, inputs, dtype=dtype, vocab_size=vocab, groups_in_pass=fused)
-    weights, want_entropy = row_weights(objective, batch), return_stats or objective.needs_entropy
+    weights, want_entropy = row_weights(objective, batch), objective.wants_entropy(return_stats)
     rows = Rows(batch.ids, batch.mask, batch.inv_temperature)
     if fused:
         how = fuse(rows, objective, batch, weights, skip_zero=not return_stats)

@@ -248,7 +248,7 @@ def hidden_loss(
     weights, who = row_weights(objective, batch), roles(objective, batch, statistics)
     rows = Rows(batch.ids, batch.mask, head.scaled(batch.inv_temperature))
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, head.weight, head.bias)]
-    want_entropy = statistics or objective.needs_entropy
+    want_entropy = objective.wants_entropy(statistics)
     fused = fuses(objective, head.backend, hidden, head.dtype, head.softcap)
     compiling = torch.compiler.is_compiling()
     plan = plan_loss(objective, batch, who, head.chunk) if any(needs) and not compiling else None

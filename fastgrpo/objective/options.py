@@ -170,7 +170,9 @@ class Objective:
         """An objective with the settings of a paper.
 
         Args:
-            name: "grpo-paper", "dapo", "dr_grpo", "bnpo", "gspo", "gspo-token", "luspo", "cispo", "sapo" or "vespo".
+            name: "grpo-paper" (arXiv:2402.03300), "dapo" (arXiv:2503.14476), "dr_grpo" (arXiv:2503.20783), "bnpo"
+                (TRL's), "gspo" and "gspo-token" (arXiv:2507.18071), "luspo" (arXiv:2602.05261), "cispo"
+                (arXiv:2506.13585), "sapo" (arXiv:2511.20347) or "vespo" (arXiv:2602.10693).
             **overrides: options that take other values than the paper's.
 
         Raises:
@@ -209,6 +211,10 @@ class Objective:
     def needs_entropy(self) -> bool:
         """Whether the loss, not only its statistics, depends on entropies."""
         return self.entropy_coef != 0 or self.top_entropy_quantile < 1
+
+    def wants_entropy(self, statistics: bool) -> bool:
+        """Whether a call computes entropies, given whether it returns statistics."""
+        return statistics or self.needs_entropy
 
     def may_be_inert(self, advantages_per_token: bool) -> bool:
         """Whether a row of advantage 0 is known to add exactly nothing to loss and gradient."""
