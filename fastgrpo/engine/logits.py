@@ -59,6 +59,8 @@ class Fused(NamedTuple):
 
     def take(self, at: slice | Tensor) -> Fused:
         """That on some of the rows."""
+        if isinstance(at, slice) and at == slice(0, len(self.rows.ids)):
+            return self
         ids, mask, inv_temperature = self.rows
         inv_temperature, *token = take([inv_temperature, *self.token], at)
         return Fused(Rows(ids[at], mask[at], inv_temperature), TokenRows(*token), self.spec)
