@@ -54,7 +54,7 @@ def selective_logps(
     sweeps = Sweeps(backends.select(logits, backend))
     logps, _, entropies = autograd.stats(as_rows(logits), sweeps, rows, return_entropy)
     shape = completion_ids.shape
-    return (logps.view(shape), entropies.view(shape)) if return_entropy else logps.view(shape)
+    return logps.view(shape) if entropies is None else (logps.view(shape), entropies.view(shape))
 
 
 def linear_logps(
@@ -107,7 +107,7 @@ def linear_logps(
     hidden = hidden if hidden.dim() == 3 else hidden[None]
     logps, _, entropies = autograd.hidden_scores(hidden, head, rows, roles, return_entropy)
     shape = completion_ids.shape
-    return (logps.view(shape), entropies.view(shape)) if return_entropy else logps.view(shape)
+    return logps.view(shape) if entropies is None else (logps.view(shape), entropies.view(shape))
 
 
 def _rows(

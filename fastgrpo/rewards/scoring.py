@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgrpo.advantages import group_advantages
 
-RewardFunc = Callable[..., list[float | None]]
+RewardFunc = Callable[..., Sequence[float | None]]
 
 
 def as_reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> tuple[list[RewardFunc], list[str]]:
