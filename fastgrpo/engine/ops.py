@@ -6,7 +6,7 @@ that takes the objects apart; its body puts them together again and calls what a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -38,11 +38,6 @@ def refuse_double_backward(*_: Any) -> NoReturn:
 def _given(x: Tensor | None, like: Tensor) -> Tensor:
     """What an operator returns for a tensor, which may not be None: an empty one in its place."""
     return like.new_empty(0) if x is None else x
-
-
-def _all(vectors: Vectors) -> list[Tensor]:
-    """Vectors none of which may be None."""
-    return [x for x in vectors if x is not None]
 
 
 def _taken(x: Tensor) -> Tensor | None:
@@ -283,7 +278,9 @@ def linear_grad(
     `rows` are ids, inv_temperature, lse, entropy (or empty), g and h (or None). Rows with both 0 enter no GEMM. It
     takes 2NHV FLOPs, and 2NHV more for each of the first two gradients.
     """
-    (ids, inv_temperature, lse, entropy, g), h = _all(rows[:5]), rows[5]
+    ids, inv_temperature, lse, entropy, g, h = rows
+    assert ids is not None and inv_temperature is not None
+    assert lse is not None and entropy is not None and g is not None
     head = _head(weight, bias, sizes, softcap, dtype, backend)
     found = Scores(lse, lse, _taken(entropy))
     made = chunks.gradients(hidden, head, Rows(ids, None, inv_temperature), found, g, h, needs)
@@ -291,17 +288,11 @@ def linear_grad(
     return d_hidden, d_weight, d_bias
 
 
-def _fake_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: Sequence[bool],
-    hold: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
-) -> Three:
-    inputs = (hidden, weight, weight[:, 0] if bias is None else bias)
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> Three:
+    inputs = zip((hidden, weight, weight[:, 0] if bias is None else bias), needs, strict=True)
     d_hidden, d_weight, d_bias = (
-        torch.empty(x.shape, dtype=hold(x.dtype), device=x.device) if need else torch.empty(0, device=x.device)
-        for x, need in zip(inputs, needs, strict=True)
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else torch.empty(0, device=x.device)
+        for x, need in inputs
     )
     return d_hidden, d_weight, d_bias
 
@@ -380,21 +371,14 @@ def linear_loss(
 
 
 @linear_loss.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Vectors,
-    token: Vectors,
-    spec: Sequence[float],
-    needs: Sequence[bool],
-    want_entropy: bool,
-    *_: Any,
-) -> Five:
-    beta, inv_temperature = spec[1], rows[3]
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, *rest: Any) -> Five:
+    _, (_, beta, *_), needs, want_entropy, *_ = rest
+    inv_temperature = rows[3]
     assert inv_temperature is not None
     table = inv_temperature.new_empty(2 + want_entropy + (beta != 0), len(inv_temperature))
-    return inv_temperature.new_empty(()), table, *_fake_gradients(hidden, weight, bias, needs, chunks.hold_dtype)
+    made = _fake_gradients(hidden, weight, bias, needs)
+    d_hidden, d_weight, d_bias = (x.to(chunks.hold_dtype(x.dtype)) for x in made)
+    return inv_temperature.new_empty(()), table, d_hidden, d_weight, d_bias
 
 
 def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
