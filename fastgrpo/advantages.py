@@ -60,9 +60,9 @@ def group_advantages(
         check_dtype("group_ids", group_ids, torch.bool, *INTEGERS)
         index, columns = _columns(rewards, group_ids.long())
     else:
-        check_groups(rewards, num_generations)
-        index = torch.arange(rewards.numel(), device=rewards.device) // num_generations
-        columns = rewards.view(-1, num_generations).T
+        size = check_groups(rewards, num_generations)
+        index = torch.arange(rewards.numel(), device=rewards.device) // size
+        columns = rewards.view(-1, size).T
     if rewards.numel() == 0:
         return rewards.to(dtype)
 
@@ -150,8 +150,8 @@ def _check_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam:
             raise ValueError(f"{name}: expected a number in [0, 1], got {number!r}")
 
 
-def check_groups(rewards: Tensor, num_generations: int | None) -> None:
-    """Raise a ValueError unless (B,) rewards make whole groups of `num_generations`."""
+def check_groups(rewards: Tensor, num_generations: int | None) -> int:
+    """`num_generations`; a ValueError unless (B,) rewards make whole groups of it."""
     if not isinstance(num_generations, int) or isinstance(num_generations, bool) or num_generations < 1:
         raise ValueError(f"num_generations: expected an integer >= 1, got {num_generations!r}")
     if rewards.numel() % num_generations:
@@ -159,3 +159,4 @@ def check_groups(rewards: Tensor, num_generations: int | None) -> None:
             f"rewards: expected whole groups, a multiple of num_generations={num_generations}, got {rewards.numel()} "
             "rewards (pass advantages where a micro-batch cuts through a group)"
         )
+    return num_generations

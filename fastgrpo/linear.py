@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -90,6 +92,18 @@ def linear_grpo_loss(
     return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats)
 
 
+class Options(Inputs, total=False):
+    """What a `LinearGRPOLoss` may hold: the keyword arguments of `linear_grpo_loss` without the objective."""
+
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    vocab_size: int | None
+    chunk_size: int | None
+    return_stats: bool
+    backend: str
+
+
 class LinearGRPOLoss(GRPOLoss):
     """`linear_grpo_loss` as a module, which holds the objective and other options that do not change.
 
@@ -105,8 +119,19 @@ class LinearGRPOLoss(GRPOLoss):
 
     function = staticmethod(linear_grpo_loss)
 
-    def forward(
-        self, hidden: Tensor, weight: Tensor, completion_ids: Tensor, advantages: Tensor | None = None, **inputs
+    def forward(  # type: ignore[override]  # it takes hidden states and a weight where the other takes logits
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        completion_ids: Tensor,
+        advantages: Tensor | None = None,
+        **inputs: Unpack[Options],
     ) -> GRPOOutput:
-        options = {**self.options, **inputs}
+        options: dict[str, Any] = {**self.options, **inputs}
         return self.function(hidden, weight, completion_ids, advantages, objective=self.objective, **options)
+
+    if TYPE_CHECKING:  # the options are others, too
+
+        def __init__(self, objective: Objective = ..., **options: Unpack[Options]) -> None: ...
+
+        __call__ = forward  # type: ignore[assignment]  # as above

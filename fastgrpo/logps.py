@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypedDict, overload
+
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastgrpo import backends
 from fastgrpo.backends import Rows
@@ -16,6 +19,32 @@ from fastgrpo.engine.logits import Sweeps, as_rows
 from fastgrpo.engine.plan import Roles
 
 
+class _Options(TypedDict, total=False):
+    mask: Tensor | None
+    temperature: float | Tensor
+    backend: str
+
+
+class _LinearOptions(_Options, total=False):
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    vocab_size: int | None
+    chunk_size: int | None
+
+
+@overload
+def selective_logps(
+    logits: Tensor, completion_ids: Tensor, *, return_entropy: Literal[False] = ..., **options: Unpack[_Options]
+) -> Tensor: ...
+@overload
+def selective_logps(
+    logits: Tensor, completion_ids: Tensor, *, return_entropy: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def selective_logps(
+    logits: Tensor, completion_ids: Tensor, *, return_entropy: bool, **options: Unpack[_Options]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def selective_logps(
     logits: Tensor,
     completion_ids: Tensor,
@@ -54,9 +83,31 @@ def selective_logps(
     sweeps = Sweeps(backends.select(logits, backend))
     logps, _, entropies = autograd.stats(as_rows(logits), sweeps, rows, return_entropy)
     shape = completion_ids.shape
-    return (logps.view(shape), entropies.view(shape)) if return_entropy else logps.view(shape)
+    return logps.view(shape) if entropies is None else (logps.view(shape), entropies.view(shape))
 
 
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    return_entropy: Literal[False] = ...,
+    **options: Unpack[_LinearOptions],
+) -> Tensor: ...
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    return_entropy: Literal[True],
+    **options: Unpack[_LinearOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_logps(
+    hidden: Tensor, weight: Tensor, completion_ids: Tensor, *, return_entropy: bool, **options: Unpack[_LinearOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -107,7 +158,7 @@ def linear_logps(
     hidden = hidden if hidden.dim() == 3 else hidden[None]
     logps, _, entropies = autograd.hidden_scores(hidden, head, rows, roles, return_entropy)
     shape = completion_ids.shape
-    return (logps.view(shape), entropies.view(shape)) if return_entropy else logps.view(shape)
+    return logps.view(shape) if entropies is None else (logps.view(shape), entropies.view(shape))
 
 
 def _rows(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from fastgrpo.backends import Rows
 from fastgrpo.batch.batch import wide
 from fastgrpo.batch.inputs import Inputs, check_rows, make_batch, takes
 from fastgrpo.engine import autograd
-from fastgrpo.engine.logits import Apart, Sweeps, as_rows, fuse, fuses
+from fastgrpo.engine.logits import Apart, How, Sweeps, as_rows, fuse, fuses
 from fastgrpo.engine.plan import roles
 from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
@@ -98,6 +100,7 @@ def grpo_loss(
     batch = make_batch(completion_ids, advantages, inputs, dtype=dtype, vocab_size=vocab, groups_in_pass=fused)
     weights, want_entropy = row_weights(objective, batch), objective.wants_entropy(return_stats)
     rows = Rows(batch.ids, batch.mask, batch.inv_temperature)
+    how: How
     if fused:
         how = fuse(rows, objective, batch, weights, skip_zero=not return_stats)
     else:
@@ -107,6 +110,14 @@ def grpo_loss(
     call = autograd.loss_in_place if inplace_now else autograd.loss
     scores, terms = call(as_rows(logits, inplace), sweeps, how, want_entropy)
     return make_output(objective, batch, scores.logp, scores.entropy, terms.in_fp32(), return_stats)
+
+
+class Options(Inputs, total=False):
+    """What a `GRPOLoss` may hold: the keyword arguments of `grpo_loss` without the objective."""
+
+    return_stats: bool
+    inplace: bool
+    backend: str
 
 
 class GRPOLoss(nn.Module):
@@ -122,9 +133,9 @@ class GRPOLoss(nn.Module):
         ValueError: an objective that is none, or a keyword that `grpo_loss` does not have.
     """
 
-    function = staticmethod(grpo_loss)
+    function: Callable[..., GRPOOutput] = staticmethod(grpo_loss)
 
-    def __init__(self, objective: Objective = Objective(), **options):  # noqa: B008 (frozen)
+    def __init__(self, objective: Objective = Objective(), **options: Unpack[Options]) -> None:  # noqa: B008 (frozen)
         super().__init__()
         if not isinstance(objective, Objective):
             raise ValueError(f"objective: expected an Objective, got {objective!r}")
@@ -137,13 +148,16 @@ class GRPOLoss(nn.Module):
             ):
                 raise ValueError(f"{name}: expected a keyword argument of {self.function.__name__}")
         self.objective = objective
-        self.options = options
+        self.options: dict[str, Any] = {**options}
 
     def forward(
-        self, logits: Tensor, completion_ids: Tensor, advantages: Tensor | None = None, **inputs
+        self, logits: Tensor, completion_ids: Tensor, advantages: Tensor | None = None, **inputs: Unpack[Options]
     ) -> GRPOOutput:
-        options = {**self.options, **inputs}
+        options: dict[str, Any] = {**self.options, **inputs}
         return self.function(logits, completion_ids, advantages, objective=self.objective, **options)
+
+    if TYPE_CHECKING:  # nn.Module's takes anything
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return ", ".join([repr(self.objective), *(f"{k}={v!r}" for k, v in self.options.items())])

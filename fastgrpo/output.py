@@ -32,5 +32,10 @@ def make_output(
     if not return_stats:
         return GRPOOutput(terms.loss)
     metrics = compute_metrics(objective, batch, entropies, terms)
-    logps, entropies, kl = (None if x is None else x.detach().view(batch.shape) for x in (logps, entropies, terms.kl))
-    return GRPOOutput(terms.loss, logps, entropies, kl, metrics)
+    return GRPOOutput(
+        loss=terms.loss,
+        per_token_logps=logps.detach().view(batch.shape),
+        entropies=None if entropies is None else entropies.detach().view(batch.shape),
+        kl=None if terms.kl is None else terms.kl.detach().view(batch.shape),
+        metrics=metrics,
+    )

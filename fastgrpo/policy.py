@@ -68,5 +68,6 @@ def policy_loss(
         entropies = entropies.to(dtype).reshape(-1)
     logps = per_token_logps.to(dtype).reshape(-1)
     terms = compute_terms(objective, batch, logps, entropies, row_weights(objective, batch), batch.mask)
-    logps, entropies = (None if x is None else only_where(batch.mask, x.detach()) for x in (logps, entropies))
-    return make_output(objective, batch, logps, entropies, terms, return_stats)
+    if entropies is not None:
+        entropies = only_where(batch.mask, entropies.detach())
+    return make_output(objective, batch, only_where(batch.mask, logps.detach()), entropies, terms, return_stats)

@@ -6,9 +6,12 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance  # noqa: F401 (in the string)
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 class Choices(Generic[T]):
@@ -24,7 +27,7 @@ class Choices(Generic[T]):
         return self._current.get()
 
     @contextlib.contextmanager
-    def using(self, **choices) -> Iterator[T]:
+    def using(self, **choices: Any) -> Iterator[T]:
         """Calls inside the `with` are launched by these choices; the others stay as they were outside.
 
         Raises:

@@ -30,7 +30,8 @@ class Rows(NamedTuple):
     """What is read beside each row of logits."""
 
     ids: Tensor  # (N,) int64, the target; one outside of [0, V) has logp NaN
-    mask: Tensor  # (N,) bool: the rows that are read; the others may hold NaN, and their results are 0
+    # (N,) bool: the rows that are read; the others may hold NaN, and their results are 0. None: `row_grad` is called
+    mask: Tensor | None
     inv_temperature: Tensor  # (N,), the factor of the logits
 
 

@@ -113,6 +113,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     )
 
 
+def _library() -> ctypes.CDLL:
+    library, why = _load()
+    if library is None:
+        raise RuntimeError(f"backend 'cuda' cannot run here: {why}")
+    return library
+
+
 _works = False  # once this backend could run, it can
 
 
@@ -145,13 +152,12 @@ def refuses(call: Call) -> str | None:
 
 
 def _ask(args: Args, device: int, choice: _Choice) -> Shape:
-    library, _ = _load()
-    found = _Shape()
+    library, found = _library(), _Shape()
     if error := library.fastgrpo_cuda_one_pass(args, device, choice, found):
         why = library.fastgrpo_cuda_error(error).decode()
         raise RuntimeError(f"backend 'cuda': asking cuda:{device} for clusters: {why}")
     numbers = (getattr(found, name) for name in Shape._fields[:-1])
-    return Shape(*numbers, None if found.why is None else found.why.decode())
+    return Shape._make((*numbers, None if found.why is None else found.why.decode()))
 
 
 @functools.cache  # of answers; what is raised is not kept
@@ -227,7 +233,7 @@ def _call(function: str, args: Args, device: torch.device) -> None:
         raise ValueError("softcap: expected None with backend 'cuda'; backend 'triton' takes one")
     if args.batch * args.tokens == 0:
         return
-    library = _load()[0]
+    library = _library()
     index, stream = _place(device)
     error = getattr(library, f"fastgrpo_cuda_{function}")(args, index, stream, _as_choice(_choices.get()))
     if error == _REFUSED:

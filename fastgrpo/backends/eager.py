@@ -5,6 +5,9 @@ Works through the rows a few at a time, so that its fp32 copies stay small whate
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,11 +29,11 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def _chunks(*tensors: Tensor):
+def _chunks(*tensors: Tensor) -> Iterator[Any]:
     """(slice of rows, (n, V) views of the tensors (B, T, V) there), over all rows, few enough at a time."""
     batch, length, vocab = tensors[0].shape
     if all(batch == 1 or length == 1 or x.stride(0) == length * x.stride(1) for x in tensors):
-        tensors = [x.flatten(0, 1)[None] for x in tensors]  # rows evenly apart: batches need no step of their own
+        tensors = tuple(x.flatten(0, 1)[None] for x in tensors)  # rows evenly apart: batches need no step of their own
         batch, length = 1, batch * length
     step = max(1, _BYTES // (4 * vocab))
     for b in range(batch):
@@ -45,6 +48,7 @@ def _capped(x: Tensor, softcap: float | None) -> Tensor:
 
 def row_stats(logits: Tensor, rows: Rows, *, want_entropy: bool, softcap: float | None = None) -> Scores:
     ids, mask, inv_temperature = rows
+    assert mask is not None
     dtype, vocab = inv_temperature.dtype, logits.size(-1)
     logp, lse = (torch.zeros(ids.shape, dtype=dtype, device=logits.device) for _ in range(2))
     entropy = torch.zeros_like(logp) if want_entropy else None
@@ -64,7 +68,7 @@ def row_stats(logits: Tensor, rows: Rows, *, want_entropy: bool, softcap: float 
         target = z[: len(highest)].gather(-1, ids[part].clamp(0, vocab - 1)[:, None])[:, 0]
         value = torch.where(inside, target - log_sum, torch.nan)
         logp[part] = torch.where(scored, value, 0.0)
-        if want_entropy:
+        if entropy is not None:
             expected = torch.where(p == 0, 0.0, p * z).sum(-1)[: len(highest)] / total  # p = 0 at z = -inf
             entropy[part] = torch.where(scored, log_sum - expected, 0.0)
     return Scores(logp, lse, entropy)
@@ -91,6 +95,7 @@ def row_grad(
         p = logp.exp()
         coefficient = -g[part, None]
         if h is not None:
+            assert entropy is not None
             coefficient = coefficient - h[part, None] * torch.where(p == 0, 0.0, logp + entropy[part, None])
         grad = p * coefficient
         inside = (ids[part] >= 0) & (ids[part] < vocab)

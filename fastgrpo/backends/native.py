@@ -57,8 +57,10 @@ class _Field(ctypes.Structure):
 
 def _fields(structure: type[ctypes.Structure], prefix: str = "") -> dict[str, tuple[int, int]]:
     """{name: (offset, size)} of the fields of a structure, followed by those of structures in it."""
-    found = {prefix + name: (at.offset, at.size) for name, _ in structure._fields_ if (at := getattr(structure, name))}
-    for name, kind in structure._fields_:
+    found = {
+        prefix + name: (at.offset, at.size) for name, *_ in structure._fields_ if (at := getattr(structure, name))
+    }
+    for name, kind, *_ in structure._fields_:
         if issubclass(kind, ctypes.Structure):
             start, _ = found[prefix + name]
             inside = _fields(kind, f"{prefix}{name}.")
@@ -117,7 +119,7 @@ def _built_elsewhere(path: Path) -> str | None:
     """What to say where Python imports the sources, and a copy with compiled libraries is installed beside them."""
     sources = path.parents[2]
     try:
-        installed = Path(importlib.metadata.distribution("fastgrpo").locate_file(path.relative_to(sources)))
+        installed = Path(str(importlib.metadata.distribution("fastgrpo").locate_file(path.relative_to(sources))))
     except importlib.metadata.PackageNotFoundError:
         return None
     if not installed.exists() or installed == path:
@@ -209,6 +211,7 @@ class RowCalls:
         args.spec = Spec(spec.kind, spec.numbers, spec.beta, spec.bias_correction)
         args.group_size, args.scale_by_std, args.skip_zero = spec.group_size, spec.scale_by_std, spec.skip_zero
         if token.advantages is None:  # the library works them out
+            assert token.rewards is not None
             advantages = torch.empty_like(token.rewards)
             args.advantages, args.sequences = _pointer(advantages), advantages.numel()
         else:

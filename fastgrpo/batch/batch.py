@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class Batch:
         """(N,), worked out from the rewards where those are given."""
         if self.advantages is not None:
             return self.advantages
+        assert self.rewards is not None  # one of the two is given
         per_sequence = group_advantages(self.rewards, self.num_generations, scale_rewards=self.scale_rewards)
         return self.layout.to_rows(per_sequence.to(self.dtype))
 
@@ -64,7 +66,7 @@ class Batch:
     def take(self, rows: slice | Tensor, layout: Layout) -> Batch:
         """Some rows, all of them loss tokens, as a batch of their own that `layout` describes."""
         names = ("inv_temperature", "advantages", "old", "ref", "sampling", "importance_ratio")
-        vectors = dict(zip(names, take([getattr(self, name) for name in names], rows), strict=True))
+        vectors: dict[str, Any] = dict(zip(names, take([getattr(self, name) for name in names], rows), strict=True))
         ids, mask = self.ids[rows], self.mask[rows]
         return dataclasses.replace(self, layout=layout, shape=ids.shape, ids=ids, mask=mask, **vectors)
 

@@ -56,7 +56,8 @@ def takes(declared: type) -> Callable[[F], F]:
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS.get(name), annotation=kind)
             for name, kind in ((name, x.__forward_arg__) for name, x in declared.__annotations__.items())
         ]
-        function.__signature__ = signature.replace(parameters=[*own[:at], *inputs, *own[at:]])
+        shown = signature.replace(parameters=[*own[:at], *inputs, *own[at:]])
+        function.__signature__ = shown  # type: ignore[attr-defined]  # what inspect looks for; no callable declares it
         return function
 
     return show
@@ -144,6 +145,7 @@ def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.devi
         "shape (S+1,) with packed (N,) inputs",
         cu_seqlens,
     )
+    assert cu_seqlens is not None  # as was checked
     check_dtype("cu_seqlens", cu_seqlens, *INTEGERS)
     cu_seqlens = cu_seqlens.to(device, torch.int64)
     if _values_can_be_checked(cu_seqlens):
@@ -180,7 +182,7 @@ def _scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch
 def make_batch(
     completion_ids: Tensor,
     advantages: Tensor | None,
-    inputs: Inputs,
+    inputs: PolicyInputs,
     *,
     dtype: torch.dtype,
     vocab_size: int | None = None,
@@ -254,7 +256,8 @@ def _advantages(
     groups_in_pass: bool,
 ) -> dict[str, Any]:
     """The fields of a batch that are advantages, or rewards for a pass to make them of."""
-    rewards, scale_rewards, device = given.get("rewards"), given["scale_rewards"], mask.device
+    rewards: Any = given.get("rewards")
+    scale_rewards, device = given["scale_rewards"], mask.device
     check((advantages is None) != (rewards is None), "advantages, rewards", "exactly one of the two", advantages)
     check(scale_rewards in SCALE_REWARDS, "scale_rewards", f"one of {', '.join(SCALE_REWARDS)}", scale_rewards)
     if advantages is not None:
@@ -274,5 +277,5 @@ def _advantages(
     if groups_in_pass and scale_rewards != "batch" and rewards.dtype != torch.float64:
         fields = dict(num_generations=given["num_generations"], scale_rewards=scale_rewards)
         return dict(rewards=rewards.float(), **fields)
-    per_sequence = group_advantages(rewards, given.get("num_generations"), scale_rewards=scale_rewards)
-    return dict(advantages=layout.to_rows(per_sequence.to(dtype)))
+    made = group_advantages(rewards, given.get("num_generations"), scale_rewards=scale_rewards)
+    return dict(advantages=layout.to_rows(made.to(dtype)))

@@ -5,7 +5,7 @@ A function takes the tensors that have gradients and one call, whose tensors hav
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,16 +22,18 @@ from fastgrpo.engine.plan import Plan, Roles, plan_loss, plan_rows, roles
 from fastgrpo.objective.options import Objective
 from fastgrpo.objective.terms import Terms, Weights, only_where, row_weights
 
+_Scored = tuple[Tensor, Tensor, Tensor | None]  # what autograd takes for them
+
 
 class _Once(torch.autograd.Function):
     """Hands on a gradient that cannot be differentiated again."""
 
     @staticmethod
-    def forward(ctx, gradient: Tensor, *made_of: Tensor | None):
+    def forward(ctx: Any, gradient: Tensor, *made_of: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> NoReturn:
         refuse_double_backward()
 
 
@@ -58,7 +60,7 @@ class _Scoring(NamedTuple):
 
 class _Stats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, call: _Scoring):
+    def forward(ctx: Any, logits: Tensor, call: _Scoring) -> _Scored:
         logp, lse, entropy = call.sweeps.stats(logits, call.rows, call.want_entropy)
         ctx.save_for_backward(logits, *call.rows, lse, entropy)
         ctx.sweeps = call.sweeps
@@ -67,7 +69,7 @@ class _Stats(torch.autograd.Function):
         return logp, lse, entropy
 
     @staticmethod
-    def backward(ctx, d_logp: Tensor | None, _, d_entropy: Tensor | None):
+    def backward(ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Tensor | None, None]:
         if d_logp is None and d_entropy is None:
             return None, None
         logits, ids, mask, inv_temperature, lse, entropy = ctx.saved_tensors
@@ -100,7 +102,8 @@ def loss(logits: Tensor, sweeps: Sweeps, how: How, want_entropy: bool) -> tuple[
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, call: _Learning):
+    def forward(ctx: Any, logits: Tensor, call: _Learning) -> tuple[Tensor | None, ...]:
+        assert isinstance(call.how, Fused)
         result = call.sweeps.token_loss(logits, call.how, call.want_entropy, out=None)
         ids, _, inv_temperature = call.how.rows
         lse, entropy, h = result.lse, result.entropy, call.how.token.h
@@ -111,7 +114,7 @@ class _FusedLoss(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    def backward(ctx, d_loss: Tensor | None, *_):
+    def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
         if d_loss is None:
             return None, None
         logits, ids, inv_temperature, lse, entropy, g, h = ctx.saved_tensors
@@ -133,13 +136,15 @@ class _InPlace(torch.autograd.Function):
     """The gradient is made in the forward pass, over the logits; backward scales it and returns it, once."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, call: _Learning):
+    def forward(ctx: Any, logits: Tensor, call: _Learning) -> tuple[Tensor | None, ...]:
         sweeps, how, want_entropy = call
         buffer = logits.detach()
-        saved, compiling = (buffer,), torch.compiler.is_compiling()
+        saved: tuple[Tensor | None, ...] = (buffer,)
+        compiling = torch.compiler.is_compiling()
         # fp16 gradients wait for the upstream factor, because a GradScaler's keeps them from rounding to 0
         ctx.wait = buffer.dtype == torch.float16
         if ctx.wait:
+            assert isinstance(how, Apart)
             scores = sweeps.stats(buffer, how.rows, want_entropy)
             terms, g, h = how.coefficients(scores)
             saved = (buffer, how.rows.ids, how.rows.inv_temperature, scores.lse, scores.entropy, g, h)
@@ -159,7 +164,7 @@ class _InPlace(torch.autograd.Function):
         return terms.loss, *constants
 
     @staticmethod
-    def backward(ctx, d_loss: Tensor | None, *_):
+    def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
         if d_loss is None:
             return None, None
         if torch.is_grad_enabled():  # create_graph=True
@@ -211,7 +216,7 @@ class _HiddenScoring(NamedTuple):
 
 class _HiddenScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenScoring):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenScoring) -> _Scored:
         head, rows, scored, plan, want_entropy = call
         logp, lse, entropy = chunks.score(hidden, head, rows, plan, want_entropy)
         ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, lse, entropy)
@@ -221,7 +226,7 @@ class _HiddenScores(torch.autograd.Function):
         return logp, lse, entropy
 
     @staticmethod
-    def backward(ctx, d_logp: Tensor | None, _, d_entropy: Tensor | None):
+    def backward(ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_logp is None and d_entropy is None:
             return None, None, None, None
         hidden, weight, bias, ids, inv_temperature, scored, lse, entropy = ctx.saved_tensors
@@ -254,15 +259,16 @@ def hidden_loss(
     plan = plan_loss(objective, batch, who, head.chunk) if any(needs) and not compiling else None
     if not any(needs) or not (fused if plan is None else plan.fits):
         scores = hidden_scores(hidden, head, rows, who, want_entropy, plan)
-        how = Apart(rows, objective, batch, weights, who.scored)
-        return scores.logp, scores.entropy, how.terms(scores.logp, scores.entropy)
+        apart = Apart(rows, objective, batch, weights, who.scored)
+        return scores.logp, scores.entropy, apart.terms(scores.logp, scores.entropy)
 
     scale = None
     if torch.float16 in (head.dtype, hidden.dtype, head.weight.dtype):
         scale = _power_of_two(objective, batch, weights, who.scored)
-        weights = Weights(*(None if x is None else x * scale for x in weights))
+        weights = Weights(weights.loss * scale, None if weights.entropy is None else weights.entropy * scale)
     how = fuse(rows, objective, batch, weights) if fused else Apart(rows, objective, batch, weights, who.scored)
     if plan is None:
+        assert isinstance(how, Fused)
         loss, columns = ops.fused_hidden_loss(hidden, head, how, who, needs, want_entropy)
         bonus = None if weights.entropy is None else (weights.entropy * columns["entropy"]).sum()
     else:
@@ -301,7 +307,9 @@ class _HiddenLoss(torch.autograd.Function):
     """Nothing else holds the gradients, so backward scales them in place and returns them, once."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenLearning):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenLearning
+    ) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor | None]]:
         loss, columns, bonus, gradients = chunks.learn(hidden, *call)
         ctx.gradients, ctx.sweeps = [*gradients], call.head.sweeps
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
@@ -309,7 +317,7 @@ class _HiddenLoss(torch.autograd.Function):
         return loss, (columns, bonus)  # the second has no gradient
 
     @staticmethod
-    def backward(ctx, d_loss: Tensor | None, _):
+    def backward(ctx: Any, d_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if d_loss is None:
             return None, None, None, None
         if torch.is_grad_enabled():  # create_graph=True

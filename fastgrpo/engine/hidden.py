@@ -37,7 +37,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def take_rows(rows: Rows, at: slice | Tensor) -> Rows:
-    return Rows(*(None if x is None else x[at] for x in rows))
+    return Rows._make(None if x is None else x[at] for x in rows)
 
 
 def columns(scores: Scores) -> list[Tensor]:
@@ -57,7 +57,8 @@ def score(hidden: Tensor, head: Head, rows: Rows, plan: Plan, want_entropy: bool
             scores = head.sweeps.stats(logits, take_rows(rows, at), want_entropy)
             for result, values in zip(results, scores[:count], strict=True):
                 result[at] = values
-    return Scores(*results, *[None] * (3 - count))
+    logp, lse, *entropy = results
+    return Scores(logp, lse, entropy[0] if entropy else None)
 
 
 def gradients(
@@ -69,16 +70,18 @@ def gradients(
     """
     learn = g != 0 if h is None else (g != 0) | (h != 0)
     plan = plan_rows(len(g), Roles(learn, None), head.chunk)
+    logits: Tensor | None
     with no_autocast(hidden):
         projection = Projection(hidden, head, plan.longest)
         collected = Gradients(projection, head, needs, plan)
         for chunk, _ in plan.learn:
             at = plan.at(chunk)
             logits = projection.logits(at)  # (1, n, V), and then their gradient
-            per_row = Scores(*(None if x is None else x[at] for x in scores))
+            per_row = Scores._make(None if x is None else x[at] for x in scores)
             head.sweeps.grad(logits, take_rows(rows, at), per_row, g[at], None if h is None else h[at], logits)
             collected.add(at)
-        logits = projection = None  # frees the buffer before the weight's gradient is rounded
+        logits = None
+        del projection  # and with both the buffer, before the weight's gradient is rounded
         return collected.result()
 
 
@@ -93,6 +96,7 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
     names = [*["logp", "entropy"][: 1 + want_entropy], *how.columns()]
     table, of_terms = vectors.new_zeros(len(names), len(vectors)), slice(1 + want_entropy, None)
     losses, bonuses = [], []
+    logits: Tensor | None
     with no_autocast(hidden):
         projection = Projection(hidden, head, plan.longest)
         collected = Gradients(projection, head, needs, plan, hold_dtype)
@@ -108,7 +112,8 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
             logits = projection.logits(plan.at(chunk))
             scores = head.sweeps.stats(logits, take_rows(how.rows, chunk), want_entropy)
             torch.stack(columns(scores), out=table[: of_terms.start, chunk])
-        logits = projection = None  # frees the buffer before the weight's gradient is rounded
+        logits = None
+        del projection  # and with both the buffer, before the weight's gradient is rounded
         made = collected.result()
     if plan.rest is not None:
         chunk, layout = plan.rest

@@ -62,8 +62,9 @@ class Fused(NamedTuple):
         if isinstance(at, slice) and at == slice(0, len(self.rows.ids)):
             return self
         ids, mask, inv_temperature = self.rows
-        inv_temperature, *token = take([inv_temperature, *self.token], at)
-        return Fused(Rows(ids[at], mask[at], inv_temperature), TokenRows(*token), self.spec)
+        factors, *token = take([inv_temperature, *self.token], at)
+        assert mask is not None and factors is not None
+        return Fused(Rows(ids[at], mask[at], factors), TokenRows._make(token), self.spec)
 
     def part(self, at: slice, layout: Layout) -> Fused:
         return self.take(at)
@@ -75,7 +76,10 @@ class Fused(NamedTuple):
 
     def terms(self, result: TokenLoss) -> Terms:
         """The terms of a pass."""
-        bonus = None if self.token.h is None else (self.token.h * result.entropy).sum()
+        bonus = None
+        if self.token.h is not None:
+            assert result.entropy is not None  # as needs_entropy says
+            bonus = (self.token.h * result.entropy).sum()
         return Terms(result.loss.sum(), result.ratio, result.kl if self.spec.beta != 0 else None, bonus=bonus)
 
     def look(self, logp: Tensor, entropy: Tensor | None = None) -> Terms:
@@ -101,6 +105,7 @@ def fuse(rows: Rows, o: Objective, batch: Batch, weights: Weights, *, skip_zero:
         policy_scale=batch.importance_ratio,
         h=weights.entropy,
     )
+    assert o.record.kind is not None  # as `fuses` says
     spec = TokenSpec(
         kind=o.record.kind,
         numbers=o.record.numbers(o),
@@ -128,7 +133,8 @@ class Apart(NamedTuple):
 
     def part(self, at: slice | Tensor, layout: Layout) -> Apart:
         """That on some of the rows, all of them scored, which make the sequences of `layout`."""
-        rows, weights = Rows(*(x[at] for x in self.rows)), Weights(*take(self.weights, at))
+        rows = Rows._make(None if x is None else x[at] for x in self.rows)
+        weights = Weights._make(take(self.weights, at))
         return Apart(rows, self.objective, self.batch.take(at, layout), weights, None)
 
     def overwrite(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool) -> tuple[Scores, Terms]:
@@ -156,6 +162,7 @@ class Apart(NamedTuple):
             wanted = [scores.logp.detach().requires_grad_()]
             entropies = scores.entropy
             if self.objective.entropy_coef != 0:
+                assert entropies is not None  # as needs_entropy says
                 entropies = entropies.detach().requires_grad_()
                 wanted.append(entropies)
             terms = self.terms(wanted[0], entropies)

@@ -7,6 +7,7 @@ that takes the objects apart; its body puts them together again and calls what a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,9 +23,12 @@ from fastgrpo.engine.plan import Roles, plan_rows
 NAMESPACE = "fastgrpo_2"
 
 Vectors = Sequence[Tensor | None]
+Three = tuple[Tensor, Tensor, Tensor]
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def refuse_double_backward(*_):
+def refuse_double_backward(*_: Any) -> NoReturn:
     raise RuntimeError(
         "fastgrpo: the loss is differentiable once; its gradient was asked to be differentiated again "
         "(double backward, create_graph=True). Use fastgrpo.reference for that."
@@ -40,7 +44,7 @@ def _taken(x: Tensor) -> Tensor | None:
     return x if x.numel() > 0 else None
 
 
-def _answer(ctx, *gradients):
+def _answer(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     """The gradients of an operator's first inputs; the others have none."""
     rest = ctx.needs_input_grad[len(gradients) :]  # a list for a list of tensors
     return *gradients, *([None] * len(x) if isinstance(x, list) else None for x in rest)
@@ -50,26 +54,26 @@ def _answer(ctx, *gradients):
 
 
 def stats(logits: Tensor, sweeps: Sweeps, rows: Rows, want_entropy: bool) -> Scores:
-    logp, lse, entropy = row_stats(logits, *rows, want_entropy, sweeps.backend)
+    logp, lse, entropy = row_stats(logits, rows.ids, rows.mask, rows.inv_temperature, want_entropy, sweeps.backend)
     return Scores(logp, lse, entropy if want_entropy else None)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::row_stats", mutates_args=())
 def row_stats(
     logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     """(logp, lse, entropy) of each row, (N,) fp32; entropy is empty unless wanted. Masked rows are not read."""
     logp, lse, entropy = Sweeps(backend).stats(logits, Rows(ids, mask, inv_temperature), want_entropy)
     return logp, lse, _given(entropy, logp)
 
 
-def _fake_scores(inv_temperature: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_scores(inv_temperature: Tensor, want_entropy: bool) -> Three:
     logp, lse, entropy = (torch.empty_like(inv_temperature) for _ in range(3))
     return logp, lse, entropy if want_entropy else entropy.new_empty(0)
 
 
 @row_stats.register_fake
-def _(logits, ids, mask, inv_temperature, want_entropy, backend):
+def _(logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, backend: str) -> Three:
     return _fake_scores(inv_temperature, want_entropy)
 
 
@@ -91,14 +95,14 @@ def row_grad(
 
 
 @row_grad.register_fake
-def _(logits, *_):
+def _(logits: Tensor, *_: Any) -> Tensor:
     return empty_gradient(logits)
 
 
 row_grad.register_autograd(refuse_double_backward)
 
 
-def _row_stats_setup(ctx, inputs, output):
+def _row_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
     logits, ids, mask, inv_temperature, _, ctx.backend = inputs
     _, lse, entropy = output
     ctx.save_for_backward(logits, mask, ids, inv_temperature, lse, entropy)
@@ -106,7 +110,7 @@ def _row_stats_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # so that an entropy that nobody differentiates costs no gradient
 
 
-def _row_stats_backward(ctx, d_logp, _, d_entropy):
+def _row_stats_backward(ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Any, ...]:
     logits, mask, *rows = ctx.saved_tensors
     d_entropy = d_entropy if rows[-1].numel() > 0 else None
     if d_logp is None and d_entropy is None:
@@ -127,7 +131,7 @@ def scale_(x: Tensor, factor: Tensor, backend: str) -> None:
 
 
 @scale_.register_fake
-def _(x, factor, backend):
+def _(x: Tensor, factor: Tensor, backend: str) -> None:
     return None
 
 
@@ -146,13 +150,10 @@ def spec_numbers(spec: TokenSpec) -> list[float]:
     return [float(x) for x in (kind, *rest, *numbers)]
 
 
-def _fused(rows: Sequence[Tensor], token: Vectors, numbers: Sequence[float]) -> Fused:
+def _fused(rows: Sequence[Tensor] | Rows, token: Vectors, numbers: Sequence[float]) -> Fused:
     kind, beta, bias_correction, group_size, scale_by_std, skip_zero, *own = numbers
     flags = bool(bias_correction), int(group_size), bool(scale_by_std), bool(skip_zero)
-    return Fused(Rows(*rows), TokenRows(*token), TokenSpec(int(kind), tuple(own), beta, *flags))
-
-
-Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    return Fused(Rows._make(rows), TokenRows._make(token), TokenSpec(int(kind), tuple(own), beta, *flags))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::token_loss", mutates_args=())
@@ -176,7 +177,9 @@ def token_loss_(
     return *result[:3], _given(result.entropy, result.logp), *result[4:]
 
 
-def _token_loss_fake(logits, rows, token, spec, want_entropy, backend):
+def _token_loss_fake(
+    logits: Tensor, rows: Sequence[Tensor], token: Vectors, spec: Sequence[float], want_entropy: bool, backend: str
+) -> Seven:
     loss, kl, ratio, g = (torch.empty_like(rows[2]) for _ in range(4))
     return loss, *_fake_scores(rows[2], want_entropy), kl, ratio, g
 
@@ -185,7 +188,7 @@ token_loss.register_fake(_token_loss_fake)
 token_loss_.register_fake(_token_loss_fake)
 
 
-def _token_loss_setup(ctx, inputs, output):
+def _token_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Seven) -> None:
     logits, (ids, _, inv_temperature), token, *_, ctx.backend = inputs
     _, logp, lse, entropy, kl, ratio, g = output
     ctx.save_for_backward(logits, ids, inv_temperature, lse, entropy, g, TokenRows(*token).h)
@@ -193,7 +196,7 @@ def _token_loss_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _token_loss_backward(ctx, d_loss, *_):
+def _token_loss_backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
     logits, *rows, g, h = ctx.saved_tensors
     if d_loss is None:
         return _answer(ctx)
@@ -210,7 +213,9 @@ def _apart(head: Head) -> tuple[list[int], float | None, torch.dtype, str]:
     return [head.vocab, head.chunk], head.softcap, head.dtype, head.backend
 
 
-def _head(weight, bias, sizes, softcap, dtype, backend) -> Head:
+def _head(
+    weight: Tensor, bias: Tensor | None, sizes: Sequence[int], softcap: float | None, dtype: torch.dtype, backend: str
+) -> Head:
     vocab, chunk = sizes
     return Head(weight, bias, vocab, 1.0, softcap, dtype, chunk, backend)  # the scale is in the temperature already
 
@@ -232,16 +237,17 @@ def linear_stats(
     softcap: float | None,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     """row_stats of the logits of a head, with 2NHV FLOPs; rows that are not scored enter no GEMM.
 
     `rows` are ids, scored (or None) and inv_temperature, `sizes` V and the rows of a chunk.
     """
     ids, scored, inv_temperature = rows
+    assert ids is not None and inv_temperature is not None
     head = _head(weight, bias, sizes, softcap, dtype, backend)
     plan = plan_rows(ids.numel(), Roles(scored, None), head.chunk, learn=False)
     found = chunks.score(hidden, head, _every(ids, inv_temperature), plan, want_entropy)
-    return *(x.clone() for x in found[:2]), _given(found.entropy, inv_temperature).clone()
+    return found.logp.clone(), found.lse.clone(), _given(found.entropy, inv_temperature).clone()
 
 
 def _every(ids: Tensor, inv_temperature: Tensor) -> Rows:
@@ -250,7 +256,8 @@ def _every(ids: Tensor, inv_temperature: Tensor) -> Rows:
 
 
 @linear_stats.register_fake
-def _(hidden, weight, bias, rows, want_entropy, *_):
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, want_entropy: bool, *_: Any) -> Three:
+    assert rows[2] is not None
     return _fake_scores(rows[2], want_entropy)
 
 
@@ -265,36 +272,40 @@ def linear_grad(
     softcap: float | None,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Three:
     """The gradients of hidden, weight and bias (empty unless `needs` says so) from g = dL/dlogp and h = dL/dentropy.
 
     `rows` are ids, inv_temperature, lse, entropy (or empty), g and h (or None). Rows with both 0 enter no GEMM. It
     takes 2NHV FLOPs, and 2NHV more for each of the first two gradients.
     """
     ids, inv_temperature, lse, entropy, g, h = rows
+    assert ids is not None and inv_temperature is not None
+    assert lse is not None and entropy is not None and g is not None
     head = _head(weight, bias, sizes, softcap, dtype, backend)
     found = Scores(lse, lse, _taken(entropy))
     made = chunks.gradients(hidden, head, Rows(ids, None, inv_temperature), found, g, h, needs)
-    return tuple(_given(x, inv_temperature) for x in made)
+    d_hidden, d_weight, d_bias = (_given(x, inv_temperature) for x in made)
+    return d_hidden, d_weight, d_bias
 
 
-def _fake_gradients(hidden, weight, bias, needs, hold=lambda dtype: dtype):
-    inputs = (hidden, weight, weight[:, 0] if bias is None else bias)
-    return tuple(
-        torch.empty(x.shape, dtype=hold(x.dtype), device=x.device) if need else torch.empty(0, device=x.device)
-        for x, need in zip(inputs, needs, strict=True)
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> Three:
+    inputs = zip((hidden, weight, weight[:, 0] if bias is None else bias), needs, strict=True)
+    d_hidden, d_weight, d_bias = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else torch.empty(0, device=x.device)
+        for x, need in inputs
     )
+    return d_hidden, d_weight, d_bias
 
 
 @linear_grad.register_fake
-def _(hidden, weight, bias, rows, needs, *_):
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, needs: Sequence[bool], *_: Any) -> Three:
     return _fake_gradients(hidden, weight, bias, needs)
 
 
 linear_grad.register_autograd(refuse_double_backward)
 
 
-def _linear_stats_setup(ctx, inputs, output):
+def _linear_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
     hidden, weight, bias, (ids, scored, inv_temperature), _, *ctx.head = inputs
     _, lse, entropy = output
     ctx.save_for_backward(hidden, weight, bias, scored, ids, inv_temperature, lse, entropy)
@@ -302,7 +313,7 @@ def _linear_stats_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _linear_stats_backward(ctx, d_logp, _, d_entropy):
+def _linear_stats_backward(ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Any, ...]:
     hidden, weight, bias, scored, *rows = ctx.saved_tensors
     d_entropy = d_entropy if rows[-1].numel() > 0 else None
     if d_logp is None and d_entropy is None:
@@ -344,27 +355,33 @@ def linear_loss(
     softcap: float | None,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Five:
     """(loss, statistics (K, N), and the gradients of hidden, weight and bias for dL = 1), in one pass over chunks.
 
     `rows` are ids, scored and learn (or None), and inv_temperature.
     """
     ids, scored, learn, inv_temperature = rows
+    assert ids is not None and inv_temperature is not None
     head, how = _head(weight, bias, sizes, softcap, dtype, backend), _fused(_every(ids, inv_temperature), token, spec)
     plan = plan_rows(ids.numel(), Roles(scored, learn), head.chunk)
     learned = chunks.learn(hidden, head, how, plan, needs, want_entropy)
     table = torch.stack([*learned.columns.values()])
-    return learned.loss, table, *(_given(x, inv_temperature) for x in learned.gradients)
+    d_hidden, d_weight, d_bias = (_given(x, inv_temperature) for x in learned.gradients)
+    return learned.loss, table, d_hidden, d_weight, d_bias
 
 
 @linear_loss.register_fake
-def _(hidden, weight, bias, rows, token, spec, needs, want_entropy, *_):
-    beta, inv_temperature = spec[1], rows[3]
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, *rest: Any) -> Five:
+    _, (_, beta, *_), needs, want_entropy, *_ = rest
+    inv_temperature = rows[3]
+    assert inv_temperature is not None
     table = inv_temperature.new_empty(2 + want_entropy + (beta != 0), len(inv_temperature))
-    return inv_temperature.new_empty(()), table, *_fake_gradients(hidden, weight, bias, needs, chunks.hold_dtype)
+    made = _fake_gradients(hidden, weight, bias, needs)
+    d_hidden, d_weight, d_bias = (x.to(chunks.hold_dtype(x.dtype)) for x in made)
+    return inv_temperature.new_empty(()), table, d_hidden, d_weight, d_bias
 
 
-def _linear_loss_setup(ctx, inputs, output):
+def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
     hidden, weight, bias, *_ = inputs
     _, table, *gradients = output
     ctx.dtypes = [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
@@ -373,7 +390,7 @@ def _linear_loss_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _linear_loss_backward(ctx, d_loss, *_):
+def _linear_loss_backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
     if d_loss is None:
         return _answer(ctx)
     kinds = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)

@@ -138,8 +138,10 @@ def cut_sequences(lengths: list[int], chunk: int) -> list[tuple[slice, slice]]:
 def _masks(roles: Roles) -> tuple[Tensor, Tensor]:
     """(learn, scored), (N,) bool each; one of them is given."""
     scored, learn = roles
-    scored = torch.ones_like(learn) if scored is None else scored
-    return scored if learn is None else learn, scored
+    if learn is None:
+        assert scored is not None
+        return scored, scored
+    return learn, torch.ones_like(learn) if scored is None else scored
 
 
 def _count(n: int, roles: Roles, layout: Layout | None = None) -> _Counts:

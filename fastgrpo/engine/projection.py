@@ -43,7 +43,7 @@ class Projection:
         self.hidden, self.dtype = hidden, dtype
         self.weight = head.weight[:vocab]
         if head.weight.dtype != dtype:
-            self.weight = _large(*self.weight.shape, dtype, device).copy_(self.weight)
+            self.weight = _large(vocab, head.weight.shape[1], dtype, device).copy_(self.weight)
         self.bias = None if head.bias is None else head.bias[:vocab].to(dtype)
         # on a GPU rows begin at multiples of 128 bytes, as the fast GEMMs require, whatever V is
         stride = vocab if device.type == "cpu" else -(-vocab // 64) * 64
@@ -96,11 +96,11 @@ class Gradients:
         # dW of more than one chunk adds up in fp32, and is cast when the buffer of logits is free
         self.shape, self.dtype = weight.shape if needs[1] else torch.Size([0, 0]), hold(weight.dtype)
         direct = self.dtype == sums or (chunks == 1 and self.dtype == projection.dtype)
-        self.sum = _large(*self.shape, self.dtype if direct else sums, device)
+        self.sum = _large(self.shape[0], self.shape[1], self.dtype if direct else sums, device)
         self.vocab = len(projection.weight)
         # zeros where no GEMM writes; on a CPU everywhere, because page faults inside a GEMM cost more
         self.sum[self.vocab if chunks and device.type != "cpu" else 0 :].zero_()
-        self.d_bias = torch.zeros(len(bias), dtype=sums, device=device) if needs[2] else None
+        self.d_bias = torch.zeros(len(bias), dtype=sums, device=device) if needs[2] and bias is not None else None
         self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)
 
     def add(self, rows: slice | Tensor) -> None:
@@ -114,21 +114,21 @@ class Gradients:
                 flat[rows] = torch.mm(dz, self.projection.weight).to(flat.dtype)
         if self.needs[1]:
             _add_product(self.sum[: self.vocab], dz, h, first=not self.started)
-        if self.needs[2]:
+        if self.d_bias is not None:
             self.d_bias[: dz.shape[1]] += dz.sum(0, dtype=self.d_bias.dtype)
         self.started = True
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dL/dhidden (B, T, H), dL/dweight (V', H), dL/dbias (V')), None where it is not wanted."""
-        self.projection = None
+        del self.projection
         d_weight = self.sum
         if d_weight.dtype != self.dtype:
-            d_weight = _large(*self.shape, self.dtype, d_weight.device).copy_(d_weight)
-        of_hidden, of_weight, of_bias = self.needs
+            d_weight = _large(self.shape[0], self.shape[1], self.dtype, d_weight.device).copy_(d_weight)
+        of_hidden, of_weight, _ = self.needs
         return (
             self.d_hidden if of_hidden else None,
             d_weight if of_weight else None,
-            self.d_bias.to(self.bias_dtype) if of_bias else None,
+            None if self.d_bias is None else self.d_bias.to(self.bias_dtype),
         )
 
 

@@ -166,7 +166,8 @@ class Patch(contextlib.AbstractContextManager):
     """
 
     def __init__(self, places: Callable[[], Iterable[Place]]):
-        self._places, self._before = places, []
+        self._places = places
+        self._before: list[Any] = []
 
     def put(self) -> Patch:
         """Fill the places, unless they are filled; returns this patch."""

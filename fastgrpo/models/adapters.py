@@ -7,11 +7,12 @@ import copy
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+
+from fastgrpo.models.calls import AnyModel
 
 
 @torch.no_grad()
-def add_reference(model: nn.Module) -> list[str]:
+def add_reference(model: AnyModel) -> list[str]:
     """Add frozen copies of the active adapters to a PEFT model; returns their names, "ref" where that is free."""
     active, names = list(model.active_adapters), []
     learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -45,7 +46,7 @@ def add_reference(model: nn.Module) -> list[str]:
 
 
 @contextlib.contextmanager
-def reference(model: nn.Module, names: list[str]) -> Iterator[None]:
+def reference(model: AnyModel, names: list[str]) -> Iterator[None]:
     """While this lasts, a PEFT model is its reference: with the adapters `names`, or without any."""
     if not names:
         with model.disable_adapter():
@@ -61,14 +62,14 @@ def reference(model: nn.Module, names: list[str]) -> Iterator[None]:
             parameter.requires_grad_(learns)
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _tensors(model: AnyModel) -> dict[str, torch.Tensor]:
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
 
 
-def _activate(model: nn.Module, names: list[str]) -> None:
+def _activate(model: AnyModel, names: list[str]) -> None:
     if len(names) == 1:
         model.set_adapter(names[0])
     else:

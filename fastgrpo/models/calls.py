@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+AnyModel = (
+    Any  # a transformers model, or what PEFT, a compiler or accelerate wrapped one in and hands on its attributes
+)
 
 
 def pad(rows: list[list[int]], value: int, side: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

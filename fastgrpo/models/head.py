@@ -89,7 +89,7 @@ def in_place_of_head(model: PreTrainedModel, fn: Callable[[Tensor, Head], Any]):
     layer, options = head_layer(model), logit_options(model)
     own = type(layer)
     vars(layer)["_in_place"] = lambda hidden: _call_at_head(layer, hidden, fn, options)
-    layer.__class__ = _replacing(own)
+    layer.__class__ = _replacing(own)  # type: ignore[arg-type]  # a class has a hash, whatever its instances have
     try:
         yield
     finally:
@@ -109,7 +109,7 @@ def _replacing(own: type[nn.Module]) -> type[nn.Module]:
     return type(own.__name__, (own,), {"forward": property(lambda self: self._run_in_place), "_run_in_place": run})
 
 
-def _call_at_head(layer: nn.Module, hidden: Tensor, fn: Callable, options: tuple[float, float | None]) -> Any:
+def _call_at_head(layer: Any, hidden: Tensor, fn: Callable, options: tuple[float, float | None]) -> Any:
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if isinstance(weight, DTensor):
         raise ValueError("model: a language-model head that is split by tensor parallelism is not supported")
@@ -151,7 +151,8 @@ def run_completion_head(
     Raises:
         ValueError: the model does not make its logits by one call of its head.
     """
-    inner, results, gradient = unwrap(model), [], []
+    inner, results = unwrap(model), []
+    gradient: list[Tensor] = []
 
     def at_head(hidden: Tensor, head: Head) -> Tensor:
         results.append(fn(hidden[:, -length - 1 : -1], head))
@@ -218,7 +219,7 @@ def check_completion_head(model: nn.Module) -> None:
         ValueError: they differ, so this model transforms its logits in a way that is not read off its config.
     """
     inner = unwrap(model)
-    device = inner.get_input_embeddings().weight.device
+    device: Any = inner.get_input_embeddings().weight.device
     vocabulary = inner.config.get_text_config().vocab_size  # a sharded weight would not tell
     ids = torch.linspace(0, vocabulary - 1, 6, device=device).long()[None]
     mask, training = torch.ones_like(ids), model.training

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +99,7 @@ def per_item(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
 
 def per_length(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
     """The sum over tokens, over the number of sequences times a constant length."""
+    assert o.max_completion_length is not None  # as the record of its loss says
     return mask / (max(batch.layout.num_sequences, 1) * o.max_completion_length)
 
 
@@ -135,7 +138,7 @@ def _clip_numbers(o: Objective) -> tuple[float, ...]:
     return 1 - o.epsilon, o.clip_high, math.inf if o.delta is None else o.delta
 
 
-def _clipped(average, **more) -> Loss:
+def _clipped(average: Callable[[Objective, Batch, Tensor], Tensor], **more: Any) -> Loss:
     return Loss(clipped, average, kind=Kind.CLIP.value, numbers=_clip_numbers, shares=clipped_shares, **more)
 
 

@@ -18,8 +18,8 @@ def compute_metrics(o: Objective, batch: Batch, entropies: Tensor | None, terms:
     """TRL's metrics, 0-dim tensors: means over the loss tokens, or over sequences for one number a sequence."""
     layout, sequences = batch.layout, batch.layout.num_sequences
     per_sequence = o.importance_sampling_level == "sequence" and not batch.advantages_per_token
-    vectors = dict(kl=terms.kl, entropy=entropies) | dict(zip(o.record.logs, terms.logged, strict=True))
-    vectors = {name: x for name, x in vectors.items() if x is not None}
+    given = dict(kl=terms.kl, entropy=entropies) | dict(zip(o.record.logs, terms.logged, strict=True))
+    vectors = {name: x for name, x in given.items() if x is not None}
     shares = o.record.shares(o, terms.ratio, batch.row_advantages())  # 0 or 1
 
     # all of them in one table: on a GPU each operation is a launch, whatever its size
@@ -30,8 +30,8 @@ def compute_metrics(o: Objective, batch: Batch, entropies: Tensor | None, terms:
     metrics = dict(zip((*vectors, *shares), means, strict=True))
     if per_sequence and shares:
         of_sequence = sums / lengths.clamp(min=1)
-        means = of_sequence.sum(0) / max(sequences, 1)
-        metrics |= {name: means[len(vectors) + i] for i, name in enumerate(shares)}
+        over_sequences = of_sequence.sum(0) / max(sequences, 1)
+        metrics |= {name: over_sequences[len(vectors) + i] for i, name in enumerate(shares)}
     if "clip_ratio/low_mean" in shares:
         metrics["clip_ratio/region_mean"] = metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"]
         if not per_sequence:

@@ -166,7 +166,7 @@ class Objective:
             check(needed, getattr(self, needed) is not None, f"a number > 0 with loss_type {self.loss_type!r}")
 
     @classmethod
-    def preset(cls, name: str, **overrides) -> Objective:
+    def preset(cls, name: str, **overrides: Any) -> Objective:
         """An objective with the settings of a paper.
 
         Args:

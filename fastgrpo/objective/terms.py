@@ -81,6 +81,7 @@ def compute_terms(
         drift = _seq_mean(batch.layout, mask, torch.nan_to_num(sampling - logps.detach(), nan=0.0))
         factors.append((advantages >= 0) | (drift <= o.off_policy_mask_threshold))
     if o.top_entropy_quantile < 1:
+        assert entropies is not None  # as needs_entropy says
         entropy_mask = high_entropy_mask(entropies, batch.mask, 1 - o.top_entropy_quantile)
         factors.append(entropy_mask)
     if is_ratio is not None and not o.record.takes_importance_ratio:
@@ -96,6 +97,7 @@ def compute_terms(
         loss = loss * factor
     kl = None
     if o.beta != 0:
+        assert batch.ref is not None  # as check_objective says
         kl = _kl(o, batch, mask, logps, old, only_where(scored, batch.ref))
         loss = loss + o.beta * kl
 
@@ -103,6 +105,7 @@ def compute_terms(
     if h is not None:
         if entropy_mask is not None:
             h = h * entropy_mask * (mask.sum().clamp(min=1) / (mask * entropy_mask).sum().clamp(min=1))
+        assert entropies is not None  # as needs_entropy says
         bonus = (h * only_where(scored, entropies)).sum()
         total, bonus = total + bonus, bonus.detach()
     return Terms(total, log_ratio.detach().exp(), None if kl is None else kl.detach(), tuple(logged), bonus)

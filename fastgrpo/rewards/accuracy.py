@@ -63,7 +63,8 @@ def accuracy_reward(completions: list, answer: list, **_: Any) -> list[float | N
     undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
     if undecided:
         verdicts.update(_compare_formulas(undecided))
-    return [None if pair is None or verdicts[pair] is None else float(verdicts[pair]) for pair in pairs]
+    judged = (None if pair is None else verdicts[pair] for pair in pairs)
+    return [None if verdict is None else float(verdict) for verdict in judged]
 
 
 def _truth(answer: str) -> str:
@@ -98,8 +99,8 @@ def _is_equal(given: str, truth: str) -> bool | None:
 def _is_same_choice(given: str, truth: str) -> bool:
     if max(len(given), len(truth)) > _MAX_FORMULA:
         return False
-    choices = [_CHOICE.fullmatch(text) for text in (given, truth)]
-    if not all(choices):
+    choices = [match for text in (given, truth) if (match := _CHOICE.fullmatch(text))]
+    if len(choices) < 2:
         return False
     letters = [match["in_brackets"] or match["label"] for match in choices]
     is_alone = [not match["more"].strip(" .}") for match in choices]

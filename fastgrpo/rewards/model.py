@@ -7,18 +7,17 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fastgrpo.models.calls import frozen, pad
 from fastgrpo.rewards.scoring import RewardFunc
 from fastgrpo.rewards.text import is_conversation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def model_reward(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, label: int | None = None, batch_size: int = 16
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, label: int | None = None, batch_size: int = 16
 ) -> RewardFunc:
     """The score that a sequence classifier gives to a prompt with its completion.
 
@@ -40,7 +39,7 @@ def model_reward(
         ValueError: a label that is missing, not needed or out of range; a tokenizer without a pad token;
             batch_size below 1.
     """
-    outputs = model.config.num_labels
+    outputs: Any = model.config.num_labels
     if (label is None) != (outputs == 1) or (label is not None and not 0 <= label < outputs):
         expected = "None, since the model has one output" if outputs == 1 else f"an index below {outputs}"
         raise ValueError(f"label: expected {expected}, got {label!r}")
@@ -61,7 +60,7 @@ def model_reward(
     def reward_model(prompts: list, completions: list, **_: Any) -> list[float]:
         nonlocal is_padded
         conversational = bool(prompts) and is_conversation(prompts[0])
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        texts: Any = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         if conversational:
             texts = tokenizer.apply_chat_template(texts, tokenize=False)
         # a chat template writes the special tokens itself

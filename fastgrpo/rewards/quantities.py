@@ -95,8 +95,7 @@ def parse_number(text: str) -> Number | None:
         return None
     text = text.replace("\\$", "").replace("$", "").strip()
     match = _WHOLE_TEXT.match(text)
-    number = match and _read(match)
-    if number is None:
+    if match is None or (number := _read(match)) is None:
         return None
     rest = text[match.end() :]
     if not rest.strip(" ."):
@@ -104,7 +103,7 @@ def parse_number(text: str) -> Number | None:
     if re.fullmatch(rf"{_GAP}per ?cent\.?", rest):
         return number._replace(is_percent=True)
     unit = _unit(rest)
-    return unit and number._replace(unit=unit)
+    return number._replace(unit=unit) if unit else None
 
 
 def _read(match: re.Match) -> Number | None:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from fastgrpo.advantages import group_advantages
 
-RewardFunc = Callable[..., list[float | None]]
+RewardFunc = Callable[..., Sequence[float | None]]
 
 
 def as_reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc]) -> tuple[list[RewardFunc], list[str]]:
     """The reward functions and the names that they are logged under; several of one name are numbered from 1."""
-    funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    funcs: list[Any] = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     if not funcs:
         raise ValueError("reward_funcs: expected at least one function, got an empty list")
     for func in funcs:
@@ -219,7 +219,7 @@ def nanstd(x: Tensor, dim: int | None = None) -> Tensor:
     """Standard deviation with Bessel's correction without the NaNs; NaN below two values, 0 for a single one."""
     if (x.numel() if dim is None else x.shape[dim]) < 2:
         return torch.zeros_like(x.sum() if dim is None else x.sum(dim))
-    keep = {} if dim is None else {"dim": dim, "keepdim": True}
+    keep: dict[str, Any] = {} if dim is None else {"dim": dim, "keepdim": True}
     count = (~x.isnan()).sum(**keep)
     square = ((x - x.nanmean(**keep)) ** 2).nansum(**keep) / (count - 1)
     std = torch.where(count > 1, square, torch.nan).sqrt()

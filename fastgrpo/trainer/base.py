@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastgrpo.models.calls import AnyModel
 from fastgrpo.models.head import check_completion_head
 from fastgrpo.trainer.checkpoints import (
     ResumeError,
@@ -27,6 +28,7 @@ class HeadTrainer(Trainer):
     model in between. Checkpoints are written whole or not at all; resuming passes over those that are cut short.
     """
 
+    model: AnyModel
     _head_is_checked = False
     _unfinished: str | None = None  # where a checkpoint is being written, in the place of the run's folder
 
@@ -52,8 +54,9 @@ class HeadTrainer(Trainer):
 
     def last_checkpoint(self) -> str | None:
         """The newest checkpoint in the output folder that is whole; warns of newer ones that are not."""
-        index = self.args.process_index
-        return last_whole_checkpoint(self.args.output_dir, lambda path: self.files_of_process(path, index))
+        args, index = self.args, self.args.process_index
+        assert args.output_dir is not None  # as __post_init__ sees to
+        return last_whole_checkpoint(args.output_dir, lambda path: self.files_of_process(path, index))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; True is the newest checkpoint that is whole.

@@ -28,6 +28,12 @@ _Options = dataclasses.make_dataclass(
 )
 
 
+def as_dict(options: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Options of a training argument, of which `__post_init__` makes a dict where they are JSON."""
+    assert not isinstance(options, str)
+    return options or {}
+
+
 @dataclass
 class GRPOConfig(_Options, TrainingArguments):
     """Options of `GRPOTrainer`.
@@ -84,7 +90,7 @@ class GRPOConfig(_Options, TrainingArguments):
     disable_dropout: bool = False
 
     # data and sampling
-    remove_unused_columns: bool | None = False
+    remove_unused_columns: bool = False
     shuffle_dataset: bool = True
     num_generations: int = _defaults.NUM_GENERATIONS
     num_generations_eval: int | None = None
@@ -115,18 +121,24 @@ class GRPOConfig(_Options, TrainingArguments):
     learning_rate: float = 1e-6
     logging_steps: float = 10
     gradient_checkpointing: bool | None = None
-    bf16: bool | None = field(default=None, metadata={"help": "Train in bfloat16; the default is not fp16."})
+    bf16: bool | None = field(  # type: ignore[assignment]  # None until __post_init__
+        default=None, metadata={"help": "Train in bfloat16; the default is not fp16."}
+    )
     log_completions: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         if self.gradient_checkpointing is None and getattr(self, CHECKPOINTING) is None:
             setattr(self, CHECKPOINTING, True)
         super().__post_init__()
         if self.checkpoints_activations and CHECKPOINTING == "gradient_checkpointing":
             # the reentrant kind, once the default, needs inputs that require grad
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(self.gradient_checkpointing_kwargs or {})}
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+            self.gradient_checkpointing_kwargs = {
+                "use_reentrant": False,
+                **as_dict(self.gradient_checkpointing_kwargs),
+            }
+        older: dict[Any, str] = {True: "group", False: "none"}
+        self.scale_rewards = older.get(self.scale_rewards, self.scale_rewards)
         self._check_choices()
         self._size_generation()
         self.objective()  # so that a bad option is refused here rather than at the first step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,6 +63,7 @@ def sample(
         eos_token_id=end_tokens(model, tokenizer) or None,
         disable_compile=True,
     )
+    device: Any = model.device
     rows = [dataset[i] for i in range(len(dataset))] * samples
     texts: list[str] = []
     lengths: list[int] = []
@@ -72,7 +74,7 @@ def sample(
             part = rows[start : start + batch_size]
             prompts = [row["prompt"] for row in part]
             prompt_tokens = tokenize_prompts(tokenizer, prompts)
-            ids, mask = pad(prompt_tokens, tokenizer.pad_token_id, "left", model.device)
+            ids, mask = pad(prompt_tokens, tokenizer.pad_token_id, "left", device)
             tokens = generate_completions(model, ids, mask, config)
             completions = decode_completions(tokenizer, tokens, is_conversation(prompts[0]))
             texts += map(completion_text, completions)

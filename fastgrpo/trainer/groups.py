@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from fastgrpo.trainer.base import HeadTrainer
+from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.setup import only_iterates
 
 
@@ -72,17 +73,29 @@ class RepeatedRows(IterableDataset):
 
 
 class GroupTrainer(HeadTrainer):
-    """A Trainer whose batches are groups; in training a batch is a whole round, and is asked for at every micro-step.
+    """A Trainer whose batches are groups; in training a batch is a whole round, asked for at every micro-step."""
 
-    `args` is a GRPOConfig.
-    """
-
+    args: GRPOConfig
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: list[str] | None  # type: ignore[assignment]  # the Trainer declares its first value alone
     num_generations_eval: int  # of a group in evaluation
 
     @property
     def _requests_of_a_round(self) -> int:
         """How often the Trainer's loop asks for a micro-batch of the same completions."""
-        return self.args.num_iterations * self.args.steps_per_generation
+        return self.args.num_iterations * self._steps_per_generation
+
+    @property
+    def _steps_per_generation(self) -> int:
+        """The micro-batches of a round."""
+        assert self.args.steps_per_generation is not None  # as __post_init__ sees to
+        return self.args.steps_per_generation
+
+    @property
+    def _prompts_of_a_round(self) -> int:
+        assert self.args.generation_batch_size is not None  # as __post_init__ sees to
+        return self.args.generation_batch_size // self.args.num_generations
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # what remove_unused_columns=True keeps
@@ -92,14 +105,13 @@ class GroupTrainer(HeadTrainer):
         """As the Trainer's, with the completions of a whole round as a batch."""
         args, dataset = self.args, self.train_dataset
         if only_iterates(dataset):
-            prompts, repeats = args.generation_batch_size // args.num_generations, self._requests_of_a_round
             shuffled = args.shuffle_dataset and hasattr(dataset, "shuffle")
             dataset = dataset.shuffle(seed=args.seed) if shuffled else dataset
-            dataset = RepeatedRows(dataset, args.num_generations, prompts, repeats)
+            dataset = RepeatedRows(dataset, args.num_generations, self._prompts_of_a_round, self._requests_of_a_round)
         return self._get_dataloader(
             dataset=dataset,
             description="Training",
-            batch_size=self._train_batch_size * self.args.steps_per_generation,
+            batch_size=self._train_batch_size * self._steps_per_generation,
             sampler_fn=self._get_train_sampler,
             is_training=True,
         )
@@ -107,7 +119,7 @@ class GroupTrainer(HeadTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> RepeatSampler:
         args = self.args
         data = self.train_dataset if train_dataset is None else train_dataset
-        prompts = args.generation_batch_size // args.num_generations
+        prompts = self._prompts_of_a_round
         if len(data) < prompts:
             raise ValueError(
                 f"train_dataset: expected at least the {prompts} prompts of one round of sampling "

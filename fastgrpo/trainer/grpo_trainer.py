@@ -22,15 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from fastgrpo.models import sharding
 from fastgrpo.models.adapters import reference
-from fastgrpo.models.calls import pad
+from fastgrpo.models.calls import AnyModel, pad
 from fastgrpo.models.head import is_peft, unwrap
+from fastgrpo.objective import Objective
 from fastgrpo.objective.metrics import reduce_metrics
 from fastgrpo.output import GRPOOutput
 from fastgrpo.rewards import RewardFunc, as_reward_list, call_reward_func, combine_rewards, reward_arguments
 from fastgrpo.rewards.text import is_conversation, rendered
 from fastgrpo.trainer import rounds
 from fastgrpo.trainer.completion import completion_loss, frozen_logps
-from fastgrpo.trainer.config import GRPOConfig
+from fastgrpo.trainer.config import GRPOConfig, as_dict
 from fastgrpo.trainer.groups import GroupTrainer
 from fastgrpo.trainer.logs import MetricLog, length_metrics, mean_over_processes, reward_metrics, write_completions
 from fastgrpo.trainer.rollout import (
@@ -93,6 +94,8 @@ class GRPOTrainer(GroupTrainer):
     """
 
     _tag_names = ["grpo", "fastgrpo"]
+    processing_class: PreTrainedTokenizerBase
+    objective: Objective
     loss_is_scaled_for_ga = True  # transformers >= 5.19: do not divide the loss by the accumulation steps again
 
     def __init__(
@@ -108,7 +111,8 @@ class GRPOTrainer(GroupTrainer):
         peft_config: Any = None,
     ):
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            given: str | AnyModel = model
+            name = given if isinstance(given, str) else given.config._name_or_path
             args = GRPOConfig(f"{os.path.basename(name.rstrip('/')) or 'model'}-GRPO")
         check_dataset("train_dataset", train_dataset)
         eval_datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
@@ -146,7 +150,7 @@ class GRPOTrainer(GroupTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=_rows_as_they_are,
+            data_collator=_rows_as_they_are,  # type: ignore[arg-type]  # it makes no tensors
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -177,12 +181,12 @@ class GRPOTrainer(GroupTrainer):
             self._step_time = 0.0
         return loss
 
-    def _prepare_inputs(self, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The micro-batch of this step: out of the buffer in training, freshly sampled at a round's start."""
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
+        """The micro-batch of this step, for rows: out of the buffer in training, sampled at a round's start."""
         self._check_head()
         if not self.model.training:
             return self._sample_and_score(inputs, "eval")
-        steps = self.args.steps_per_generation
+        steps = self._steps_per_generation
         if self._step % self._requests_of_a_round == 0 or self._buffered_inputs is None:
             # shuffled, so that a micro-batch is not one prompt's completions
             self._buffered_inputs = split_rows(shuffle_rows(self._sample_and_score(inputs, "train")), steps)
@@ -198,7 +202,7 @@ class GRPOTrainer(GroupTrainer):
                 f"{len(rows)} on each of {accelerator.num_processes} processes"
             )
         prompts = copy.deepcopy([row["prompt"] for row in rows])  # a reward function may change its arguments
-        prompt_tokens = tokenize_prompts(self.processing_class, prompts, **(args.chat_template_kwargs or {}))
+        prompt_tokens = tokenize_prompts(self.processing_class, prompts, **as_dict(args.chat_template_kwargs))
         pad_id = self.processing_class.pad_token_id
         prompt_ids, prompt_mask = pad(prompt_tokens, pad_id, "left", device)
         prompts = rendered(self.processing_class, prompts, prompt_tokens)
@@ -206,8 +210,8 @@ class GRPOTrainer(GroupTrainer):
         completions = decode_completions(self.processing_class, completion_tokens, is_conversation(prompts[0]))
         completion_ids, completion_mask = pad(completion_tokens, pad_id, "right", device)
 
-        truncated = [tokens[-1] not in (*self.eos_token_ids, pad_id) for tokens in completion_tokens]
-        truncated = torch.tensor(truncated, device=device)
+        is_cut_off = [tokens[-1] not in (*self.eos_token_ids, pad_id) for tokens in completion_tokens]
+        truncated = torch.tensor(is_cut_off, device=device)
         self._log_lengths(mode, prompt_mask.sum(1), completion_mask.sum(1), truncated)
         if args.mask_truncated_completions:
             completion_mask = completion_mask * (~truncated[:, None])
@@ -232,7 +236,7 @@ class GRPOTrainer(GroupTrainer):
         reference."""
         args, logps = self.args, {}
         # When every optimiser step ends with its round, the learner has not moved since it sampled: old = current.
-        if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations):
+        if args.gradient_accumulation_steps % self._requests_of_a_round:
             logps["old_per_token_logps"] = self._score_logps(self.model, batch, mode)
         if args.beta != 0:
             if self.ref_model is not None:
@@ -306,7 +310,7 @@ class GRPOTrainer(GroupTrainer):
         accumulation = self.current_gradient_accumulation_steps if train else 1
         # The denominator of dapo and the like is a global number of tokens: those of the round, shared out to the
         # micro-batches and processes whose sum (over the window) or mean (over processes) makes the gradient.
-        parts = self.accelerator.num_processes * (self.args.steps_per_generation if train else 1)
+        parts = self.accelerator.num_processes * (self._steps_per_generation if train else 1)
         num_items = inputs["num_items_in_batch"].clamp(min=1) / parts
         loss, output = completion_loss(
             model, inputs, self.args, self.objective, num_items=num_items, loss_scale=1.0 / accumulation
@@ -315,6 +319,7 @@ class GRPOTrainer(GroupTrainer):
         return loss
 
     def _log_loss(self, output: GRPOOutput, mask: Tensor, mode: str, accumulation: int) -> None:
+        assert output.metrics is not None  # as return_stats has it
         self._log.add(mode, reduce_metrics(self.accelerator, self.objective, output.metrics, mask, accumulation))
         if self.objective.entropy_coef != 0 and mode == "train" and self.accelerator.sync_gradients:
             self._log.add(mode, {"entropy_coef": self.objective.entropy_coef})
@@ -331,12 +336,13 @@ class GRPOTrainer(GroupTrainer):
 
     # Logs and checkpoints
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Add the metrics since the last log, averaged; in evaluation their names begin with "eval_"."""
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
         logs.update({prefix + name: value for name, value in self._log.take(mode).items()})
         super().log(logs, start_time)
         if self._completion_log and self.accelerator.is_main_process:
+            assert self.args.output_dir is not None  # as __post_init__ sees to
             folder = os.path.join(self.args.output_dir, "completions")
             write_completions(folder, self.state.global_step, self._completion_log)
             self._completion_log = {}

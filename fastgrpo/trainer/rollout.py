@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fastgrpo.models.calls import frozen
+from fastgrpo.models.calls import AnyModel, frozen
 from fastgrpo.models.head import unwrap
 from fastgrpo.rewards.text import is_conversation
-from fastgrpo.trainer.config import GRPOConfig
+from fastgrpo.trainer.config import GRPOConfig, as_dict
 from fastgrpo.trainer.setup import as_list
 
 
@@ -33,7 +33,7 @@ def tokenize_prompts(
 ) -> list[list[int]]:
     """Token ids of each prompt; a list of messages goes through the chat template."""
     if is_conversation(prompts[0]):
-        encoded = tokenizer.apply_chat_template(
+        encoded: Any = tokenizer.apply_chat_template(
             prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
         )
     else:
@@ -48,7 +48,7 @@ def decode_completions(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]],
 
 
 @contextlib.contextmanager
-def _generation_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+def _generation_config(model: AnyModel, config: GenerationConfig) -> Iterator[None]:
     # `generate` fills what it takes for unset from the model's own config, and takes the library's default values for
     # unset: temperature 1 would become the checkpoint's 0.7. So the model's own config has to step aside.
     owners = list({id(m): m for m in (model, unwrap(model))}.values())
@@ -78,11 +78,11 @@ def make_generation_config(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase,
         cache_implementation=args.cache_implementation,
         disable_compile=True,  # each new length would compile again
     )
-    return GenerationConfig(**{**options, **(args.generation_kwargs or {})})
+    return GenerationConfig(**{**options, **as_dict(args.generation_kwargs)})
 
 
 def generate_completions(
-    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, config: GenerationConfig
+    model: AnyModel, prompt_ids: Tensor, prompt_mask: Tensor, config: GenerationConfig
 ) -> list[list[int]]:
     """One sampled completion per row of prompt_ids (B, P), left-padded; each ends with its end token or is cut off."""
     with frozen(model), _generation_config(model, config):

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
 from fastgrpo.models.adapters import add_reference
+from fastgrpo.models.calls import AnyModel
 from fastgrpo.models.head import is_peft
-from fastgrpo.trainer.config import GRPOConfig
+from fastgrpo.trainer.config import GRPOConfig, as_dict
 
 
 def only_iterates(dataset: Any) -> bool:
@@ -43,9 +44,10 @@ def prepare_to_iterate(args: TrainingArguments, datasets: Sequence[Any]) -> None
     """Set what the loader needs for datasets that can only be iterated: each process reads them itself."""
     if not any(dataset is not None and only_iterates(dataset) for dataset in datasets):
         return
-    if args.accelerator_config.dispatch_batches:
+    accelerator: Any = args.accelerator_config  # of a dict, __post_init__ makes an object
+    if accelerator.dispatch_batches:
         raise ValueError("dispatch_batches: expected False with a dataset that can only be iterated, got True")
-    args.accelerator_config.dispatch_batches = False
+    accelerator.dispatch_batches = False
     if args.dataloader_num_workers != 0:
         warnings.warn(
             f"a dataset that can only be iterated is read by one worker, not by {args.dataloader_num_workers}",
@@ -54,11 +56,11 @@ def prepare_to_iterate(args: TrainingArguments, datasets: Sequence[Any]) -> None
         args.dataloader_num_workers = 0
 
 
-def load_policy(model: str | nn.Module, args: GRPOConfig, peft_config: Any) -> tuple[nn.Module, list[str]]:
+def load_policy(model: str | AnyModel, args: GRPOConfig, peft_config: Any) -> tuple[nn.Module, list[str]]:
     """(the model to train, the names of the frozen copies of its adapters that are its reference)."""
     if isinstance(model, str):
         options = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
-        model = AutoModelForCausalLM.from_pretrained(model, **{**options, **(args.model_init_kwargs or {})})
+        model = AutoModelForCausalLM.from_pretrained(model, **{**options, **as_dict(args.model_init_kwargs)})
     elif args.model_init_kwargs:
         warnings.warn("model_init_kwargs has no effect on a model that is passed as an object", stacklevel=3)
     if peft_config is None:
@@ -71,7 +73,7 @@ def load_policy(model: str | nn.Module, args: GRPOConfig, peft_config: Any) -> t
 
 
 def prepare_tokenizer(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
+    model: AnyModel, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
     """The tokenizer, loaded from the model's path if None, with a pad token that the model's configs agree on."""
     config = model.config.get_text_config()
@@ -90,7 +92,7 @@ def prepare_tokenizer(
     return tokenizer
 
 
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion: a model may end its turn with another one than the tokenizer's."""
     ends = as_list(model.generation_config.eos_token_id)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
@@ -103,10 +105,10 @@ def as_list(ids: int | Sequence[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def prepare_policy(model: nn.Module, args: GRPOConfig) -> None:
+def prepare_policy(model: AnyModel, args: GRPOConfig) -> None:
     """What training needs of the model beyond its weights: no dropout if so asked, inputs that require a gradient."""
     config = model.config.get_text_config()
-    if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0):
+    if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", None):
         warnings.warn("the load-balancing loss of experts models is not part of the objective", stacklevel=3)
     if args.disable_dropout:
         for module in model.modules():

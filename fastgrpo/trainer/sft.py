@@ -129,14 +129,14 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) ->
             wanted = "a text or a list of messages" if name == "prompt" or is_conversation(prompt) else "a text"
             raise ValueError(f"{name}: expected {wanted}, got {value!r} in the row with the prompt {prompt!r}")
     if not is_conversation(prompt):
-        start = without_added_end(tokenizer, prompt, tokenizer(prompt)["input_ids"])
+        begin = without_added_end(tokenizer, prompt, tokenizer(prompt)["input_ids"])
         rest = tokenizer(completion, add_special_tokens=False)["input_ids"]
         if tokenizer.eos_token_id is not None and rest[-1:] != [tokenizer.eos_token_id]:
             rest = [*rest, tokenizer.eos_token_id]
-        return (start, rest) if start else (rest[:1], rest[1:])
+        return (begin, rest) if begin else (rest[:1], rest[1:])
     answer = completion if is_conversation(completion) else [{"role": "assistant", "content": completion}]
-    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+    start: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    whole: Any = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
     if not whole.startswith(start):
         raise ValueError(
             "chat_template: expected the conversation to begin with its prompt, so that the completion can be told "

@@ -87,7 +87,8 @@ class Progress:
 
     def start(self, name: str, total: int, initial: int) -> None:
         self.is_busy = True
-        self._name, self._n, self._total, self._values = name, initial, total, {}
+        self._name, self._n, self._total = name, initial, total
+        self._values: dict[str, str] = {}
         if not self.is_terminal:
             self._print()
         elif self.bar is None:

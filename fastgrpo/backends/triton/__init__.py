@@ -22,7 +22,7 @@ try:
     from . import kernels
     from .gradient import Backward
 except ImportError as error:
-    kernels = None
+    kernels = None  # type: ignore[assignment]  # what `unavailable` goes by
     _missing = f"Triton cannot be imported ({error})"
 
 __all__ = ["InPlace", "refuses", "row_grad", "row_stats", "scale_", "token_loss", "unavailable", "using"]
@@ -153,6 +153,7 @@ def _with_advantages(token: TokenRows, spec: TokenSpec) -> TokenRows:
     ref = ref if spec.beta else None
     if advantages is not None:
         return TokenRows(weight, advantages, None, None, old, ref, policy_scale, h)
+    assert rewards is not None
     size, advantages = int(spec.group_size), torch.empty_like(rewards)
     launch.run(kernels.group_kernel, rewards.numel(), _GROUP_LANES, rewards.device, rewards, advantages, size,
                float(spec.scale_by_std), GROUP=triton.next_power_of_2(max(2, size)))  # fmt: skip
@@ -164,7 +165,8 @@ def _floats(spec: TokenSpec) -> TokenSpec:
     """What the token kernel reads of `spec`, as floats, because Triton specialises upon integers; 4 numbers."""
     kind, numbers, beta, bias_correction, _, _, skip_zero = spec
     numbers = *map(float, numbers), *(0.0,) * (4 - len(numbers))
-    return TokenSpec(float(kind), numbers, float(beta), float(bias_correction), None, None, float(skip_zero))
+    floats = float(kind), numbers, float(beta), float(bias_correction), None, None, float(skip_zero)
+    return TokenSpec._make(floats)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

@@ -99,7 +99,7 @@ def _device(device: torch.device) -> tuple[int, int, int]:
     with module.device(device):
         warp = triton.runtime.driver.active.get_current_target().warp_size
     properties = module.get_device_properties(device)
-    processors = getattr(properties, "multi_processor_count", None) or getattr(properties, "gpu_subslice_count", 64)
+    processors = getattr(properties, "multi_processor_count", 0) or getattr(properties, "gpu_subslice_count", 64)
     return processors, getattr(properties, "L2_cache_size", 0) or 1 << 25, warp
 
 
