@@ -146,8 +146,9 @@ def token_kernel(logits, partial, rows, token, spec, out, softcap, V, T, stride_
             inv_t = tl.load(rows.inv_temperature + again)
             id = tl.load(rows.ids + again)
             target = target_logit(row_ptr, id, V, softcap)
+            advantage = advantage_of(again, token.advantages, token.seq)
             scores = row_scores(row_ptr, target, V, total, weighted, inv_t, softcap, K, LANES // PARTS, ENTROPY)
-            g, h = token_objective(again, scores, token, spec, out)
+            g, h = token_objective(again, scores, advantage, token, spec, out)
             if INPLACE:
                 if (g == 0.0) & (h == 0.0):
                     zero_row(row_ptr, V, 0, V, True, K, LANES, UNROLL)

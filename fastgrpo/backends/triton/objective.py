@@ -101,7 +101,7 @@ def advantage_of(row, advantages, seq):
 
 
 @triton.jit
-def token_objective(row, scores, token, spec, out):
+def token_objective(row, scores, advantage, token, spec, out):
     """Write to `out`, a `TokenLoss`, what one token gives, and return its (g, h).
 
     scores: (logp, lse, entropy) of the row. token, spec: `TokenRows` and `TokenSpec`, as the kernel has them.
@@ -113,7 +113,6 @@ def token_objective(row, scores, token, spec, out):
     ref = logp
     if token.ref is not None:
         ref = tl.load(token.ref + row)
-    advantage = advantage_of(row, token.advantages, token.seq)
     loss, dloss, kl, dkl, ratio = _objective(logp, d, ref, advantage, spec)
     if token.policy_scale is not None:
         scale = tl.load(token.policy_scale + row)
