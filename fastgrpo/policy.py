@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastgrpo.batch.batch import wide
-from fastgrpo.batch.checks import FLOATS, check, check_dtype
+from fastgrpo.batch.checks import FLOATS, check, check_dtype, check_tensor
 from fastgrpo.batch.inputs import PolicyInputs, make_batch, takes
 from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
@@ -62,9 +62,7 @@ def policy_loss(
             None,
         )
     else:
-        ok = isinstance(entropies, Tensor) and entropies.shape == shape
-        check(ok, "entropies", f"a tensor of shape {tuple(shape)}", entropies)
-        check_dtype("entropies", entropies, *FLOATS)
+        check_tensor("entropies", entropies, shape, per_token_logps.device, *FLOATS)
         entropies = entropies.to(dtype).reshape(-1)
     logps = per_token_logps.to(dtype).reshape(-1)
     terms = compute_terms(objective, batch, logps, entropies, row_weights(objective, batch), batch.mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,17 +15,31 @@ def describe(x: object) -> str:
     return f"a tensor of shape {tuple(x.shape)}, {x.dtype}, {x.device}" if isinstance(x, Tensor) else repr(x)
 
 
+def wrong(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {describe(got)}")
+
+
 def check(ok: bool, name: str, expected: str, got: object) -> None:
+    """A text that has to be made first is left to `wrong`: a call makes some thirty checks."""
     if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {describe(got)}")
+        raise wrong(name, expected, got)
 
 
 def check_dtype(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
     """`x` has one of `dtypes`: torch.bool, those of INTEGERS, those of FLOATS."""
-    kinds = {
-        "bool": torch.bool,
-        "an integer dtype": INTEGERS[0],
-        "a floating point dtype (float32, bfloat16, float16, float64)": FLOATS[0],
-    }
-    expected = " or ".join(kind for kind, member in kinds.items() if member in dtypes)
-    check(x.dtype in dtypes, name, expected, x)
+    if x.dtype not in dtypes:
+        kinds = {
+            "bool": torch.bool,
+            "an integer dtype": INTEGERS[0],
+            "a floating point dtype (float32, bfloat16, float16, float64)": FLOATS[0],
+        }
+        raise wrong(name, " or ".join(kind for kind, member in kinds.items() if member in dtypes), x)
+
+
+def check_tensor(name: str, x: object, shape: Sequence[int], device: torch.device, *dtypes: torch.dtype) -> None:
+    """`x` is a tensor of that shape on that device, with one of `dtypes` as in `check_dtype`."""
+    if not isinstance(x, Tensor) or x.shape != shape:
+        raise wrong(name, f"shape {tuple(shape)}", x)
+    if x.device != device:
+        raise wrong(name, f"device {device}", x)
+    check_dtype(name, x, *dtypes)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgrpo.advantages import SCALE_REWARDS, check_groups, group_advantages
 from fastgrpo.batch.batch import Batch
-from fastgrpo.batch.checks import FLOATS, INTEGERS, check, check_dtype
+from fastgrpo.batch.checks import FLOATS, INTEGERS, check, check_dtype, check_tensor, wrong
 from fastgrpo.batch.layout import Layout, Packed, Padded
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -67,16 +67,13 @@ def check_rows(rows: Tensor, completion_ids: Tensor, name: str, width: str) -> N
     """`rows` is (B, T, width) beside ids (B, T), or (N, width) beside (N,); same device, floating point."""
     check(isinstance(rows, Tensor), name, "a tensor", rows)
     check_dtype(name, rows, *FLOATS)
-    check(rows.dim() in (2, 3), name, f"shape (B, T, {width}), or (N, {width}) with cu_seqlens", rows)
-    check(
-        isinstance(completion_ids, Tensor) and completion_ids.shape == rows.shape[:-1],
-        "completion_ids",
-        f"shape {tuple(rows.shape[:-1])} to match {name}",
-        completion_ids,
-    )
-    check_dtype("completion_ids", completion_ids, *INTEGERS)
-    check(completion_ids.device == rows.device, "completion_ids", f"device {rows.device}", completion_ids)
-    check(rows.size(-1) > 0, name, f"{width} > 0", rows)
+    if rows.dim() not in (2, 3):
+        raise wrong(name, f"shape (B, T, {width}), or (N, {width}) with cu_seqlens", rows)
+    if not isinstance(completion_ids, Tensor) or completion_ids.shape != rows.shape[:-1]:
+        raise wrong("completion_ids", f"shape {tuple(rows.shape[:-1])} to match {name}", completion_ids)
+    check_tensor("completion_ids", completion_ids, rows.shape[:-1], rows.device, *INTEGERS)
+    if rows.size(-1) == 0:
+        raise wrong(name, f"{width} > 0", rows)
 
 
 def _values_can_be_checked(x: Tensor) -> bool:
@@ -106,9 +103,7 @@ def make_mask(mask: Tensor | None, shape: torch.Size, device: torch.device, name
     """(N,) bool from a mask of bools or real numbers, or all True."""
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device).view(-1)
-    check(isinstance(mask, Tensor) and mask.shape == shape, name, f"shape {tuple(shape)}", mask)
-    check_dtype(name, mask, torch.bool, *INTEGERS, *FLOATS)
-    check(mask.device == device, name, f"device {device}", mask)
+    check_tensor(name, mask, shape, device, torch.bool, *INTEGERS, *FLOATS)
     return (mask != 0).reshape(-1)
 
 
@@ -160,13 +155,12 @@ def _to_rows(
 ) -> tuple[Tensor, bool]:
     """(N,) from a value per token (`shape`) or per sequence ((S,) or (S, 1)), and whether it was per sequence."""
     sequences = layout.num_sequences
-    expected = f"shape {tuple(shape)} (per token) or ({sequences},) (per sequence) on {device}"
-    check(isinstance(x, Tensor) and x.device == device, name, expected, x)
+    per_sequence = isinstance(x, Tensor) and x.shape in ((sequences,), (sequences, 1))
+    if not isinstance(x, Tensor) or x.device != device or not (per_sequence or x.shape == shape):
+        raise wrong(name, f"shape {tuple(shape)} (per token) or ({sequences},) (per sequence) on {device}", x)
     check_dtype(name, x, *FLOATS)
-    if x.shape in ((sequences,), (sequences, 1)):
-        return layout.to_rows(x.to(dtype).reshape(-1)).contiguous(), True
-    check(x.shape == shape, name, expected, x)
-    return x.to(dtype).reshape(-1).contiguous(), False
+    rows = x.to(dtype).reshape(-1)
+    return (layout.to_rows(rows) if per_sequence else rows).contiguous(), per_sequence
 
 
 def _scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor | float:
@@ -215,9 +209,7 @@ def make_batch(
     def per_token(name: str) -> Tensor | None:
         if (x := given.get(name)) is None:
             return None
-        check(isinstance(x, Tensor) and x.shape == shape, name, f"shape {tuple(shape)}", x)
-        check(x.device == device, name, f"device {device}", x)
-        check_dtype(name, x, *FLOATS)
+        check_tensor(name, x, shape, device, *FLOATS)
         return x.detach().to(dtype).reshape(-1).contiguous()
 
     ratio, ratio_per_sequence = given.get("importance_sampling_ratio"), False
@@ -259,7 +251,8 @@ def _advantages(
     rewards: Any = given.get("rewards")
     scale_rewards, device = given["scale_rewards"], mask.device
     check((advantages is None) != (rewards is None), "advantages, rewards", "exactly one of the two", advantages)
-    check(scale_rewards in SCALE_REWARDS, "scale_rewards", f"one of {', '.join(SCALE_REWARDS)}", scale_rewards)
+    if scale_rewards not in SCALE_REWARDS:
+        raise wrong("scale_rewards", f"one of {', '.join(SCALE_REWARDS)}", scale_rewards)
     if advantages is not None:
         # the objective takes no gradient through the advantages
         check(isinstance(advantages, Tensor), "advantages", "a tensor", advantages)
@@ -267,10 +260,7 @@ def _advantages(
         if not per_sequence:
             rows = torch.where(mask, rows, 0.0)
         return dict(advantages=rows, advantages_per_token=not per_sequence)
-    per_sequence = isinstance(rewards, Tensor) and rewards.shape == (layout.num_sequences,)
-    check(per_sequence, "rewards", f"shape ({layout.num_sequences},)", rewards)
-    check(rewards.device == device, "rewards", f"device {device}", rewards)
-    check_dtype("rewards", rewards, *FLOATS, *INTEGERS, torch.bool)
+    check_tensor("rewards", rewards, (layout.num_sequences,), device, *FLOATS, *INTEGERS, torch.bool)
     check_groups(rewards, given.get("num_generations"))
     rewards = rewards.detach().contiguous()
     # a pass cannot take a std over the batch, nor float64 rewards

@@ -201,7 +201,7 @@ def hidden_scores(
     """
     if torch.compiler.is_compiling():
         return ops.scores(hidden, head, rows, roles, want_entropy)
-    plan = plan or plan_rows(len(rows.ids), roles, head.chunk, learn=False)
+    plan = plan or plan_rows(rows.ids.shape[0], roles, head.chunk, learn=False)
     call = _HiddenScoring(head, rows, roles.scored, plan, want_entropy)
     return Scores(*_HiddenScores.apply(hidden, head.weight, head.bias, call))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import backends
-from fastgrpo.batch.checks import FLOATS, check, check_dtype
+from fastgrpo.batch.checks import FLOATS, check, check_tensor, wrong
 from fastgrpo.engine.logits import Sweeps
 
 CPU_BYTES = 512 << 20  # of a chunk's logits; chunks are few and large, because each adds its dW to a sum in memory
@@ -61,30 +61,26 @@ def make_head(
         RuntimeError: the named backend cannot run here.
     """
     width, device = hidden.shape[-1], hidden.device
-    matrix = isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) > 0
-    check(matrix and weight.shape[1] == width, "weight", f"a tensor of shape (V, {width})", weight)
-    check_dtype("weight", weight, *FLOATS)
-    check(weight.device == device, "weight", f"device {device}", weight)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != width:
+        raise wrong("weight", f"a tensor of shape (V, {width})", weight)
+    check_tensor("weight", weight, weight.shape, device, *FLOATS)
+    rows = weight.shape[0]
     if bias is not None:
-        fits = isinstance(bias, Tensor) and bias.shape == weight.shape[:1]
-        check(fits, "bias", f"a tensor of shape ({len(weight)},)", bias)
-        check_dtype("bias", bias, *FLOATS)
-        check(bias.device == device, "bias", f"device {device}", bias)
+        check_tensor("bias", bias, (rows,), device, *FLOATS)
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
         check(number or (name == "softcap" and value is None), name, "a number > 0", value)
     cap = None if softcap is None else softcap / logit_scale
     check(cap is None or 1e-30 <= cap <= 1e30, "softcap", "softcap / logit_scale between 1e-30 and 1e30", softcap)
-    for name, value, most in (("vocab_size", vocab_size, len(weight)), ("chunk_size", chunk_size, float("inf"))):
-        whole = value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most)
-        check(whole, name, f"None or an integer from 1 to {most}" if most < float("inf") else "None or an integer > 0",
-              value)  # fmt: skip
+    if not _is_count(vocab_size) or (vocab_size or 0) > rows:
+        raise wrong("vocab_size", f"None or an integer from 1 to {rows}", vocab_size)
+    check(_is_count(chunk_size), "chunk_size", "None or an integer > 0", chunk_size)
     dtype = hidden.dtype
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-    else:
-        check(weight.dtype == dtype, "weight", f"hidden's dtype, {dtype}, outside autocast", weight)
-    vocab = len(weight) if vocab_size is None else vocab_size
+    elif weight.dtype != dtype:
+        raise wrong("weight", f"hidden's dtype, {dtype}, outside autocast", weight)
+    vocab = rows if vocab_size is None else vocab_size
     return Head(
         weight=weight,
         bias=bias,
@@ -95,6 +91,10 @@ def make_head(
         chunk=chunk_size or default_chunk(vocab, dtype, device),
         backend=backends.select(hidden, backend, dtype, vocab=vocab, softcap=cap),
     )
+
+
+def _is_count(value: object) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
 
 
 @torch.compiler.assume_constant_result

@@ -48,7 +48,7 @@ def columns(scores: Scores) -> list[Tensor]:
 def score(hidden: Tensor, head: Head, rows: Rows, plan: Plan, want_entropy: bool) -> Scores:
     """The scores of a plan's rows, which are 0 elsewhere."""
     count = 2 + want_entropy
-    results = rows.inv_temperature.new_zeros(count, len(rows.ids))
+    results = rows.inv_temperature.new_zeros(count, rows.ids.shape[0])
     with no_autocast(hidden):
         projection = Projection(hidden, head, plan.longest)
         for chunk in plan.score:
@@ -69,7 +69,7 @@ def gradients(
     Rows with both 0 enter no GEMM. Waits for the device once.
     """
     learn = g != 0 if h is None else (g != 0) | (h != 0)
-    plan = plan_rows(len(g), Roles(learn, None), head.chunk)
+    plan = plan_rows(g.shape[0], Roles(learn, None), head.chunk)
     logits: Tensor | None
     with no_autocast(hidden):
         projection = Projection(hidden, head, plan.longest)
@@ -94,7 +94,7 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
         how = how.take(plan.order)
     vectors = how.rows.inv_temperature
     names = [*["logp", "entropy"][: 1 + want_entropy], *how.columns()]
-    table, of_terms = vectors.new_zeros(len(names), len(vectors)), slice(1 + want_entropy, None)
+    table, of_terms = vectors.new_zeros(len(names), vectors.shape[0]), slice(1 + want_entropy, None)
     losses, bonuses = [], []
     logits: Tensor | None
     with no_autocast(hidden):

@@ -59,7 +59,7 @@ class Fused(NamedTuple):
 
     def take(self, at: slice | Tensor) -> Fused:
         """That on some of the rows."""
-        if isinstance(at, slice) and at == slice(0, len(self.rows.ids)):
+        if isinstance(at, slice) and at == slice(0, self.rows.ids.shape[0]):
             return self
         ids, mask, inv_temperature = self.rows
         factors, *token = take([inv_temperature, *self.token], at)

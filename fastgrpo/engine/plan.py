@@ -96,7 +96,7 @@ def plan_loss(o: Objective, batch: Batch, roles: Roles, chunk: int) -> Plan:
     Beyond token level sequences stay whole and must fit into chunks, and for a quantile over the batch, the batch.
     Waits for the device once at most.
     """
-    n, layout = len(batch.ids), batch.layout
+    n, layout = batch.ids.shape[0], batch.layout
     if o.is_token_local:
         return plan_rows(n, roles, chunk)
     if n > chunk and o.top_entropy_quantile < 1:

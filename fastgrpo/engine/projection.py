@@ -52,7 +52,7 @@ class Projection:
     def logits(self, rows: slice | Tensor) -> Tensor:
         """(1, n, V), valid until the next call; the caller writes their gradient over them."""
         self.h = self._take(rows)
-        self.z = self._buffer[: len(self.h)]
+        self.z = self._buffer[: self.h.shape[0]]
         if self.bias is None:
             torch.mm(self.h, self.weight.t(), out=self.z)
         else:
@@ -97,7 +97,7 @@ class Gradients:
         self.shape, self.dtype = weight.shape if needs[1] else torch.Size([0, 0]), hold(weight.dtype)
         direct = self.dtype == sums or (chunks == 1 and self.dtype == projection.dtype)
         self.sum = _large(self.shape[0], self.shape[1], self.dtype if direct else sums, device)
-        self.vocab = len(projection.weight)
+        self.vocab = projection.weight.shape[0]
         # zeros where no GEMM writes; on a CPU everywhere, because page faults inside a GEMM cost more
         self.sum[self.vocab if chunks and device.type != "cpu" else 0 :].zero_()
         self.d_bias = torch.zeros(len(bias), dtype=sums, device=device) if needs[2] and bias is not None else None
