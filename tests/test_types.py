@@ -1,4 +1,4 @@
-"""What a type checker sees: of right calls no error, and of each wrong one its own. `make types` checks the package."""
+"""What a type checker says of calls: nothing of right ones, an error of each wrong one."""
 
 import importlib.util
 import inspect
@@ -47,10 +47,10 @@ wants: bool = len(ids) > 1
 RIGHT = """
 one = grpo_loss(logits, ids, rewards).loss
 one = grpo_loss(logits, ids, None, rewards=rewards, num_generations=2, scale_rewards="batch", inplace=True).loss
-one = grpo_loss(logits, ids, rewards, temperature=mask, loss_scale=one, num_items_in_batch=6, backend="cpu").loss
-one = grpo_loss(logits, ids, rewards, completion_mask=None, objective=Objective(beta=0.1), ref_per_token_logps=one).loss
+one = grpo_loss(logits, ids, rewards, objective=Objective(beta=0), loss_scale=one, num_items_in_batch=6).loss
+one = grpo_loss(logits, ids, rewards, completion_mask=None, temperature=mask, ref_per_token_logps=one).loss
 one = grpo_loss_reference(logits, ids, rewards, cu_seqlens=None, return_stats=False).loss
-one = linear_grpo_loss(hidden, weight, ids, rewards, bias=None, softcap=30.0, vocab_size=5, completion_mask=mask).loss
+one = linear_grpo_loss(hidden, weight, ids, rewards, bias=None, softcap=30.0, vocab_size=5).loss
 one = linear_grpo_loss_reference(hidden, weight, ids, rewards, logit_scale=2, importance_sampling_ratio=mask).loss
 one = policy_loss(mask, rewards, entropies=mask, old_per_token_logps=mask).loss
 one = GRPOLoss()(logits, ids, rewards).loss
@@ -61,7 +61,7 @@ two = selective_logps(logits, ids, return_entropy=True, backend="torch")
 either = selective_logps(logits, ids, return_entropy=wants)
 one = linear_logps(hidden, weight, ids, softcap=30.0).sum()
 two = linear_logps(hidden, weight, ids, return_entropy=True, bias=None)
-either = linear_logps(hidden, weight, ids, return_entropy=wants, chunk_size=2)
+either = linear_logps(hidden, weight, ids, return_entropy=wants, chunk_size=2, backend="cpu")
 one = group_advantages(rewards, 2, scale_rewards="none")
 two = gae(mask, mask, mask, gamma=1.0, lam=0.95)
 output: GRPOOutput = policy_loss(mask, rewards)
