@@ -1,4 +1,4 @@
-.PHONY: install test slow bench report wheel-tools wheel wheel-test gpu driver memcheck check format
+.PHONY: install test slow bench report wheel-tools wheel wheel-test gpu driver memcheck check types format
 
 install: ## the package with its test tools, from this checkout
 	pip install -c constraints.txt ".[test]"
@@ -46,6 +46,9 @@ check:
 	ruff check .
 	ruff format --check .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format --dry-run --Werror
+
+types: ## mypy over the modules that pyproject.toml names, beside torch and the packages of `make install`
+	mypy
 
 format:
 	ruff check --fix .

@@ -94,6 +94,7 @@ def test_contents():
     versions = [int(minor) for minor in re.findall(r"manylinux_2_(\d+)_", tags)]
     assert versions and max(versions) <= 34, WHEEL
     with zipfile.ZipFile(WHEEL) as wheel:
+        assert "fastgrpo/py.typed" in wheel.namelist()
         libraries = {Path(each).name for each in wheel.namelist() if each.endswith(".so")}
         (metadata,) = (each for each in wheel.namelist() if each.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(wheel.read(metadata).decode())

@@ -30,7 +30,7 @@ class Rows(NamedTuple):
     """What is read beside each row of logits."""
 
     ids: Tensor  # (N,) int64, the target; one outside of [0, V) has logp NaN
-    # (N,) bool: the rows that are read; the others may hold NaN, and their results are 0. None: `row_grad` is called
+    # (N,) bool: the rows that are read; the others may hold NaN, and their results are 0. `row_grad` may get None
     mask: Tensor | None
     inv_temperature: Tensor  # (N,), the factor of the logits
 

@@ -49,7 +49,7 @@ class OnePass:
     blocks: int = 0
     evict_first: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         allowed = dict(cluster=(-1, 0, *CLUSTERS), buffers=range(5), blocks=range(3), evict_first=(False, True))
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:

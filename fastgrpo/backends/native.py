@@ -57,9 +57,8 @@ class _Field(ctypes.Structure):
 
 def _fields(structure: type[ctypes.Structure], prefix: str = "") -> dict[str, tuple[int, int]]:
     """{name: (offset, size)} of the fields of a structure, followed by those of structures in it."""
-    found = {
-        prefix + name: (at.offset, at.size) for name, *_ in structure._fields_ if (at := getattr(structure, name))
-    }
+    members = {name: getattr(structure, name) for name, *_ in structure._fields_}
+    found = {prefix + name: (at.offset, at.size) for name, at in members.items()}
     for name, kind, *_ in structure._fields_:
         if issubclass(kind, ctypes.Structure):
             start, _ = found[prefix + name]

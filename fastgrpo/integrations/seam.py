@@ -181,7 +181,7 @@ class Patch(contextlib.AbstractContextManager):
         with _lock:
             _put_back(self._before)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.take_back()
 
     def __str__(self) -> str:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-AnyModel = (
-    Any  # a transformers model, or what PEFT, a compiler or accelerate wrapped one in and hands on its attributes
-)
+# a transformers model, or what PEFT, torch.compile or accelerate has made of one, with its attributes
+AnyModel = Any
 
 
 def pad(rows: list[list[int]], value: int, side: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +75,7 @@ def head_layer(model: PreTrainedModel) -> nn.Module:
 
 
 @contextlib.contextmanager
-def in_place_of_head(model: PreTrainedModel, fn: Callable[[Tensor, Head], Any]):
+def in_place_of_head(model: PreTrainedModel, fn: Callable[[Tensor, Head], Any]) -> Iterator[None]:
     """While this lasts, calls of the model's head give fn(hidden, head), within the calls of its module and its hooks.
 
     What shards a module's parameters hooks into its calls: it gathers them before, and in the backward pass again, and
@@ -103,7 +103,7 @@ def _replacing(own: type[nn.Module]) -> type[nn.Module]:
     graph, which knows a module by its class, keeps one version with it and one without."""
 
     @torch.compiler.disable  # once a step another function, and kernels that a compiler need not see
-    def run(self, hidden: Tensor, *_, **__) -> Any:
+    def run(self: nn.Module, hidden: Tensor, *_: Any, **__: Any) -> Any:
         return vars(self)["_in_place"](hidden)
 
     return type(own.__name__, (own,), {"forward": property(lambda self: self._run_in_place), "_run_in_place": run})
@@ -182,12 +182,12 @@ class _Leave(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, gradient: list, blank: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: list, blank: Tensor, value: Tensor) -> Tensor:
         ctx.gradient = gradient
         return blank
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None, Tensor]:
         return None, None, ctx.gradient[0]
 
 
@@ -195,12 +195,12 @@ class _Return(torch.autograd.Function):
     """`value`, with the way back over the model's outputs."""
 
     @staticmethod
-    def forward(ctx, gradient: list, logits: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: list, logits: Tensor, value: Tensor) -> Tensor:
         ctx.gradient, ctx.like = gradient, logits.new_zeros(()).expand_as(logits)
         return value.clone()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         ctx.gradient[:] = [gradient]
         return None, ctx.like, None
 

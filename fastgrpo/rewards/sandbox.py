@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from fastgrpo.rewards.supervisor import FAILED, PASSED, STOPPED, kill_descendants
 
@@ -39,7 +40,7 @@ class Limits:
     processes: int = 32
     total_seconds: float = 9.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             kind = "number" if name.endswith("seconds") else "integer"
             right_type = isinstance(value, int) or (kind == "number" and isinstance(value, float))
@@ -85,7 +86,7 @@ def _temporary_folder() -> Iterator[str]:
             subprocess.run(["rm", "-rf", folder.name], check=False)
 
 
-def _supervise(program: str, folder: str, stdin, stdout, limits: Limits) -> int:
+def _supervise(program: str, folder: str, stdin: IO[bytes], stdout: IO[bytes], limits: Limits) -> int:
     bounds = map(str, (os.getpid(), limits.seconds, limits.memory, limits.file_size, limits.processes))
     environment = {"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
     environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}

@@ -133,10 +133,8 @@ class GRPOConfig(_Options, TrainingArguments):
         super().__post_init__()
         if self.checkpoints_activations and CHECKPOINTING == "gradient_checkpointing":
             # the reentrant kind, once the default, needs inputs that require grad
-            self.gradient_checkpointing_kwargs = {
-                "use_reentrant": False,
-                **as_dict(self.gradient_checkpointing_kwargs),
-            }
+            given = as_dict(self.gradient_checkpointing_kwargs)
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False, **given}
         older: dict[Any, str] = {True: "group", False: "none"}
         self.scale_rewards = older.get(self.scale_rewards, self.scale_rewards)
         self._check_choices()

@@ -40,7 +40,7 @@ class Samples:
 def sample(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    dataset,
+    dataset: Any,
     reward_funcs: Mapping[str, RewardFunc],
     max_completion_length: int,
     *,
@@ -95,10 +95,10 @@ def sample(
 def sampled_accuracy(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    dataset,
+    dataset: Any,
     reward_func: RewardFunc,
     max_completion_length: int,
-    **options,
+    **options: Any,
 ) -> float:
     """Mean reward of sampled completions, with the options of `sample`.
 
@@ -109,5 +109,5 @@ def sampled_accuracy(
     return sample(model, tokenizer, dataset, {name: reward_func}, max_completion_length, **options).mean(name)
 
 
-def _ignore(*_) -> None:
+def _ignore(*_: Any) -> None:
     """Stands where the trainer would log."""

@@ -76,7 +76,16 @@ def row_stats(logits: Tensor, rows: Rows, *, want_entropy: bool, softcap: float 
     return scores
 
 
-def _partial(logits, rows, advantages, seq, skip_zero, want_entropy, softcap, cut) -> Tensor:
+def _partial(
+    logits: Tensor,
+    rows: Rows,
+    advantages: Tensor | None,
+    seq: Tensor | None,
+    skip_zero: float,
+    want_entropy: bool,
+    softcap: float | None,
+    cut: launch.Geometry,
+) -> Tensor:
     """The partial sums of all parts of all rows, (N, parts, 2)."""
     n, parts = rows.ids.numel(), cut.parts(logits.shape[2])
     partial = logits.new_empty((n, parts, 2), dtype=torch.float32)
@@ -98,7 +107,15 @@ def row_grad(
     _row_grad(logits, Rows(rows.ids, None, rows.inv_temperature), scores, g, h, out, softcap)
 
 
-def _row_grad(logits, rows, scores, g, h, out, softcap) -> None:
+def _row_grad(
+    logits: Tensor,
+    rows: Rows,
+    scores: Scores | TokenLoss,
+    g: Tensor,
+    h: Tensor | None,
+    out: Tensor,
+    softcap: float | None,
+) -> None:
     """`row_grad`, where only the rows of a mask count, if there is one."""
     n, V = rows.ids.numel(), logits.shape[2]
     if n > 0:

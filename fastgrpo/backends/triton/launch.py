@@ -30,7 +30,7 @@ class InPlace:
     lanes: int = 512
     programs: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.lanes not in (512, 1024):
             raise ValueError(f"lanes: expected 512 or 1024, got {self.lanes!r}")
         if type(self.programs) is not int or self.programs < 0:
@@ -129,13 +129,13 @@ def _options(device: torch.device, lanes: int) -> dict[str, int]:
     return options
 
 
-def run(kernel: Any, programs: int, lanes: int, device: torch.device, *args, **constants) -> None:
+def run(kernel: Any, programs: int, lanes: int, device: torch.device, *args: Any, **constants: Any) -> None:
     """`programs` programs of `lanes` threads; the arguments, a tuple's members too, are tensors, numbers or None."""
     on = contextlib.nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
     with on:
         kernel[(programs,)](*args, **constants, **_options(device, lanes))
 
 
-def sweep(kernel: Any, programs: int, cut: Geometry, device: torch.device, *args, **constants) -> None:
+def sweep(kernel: Any, programs: int, cut: Geometry, device: torch.device, *args: Any, **constants: Any) -> None:
     """`run` for a kernel that walks rows of logits."""
     run(kernel, programs, cut.LANES, device, *args, K=cut.K, LANES=cut.LANES, UNROLL=cut.UNROLL, **constants)
