@@ -35,6 +35,7 @@ from fastgrpo import (
     selective_logps,
 )
 from fastgrpo.rewards import RewardFunc, combine, exact, numeric
+from fastgrpo.trainer import GRPOConfig, GRPOTrainer
 
 hidden, weight, logits = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(2, 3, 5)
 ids, mask, rewards = torch.randint(5, (2, 3)), torch.ones(2, 3), torch.tensor([1.0, 0.0])
@@ -68,6 +69,8 @@ output: GRPOOutput = policy_loss(mask, rewards)
 metrics: dict[str, Tensor] | None = output.metrics
 frozen: Objective = Objective(loss_type="grpo", epsilon=0.2, epsilon_high=None, delta=None)
 reward: RewardFunc = combine(exact, numeric, weights=[1.0, 0.5])
+args: GRPOConfig = GRPOConfig("out", beta=0.1, loss_type="grpo", num_generations=2, bf16=None, learning_rate=1e-5)
+trainer = GRPOTrainer("model", [exact, reward], args, train_dataset=[{"prompt": "2 + 2 =", "answer": "4"}])
 """
 
 WRONG = {
@@ -114,6 +117,10 @@ WRONG = {
     "group_advantages(rewards, num_generation=2)": "call-arg",
     "gae(mask, mask, mask, gamma=1.0)": "call-arg",
     "combine(exact, wights=[1.0])": "call-arg",
+    "GRPOConfig('out', betta=0.1)": "call-arg",
+    "GRPOConfig('out', beta='0.1')": "arg-type",
+    "GRPOTrainer('model')": "call-arg",
+    "GRPOTrainer('model', numeric, {'beta': 0.1})": "arg-type",
 }
 
 
