@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from typing_extensions import Unpack
 
 from fastgrpo.batch.batch import wide
-from fastgrpo.batch.inputs import Inputs, check_rows, make_batch, takes
+from fastgrpo.batch.inputs import Inputs, check_names, check_rows, make_batch, takes
 from fastgrpo.engine import autograd
 from fastgrpo.engine.head import make_head
 from fastgrpo.loss import GRPOLoss
 from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
 from fastgrpo.output import GRPOOutput, make_output
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @takes(Inputs)
@@ -50,7 +52,7 @@ def linear_grpo_loss(
     entropy_coef 0, cost one forward GEMM, or none with `return_stats=False`.
 
     Objectives beyond token level keep sequences whole. If a sequence does not fit into a chunk (with
-    top_entropy_quantile < 1: if the batch does not), or in a compiled graph, the gradient is made in the backward pass
+    top_entropy_quantile < 1, or in a compiled graph: if the batch does not), the gradient is made in the backward pass
     instead, by projecting the rows that have one again: 8NHV.
 
     On a GPU a call waits for the device at most once, to learn how many rows there are to project, or how long packed
@@ -82,6 +84,7 @@ def linear_grpo_loss(
     Equivalent to: `grpo_loss` of the logits above, in hidden's dtype (under autocast, in autocast's). The loss is
     DAPO's (arXiv:2503.14476) by default; `Objective` names the papers of the others.
     """
+    check_names(inputs, Inputs, "linear_grpo_loss")
     check_rows(hidden, completion_ids, "hidden", "H")
     check_objective(objective, inputs)
     head = make_head(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size,

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from fastgrpo import backends
 from fastgrpo.backends import Rows
 from fastgrpo.batch.batch import wide
-from fastgrpo.batch.inputs import Inputs, check_rows, make_batch, takes
+from fastgrpo.batch.inputs import Inputs, check_names, check_rows, make_batch, takes
 from fastgrpo.engine import autograd
 from fastgrpo.engine.logits import Apart, How, Sweeps, as_rows, fuse, fuses
 from fastgrpo.engine.plan import roles
@@ -21,6 +20,9 @@ from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
 from fastgrpo.objective.terms import row_weights
 from fastgrpo.output import GRPOOutput, make_output
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @takes(Inputs)
@@ -89,6 +91,7 @@ def grpo_loss(
 
     Equivalent to: TRL 1.16's `GRPOTrainer._compute_loss` after its forward pass.
     """
+    check_names(inputs, Inputs, "grpo_loss")
     check_rows(logits, completion_ids, "logits", "V")
     check_objective(objective, inputs)
     sweeps = Sweeps(backends.select(logits, backend))
@@ -141,11 +144,7 @@ class GRPOLoss(nn.Module):
             raise ValueError(f"objective: expected an Objective, got {objective!r}")
         arguments = inspect.signature(self.function).parameters
         for name in options:
-            if (
-                name == "objective"
-                or name not in arguments
-                or arguments[name].kind is not inspect.Parameter.KEYWORD_ONLY
-            ):
+            if name not in arguments or arguments[name].kind is not inspect.Parameter.KEYWORD_ONLY:
                 raise ValueError(f"{name}: expected a keyword argument of {self.function.__name__}")
         self.objective = objective
         self.options: dict[str, Any] = {**options}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from fastgrpo.batch.batch import wide
 from fastgrpo.batch.checks import FLOATS, check, check_dtype, check_tensor
-from fastgrpo.batch.inputs import PolicyInputs, make_batch, takes
+from fastgrpo.batch.inputs import PolicyInputs, check_names, make_batch, takes
 from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
 from fastgrpo.objective.terms import compute_terms, only_where, row_weights
 from fastgrpo.output import GRPOOutput, make_output
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @takes(PolicyInputs)
@@ -47,13 +51,14 @@ def policy_loss(
 
     Equivalent to: TRL 1.16's `GRPOTrainer._compute_loss` after its logps.
     """
+    check_names(inputs, PolicyInputs, "policy_loss")
     check(isinstance(per_token_logps, Tensor), "per_token_logps", "a tensor", per_token_logps)
     check_dtype("per_token_logps", per_token_logps, *FLOATS)
     check(per_token_logps.dim() in (1, 2), "per_token_logps", "shape (B, T) or (N,)", per_token_logps)
     check_objective(objective, inputs)
     dtype, shape = wide(per_token_logps.dtype), per_token_logps.shape
     ids = torch.zeros(shape, dtype=torch.int64, device=per_token_logps.device)
-    batch = make_batch(ids, advantages, inputs, declared=PolicyInputs, dtype=dtype)
+    batch = make_batch(ids, advantages, inputs, dtype=dtype)
     if entropies is None:
         check(
             not objective.needs_entropy,

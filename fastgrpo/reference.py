@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import Unpack
 
-from fastgrpo.batch.inputs import Inputs, check_rows, make_batch, takes
+from fastgrpo.batch.inputs import Inputs, check_names, check_rows, make_batch, takes
 from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
 from fastgrpo.objective.terms import compute_terms, only_where, row_weights
 from fastgrpo.output import GRPOOutput, make_output
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @takes(Inputs)
@@ -39,6 +43,7 @@ def grpo_loss_reference(
     Raises:
         ValueError: names the argument, what was expected and what came.
     """
+    check_names(inputs, Inputs, "grpo_loss_reference")
     check_rows(logits, completion_ids, "logits", "V")
     check_objective(objective, inputs)
     vocab = logits.size(-1)
@@ -82,6 +87,7 @@ def linear_grpo_loss_reference(
     Raises:
         ValueError: names the argument, what was expected and what came.
     """
+    check_names(inputs, Inputs, "linear_grpo_loss_reference")
     check_rows(hidden, completion_ids, "hidden", "H")
     logits = project(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], logit_scale, softcap)
     return grpo_loss_reference(

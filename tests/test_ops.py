@@ -1,5 +1,7 @@
 """The operators as torch sees them: opcheck, torch.compile, fakes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import (
@@ -11,13 +13,15 @@ from cases import (
     objective_for,
     softcap_on,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
+from torch.profiler import profile
 
 from fastgrpo import GRPOOutput, Objective, grpo_loss, linear_grpo_loss, linear_logps, selective_logps
 from fastgrpo.backends import Rows
 from fastgrpo.batch.inputs import make_batch
-from fastgrpo.engine import ops
-from fastgrpo.engine.logits import fuse
+from fastgrpo.engine import hidden_ops, ops
+from fastgrpo.engine.logits import Apart, fuse
 from fastgrpo.objective.terms import row_weights
 
 
@@ -67,17 +71,15 @@ def test_compile_fullgraph(loss_type, level, inplace, backend, device):
         assert_close(got.metrics[name], want.metrics[name], 1e-5, name)
 
 
-def test_compile_for_any_vocabulary():
-    """A graph is made for one V, since the choice of a backend may depend on it; another V gets another graph."""
-
-    def step(x, ids):
-        return selective_logps(x, ids).sum()
-
+def test_one_graph_serves_many_vocabularies():
+    """V is a dynamic size where the choice of a backend does not depend on it, as on a CPU."""
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for V in (33, 47):
+    graphs = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(lambda x, ids: selective_logps(x, ids).sum(), fullgraph=True, dynamic=True, backend=graphs)
+    for V in range(30, 42):
         x, ids = torch.randn(2, 3, V), torch.randint(V, (2, 3))
-        assert_close(compiled(x, ids), step(x, ids), 1e-6)
+        assert_close(step(x, ids), selective_logps(x, ids).sum(), 1e-6)
+    assert graphs.frame_count <= 2
 
 
 def test_compile_selective_logps(backend, device):
@@ -105,24 +107,24 @@ def test_opcheck_linear(softcap, dtype, backend, device):
     options = ([37, 4], softcap_on(backend, softcap), dtype, backend)
     for mask, want_entropy in ((None, False), (batch.mask, True)):
         rows = [batch.ids, mask, batch.inv_temperature]
-        opcheck(ops.linear_stats, (*head, rows, want_entropy, *options))
-    _, lse, entropy = (x.detach() for x in ops.linear_stats(*head, rows, True, *options))
+        opcheck(hidden_ops.linear_stats, (*head, rows, want_entropy, *options))
+    _, lse, entropy = (x.detach() for x in hidden_ops.linear_stats(*head, rows, True, *options))
     g = torch.randn_like(lse)
-    for h, needs in ((None, [True, False, True]), (torch.randn_like(lse), [True, True, True])):
+    for h, needs in ((None, [True, False, True]), (None, [True, False, False]), (torch.randn_like(lse), [True] * 3)):
         rows = [batch.ids, batch.inv_temperature, lse, entropy, g, h]
-        opcheck(ops.linear_grad, (*(x.detach() for x in head), rows, needs, *options))
-    if backend != "torch":  # which has no fused objective
-        rows = Rows(batch.ids, batch.mask, batch.inv_temperature)
-        _, token, spec = fuse(rows, objective, batch, row_weights(objective, batch))
-        rows = [batch.ids, batch.mask, None, batch.inv_temperature]
-        how = ([*token], ops.spec_numbers(spec), [True, True, True], True)
-        opcheck(ops.linear_loss, (*head, rows, *how, *options))
+        opcheck(hidden_ops.linear_grad, (*(x.detach() for x in head), rows, needs, *options))
+    rows, weights = Rows(batch.ids, batch.mask, batch.inv_temperature), row_weights(objective, batch)
+    hows = [Apart(rows, replace(objective, importance_sampling_level="sequence"), batch, weights, batch.mask)]
+    hows += [fuse(rows, objective, batch, weights)] if backend != "torch" else []  # which has no fused objective
+    (_, *options), rows = options, [batch.ids, batch.mask, None, batch.inv_temperature]
+    for how in hows:
+        opcheck(hidden_ops.linear_loss, (*head, rows, *hidden_ops.taken_apart(how), [True] * 4, [37, 50], *options))
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5])
 @pytest.mark.parametrize("loss_type, level", [("dapo", "token"), ("grpo", "sequence"), ("vespo", "token")])
 def test_compile_fullgraph_linear(loss_type, level, chunk_size, backend, device):
-    """One operator with the gradient in the forward pass where kernels hold the objective, else two."""
+    """One operator with the gradient in the forward pass, or two where a graph cannot know the sequences' lengths."""
     objective = objective_for(loss_type, level, dict(beta=0.1, entropy_coef=0.01, delta=1.5))
     hidden, weight, ids, kwargs = make_linear_inputs(("old", "ref"), device=device, backend=backend)
     cap = softcap_on(backend, 5.0)
@@ -155,3 +157,31 @@ def test_compile_linear_logps(backend, device):
     got = torch.autograd.grad(torch.compile(total, fullgraph=True)(*leaves), leaves)
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(importance_sampling_level="sequence"),
+        dict(loss_type="luspo", importance_sampling_level="sequence"),
+        dict(loss_type="vespo"),
+        dict(top_entropy_quantile=0.5),
+    ],
+    ids=str,
+)
+def test_a_compiled_batch_that_fits_projects_once(options):
+    """As an eager call: 6NHV FLOPs, three GEMMs, where the whole batch fits into a chunk."""
+    objective = Objective(**{"loss_type": "grpo", **options})
+    hidden, weight = torch.randn(2, 4, 8, requires_grad=True), torch.randn(33, 8, requires_grad=True)
+    ids, old = torch.randint(33, (2, 4)), torch.full((2, 4), -3.0)
+
+    def step(hidden, weight, ids, advantages, old):
+        return linear_grpo_loss(hidden, weight, ids, advantages, old_per_token_logps=old, objective=objective).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    arguments = (ids, torch.tensor([1.0, -1.0]), old)
+    compiled(hidden, weight, *arguments).backward()
+    with profile() as found:
+        compiled(hidden, weight, *arguments).backward()
+    assert sum(each.count for each in found.key_averages() if each.key == "aten::mm") == 3

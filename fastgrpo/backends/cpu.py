@@ -67,7 +67,7 @@ def refuses(call: Call) -> str | None:
     if call.dtype not in DTYPES:
         return f"{call.dtype} is not one of float32, bfloat16, float16"
     if call.one_pass:
-        return "its second reading of a row is from the cache, which may have lost it"
+        return "it reads a row twice"
     return None
 
 

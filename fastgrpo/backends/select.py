@@ -55,7 +55,9 @@ def select(
         RuntimeError: a named backend that cannot run on this machine.
     """
     device = tensor.device
-    vocab = operator.index(tensor.size(-1) if vocab is None else vocab)  # a constant of a compiled graph
+    vocab = tensor.size(-1) if vocab is None else vocab
+    if torch.compiler.is_compiling():  # a graph is made for one V only where the choice depends on it
+        vocab = operator.index(vocab) if device.type == "cuda" else 1
     return _select(backend, device.type, device.index, dtype or tensor.dtype, vocab, softcap)
 
 

@@ -26,7 +26,9 @@ def check(ok: bool, name: str, expected: str, got: object) -> None:
 
 
 def check_dtype(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
-    """`x` has one of `dtypes`: torch.bool, those of INTEGERS, those of FLOATS."""
+    """`x` has memory of its own, and one of `dtypes`: torch.bool, those of INTEGERS, those of FLOATS."""
+    if type(x) is not Tensor and hasattr(x, "__tensor_flatten__"):
+        raise wrong(name, "a tensor with memory of its own, such as a DTensor's full_tensor()", x)
     if x.dtype not in dtypes:
         kinds = {
             "bool": torch.bool,

@@ -19,9 +19,7 @@ from fastgrpo.batch.layout import Layout, Packed, Padded
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class PolicyInputs(TypedDict, total=False):
-    """The keyword arguments of every loss; `grpo_loss` says what each of them is."""
-
+class _Inputs(TypedDict, total=False):
     completion_mask: Tensor | None
     old_per_token_logps: Tensor | None
     ref_per_token_logps: Tensor | None
@@ -32,13 +30,19 @@ class PolicyInputs(TypedDict, total=False):
     sampling_per_token_logps: Tensor | None
     num_items_in_batch: Tensor | float | None
     loss_scale: Tensor | float
+
+
+class PolicyInputs(_Inputs, total=False):
+    """The keyword arguments of a loss from logps; `grpo_loss` says what each of them is."""
+
     cu_seqlens: Tensor | None
 
 
-class Inputs(PolicyInputs, total=False):
+class Inputs(_Inputs, total=False):
     """Those of a loss that makes its logps from logits."""
 
     temperature: float | Tensor
+    cu_seqlens: Tensor | None
 
 
 DEFAULTS: dict[str, Any] = dict(scale_rewards="group", loss_scale=1.0, temperature=1.0)  # of the others: None
@@ -58,9 +62,18 @@ def takes(declared: type) -> Callable[[F], F]:
         ]
         shown = signature.replace(parameters=[*own[:at], *inputs, *own[at:]])
         function.__signature__ = shown  # type: ignore[attr-defined]  # what inspect looks for; no callable declares it
+        function.__annotations__ = {p.name: p.annotation for p in inputs} | function.__annotations__
+        del function.__annotations__["inputs"]
         return function
 
     return show
+
+
+def check_names(inputs: PolicyInputs, declared: type, function: str) -> None:
+    """Raise Python's TypeError for an argument that a function does not have."""
+    for name in inputs:
+        if name not in declared.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 def check_rows(rows: Tensor, completion_ids: Tensor, name: str, width: str) -> None:
@@ -180,24 +193,19 @@ def make_batch(
     *,
     dtype: torch.dtype,
     vocab_size: int | None = None,
-    declared: type = Inputs,
     groups_in_pass: bool = False,
 ) -> Batch:
     """The batch of a call whose ids fit its logits: checks the other arguments and puts them on rows.
 
     Args:
-        inputs: what the caller gave of `declared`.
+        inputs: what the caller gave of them.
         dtype: of the vectors.
         vocab_size: ids are checked against it; None: they are not.
         groups_in_pass: leave rewards to a pass over the logits, where it can make advantages of them.
 
     Raises:
-        TypeError: an argument that is not declared.
         ValueError: names the argument, what was expected and what came.
     """
-    for name in inputs:
-        if name not in declared.__annotations__:
-            raise TypeError(f"unexpected keyword argument {name!r}")
     given = {**DEFAULTS, **inputs}
     shape, device = completion_ids.shape, completion_ids.device
     layout = make_layout(shape, given.get("cu_seqlens"), device)

@@ -14,9 +14,9 @@ from torch.autograd.graph import increment_version
 from fastgrpo.backends import Rows, Scores, TokenLoss
 from fastgrpo.batch.batch import Batch
 from fastgrpo.engine import hidden as chunks
-from fastgrpo.engine import ops
+from fastgrpo.engine import hidden_ops, ops
 from fastgrpo.engine.head import Head
-from fastgrpo.engine.logits import Apart, Fused, How, Sweeps, empty_gradient, fuse, fuses
+from fastgrpo.engine.logits import Apart, Fused, How, Sweeps, empty_gradient, fuse, fuses, upstream
 from fastgrpo.engine.ops import refuse_double_backward
 from fastgrpo.engine.plan import Plan, Roles, plan_loss, plan_rows, roles
 from fastgrpo.objective.options import Objective
@@ -75,9 +75,7 @@ class _Stats(torch.autograd.Function):
         logits, ids, mask, inv_temperature, lse, entropy = ctx.saved_tensors
         gradient = empty_gradient(logits)
         with torch.no_grad():
-            # masked rows have no gradient, whatever the upstream gradient is
-            g = torch.zeros_like(lse) if d_logp is None else torch.where(mask, d_logp, 0.0)
-            h = None if d_entropy is None else torch.where(mask, d_entropy, 0.0)
+            g, h = upstream(mask, lse, d_logp, d_entropy)
             ctx.sweeps.grad(logits, Rows(ids, mask, inv_temperature), Scores(lse, lse, entropy), g, h, gradient)
         return _once(gradient, logits, d_logp, d_entropy), None
 
@@ -128,7 +126,10 @@ class _FusedLoss(torch.autograd.Function):
 def loss_in_place(logits: Tensor, sweeps: Sweeps, how: How, want_entropy: bool) -> tuple[Scores, Terms]:
     """Scores and terms; the logits become their gradient, which one backward call hands out."""
     call = _Learning(sweeps, how, want_entropy)
-    total, logp, lse, entropy, ratio, kl, bonus, *logged = _InPlace.apply(logits, call)
+    apply = _InPlace.apply
+    if torch.compiler.is_compiling() and not (isinstance(how, Fused) and logits.dtype != torch.float16):
+        apply = torch.compiler.disable(apply)  # one break of the graph
+    total, logp, lse, entropy, ratio, kl, bonus, *logged = apply(logits, call)
     return Scores(logp, lse, entropy), Terms(total, ratio, kl, tuple(logged), bonus)
 
 
@@ -185,6 +186,7 @@ class _InPlace(torch.autograd.Function):
             ops.scale_(buffer, d_loss, ctx.sweeps.backend)
         else:
             ctx.sweeps.scale_(buffer, d_loss)
+            increment_version(buffer)
         return buffer, None
 
 
@@ -200,7 +202,7 @@ def hidden_scores(
         plan: None: it is made here.
     """
     if torch.compiler.is_compiling():
-        return ops.scores(hidden, head, rows, roles, want_entropy)
+        return hidden_ops.scores(hidden, head, rows, roles, want_entropy)
     plan = plan or plan_rows(rows.ids.shape[0], roles, head.chunk, learn=False)
     call = _HiddenScoring(head, rows, roles.scored, plan, want_entropy)
     return Scores(*_HiddenScores.apply(hidden, head.weight, head.bias, call))
@@ -220,7 +222,7 @@ class _HiddenScores(torch.autograd.Function):
         head, rows, scored, plan, want_entropy = call
         logp, lse, entropy = chunks.score(hidden, head, rows, plan, want_entropy)
         ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, lse, entropy)
-        ctx.head = head
+        ctx.head = head.without_tensors()
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return logp, lse, entropy
@@ -231,14 +233,9 @@ class _HiddenScores(torch.autograd.Function):
             return None, None, None, None
         hidden, weight, bias, ids, inv_temperature, scored, lse, entropy = ctx.saved_tensors
         with torch.no_grad():
-            # rows that were not scored have no gradient, whatever the upstream gradient is
-            g, h = (
-                None if d is None else (d if scored is None else torch.where(scored, d, 0.0)).contiguous()
-                for d in (d_logp, d_entropy)
-            )
-            g = torch.zeros_like(lse) if g is None else g
+            g, h = upstream(scored, lse, d_logp, d_entropy)
             rows, scores = Rows(ids, None, inv_temperature), Scores(lse, lse, entropy)
-            made = chunks.gradients(hidden, ctx.head, rows, scores, g, h, ctx.needs_input_grad[:3])
+            made = chunks.gradients(hidden, ctx.head.of(weight, bias), rows, scores, g, h, ctx.needs_input_grad[:3])
         return *(_once(x, hidden, weight, bias, d_logp, d_entropy) for x in made), None
 
 
@@ -247,8 +244,7 @@ def hidden_loss(
 ) -> tuple[Tensor, Tensor | None, Terms]:
     """(logps, entropies, terms), the loss differentiable in hidden, weight and bias.
 
-    The gradients are made in the forward pass where they can be; else, and in a compiled graph unless the kernels hold
-    the objective, in the backward pass, which projects again.
+    The gradients are made in the forward pass where they can be; else in the backward pass, which projects again.
     """
     weights, who = row_weights(objective, batch), roles(objective, batch, statistics)
     rows = Rows(batch.ids, batch.mask, head.scaled(batch.inv_temperature))
@@ -257,7 +253,9 @@ def hidden_loss(
     fused = fuses(objective, head.backend, hidden, head.dtype, head.softcap)
     compiling = torch.compiler.is_compiling()
     plan = plan_loss(objective, batch, who, head.chunk) if any(needs) and not compiling else None
-    if not any(needs) or not (fused if plan is None else plan.fits):
+    # whether gradients can be made with the logits; a graph does not know the lengths of sequences
+    with_logits = objective.is_token_local or batch.ids.shape[0] <= head.chunk if plan is None else plan.fits
+    if not (with_logits and any(needs)):
         scores = hidden_scores(hidden, head, rows, who, want_entropy, plan)
         apart = Apart(rows, objective, batch, weights, who.scored)
         return scores.logp, scores.entropy, apart.terms(scores.logp, scores.entropy)
@@ -268,8 +266,7 @@ def hidden_loss(
         weights = Weights(weights.loss * scale, None if weights.entropy is None else weights.entropy * scale)
     how = fuse(rows, objective, batch, weights) if fused else Apart(rows, objective, batch, weights, who.scored)
     if plan is None:
-        assert isinstance(how, Fused)
-        loss, columns = ops.fused_hidden_loss(hidden, head, how, who, needs, want_entropy)
+        loss, columns = hidden_ops.hidden_loss(hidden, head, how, who, needs, want_entropy)
         bonus = None if weights.entropy is None else (weights.entropy * columns["entropy"]).sum()
     else:
         call = _HiddenLearning(head, how, plan, tuple(needs), want_entropy)
@@ -281,11 +278,11 @@ def hidden_loss(
 
 
 def _power_of_two(o: Objective, batch: Batch, weights: Weights, scored: Tensor | None) -> Tensor:
-    """The power of two, 0-dim, that brings the largest coefficient of a row to about 2^8.
+    """A factor, 0-dim, that keeps fp16 gradients in range until the upstream factor comes: those of a mean would round
+    to 0.
 
-    fp16 gradients of a mean would round to 0; this keeps them in range until the upstream factor comes. It uses what
-    is known before the pass. fp16 reaches from 2^-24 to 2^16, so 2^8 leaves room for small probabilities below it and
-    for ratios above it.
+    It is the power of two that brings the largest coefficient of a row, as far as it is known before the pass, to
+    about 2^8. fp16 reaches from 2^-24 to 2^16, so that leaves room for small probabilities below and ratios above.
     """
     size = only_where(scored, batch.row_advantages()).abs() + o.beta
     if batch.importance_ratio is not None:

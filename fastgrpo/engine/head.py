@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,13 @@ class Head:
     @property
     def sweeps(self) -> Sweeps:
         return Sweeps(self.backend, self.softcap)
+
+    def without_tensors(self) -> Head:
+        """For a graph, which holds weight and bias by itself."""
+        return dataclasses.replace(self, weight=self.weight.new_empty(0), bias=None)
+
+    def of(self, weight: Tensor, bias: Tensor | None) -> Head:
+        return dataclasses.replace(self, weight=weight, bias=bias)
 
     def scaled(self, inv_temperature: Tensor) -> Tensor:
         """(N,) what the kernels multiply the GEMM's logits by."""

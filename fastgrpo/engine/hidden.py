@@ -40,22 +40,22 @@ def take_rows(rows: Rows, at: slice | Tensor) -> Rows:
     return Rows._make(None if x is None else x[at] for x in rows)
 
 
-def columns(scores: Scores) -> list[Tensor]:
-    """What is kept of them."""
-    return [scores.logp] if scores.entropy is None else [scores.logp, scores.entropy]
+def columns(scores: Scores, *, with_lse: bool = False) -> list[Tensor]:
+    """What there is of them: logp, lse if asked, entropy if it was wanted."""
+    return [x for x in (scores.logp, scores.lse if with_lse else None, scores.entropy) if x is not None]
 
 
 def score(hidden: Tensor, head: Head, rows: Rows, plan: Plan, want_entropy: bool) -> Scores:
     """The scores of a plan's rows, which are 0 elsewhere."""
     count = 2 + want_entropy
-    results = rows.inv_temperature.new_zeros(count, rows.ids.shape[0])
+    results = [torch.zeros_like(rows.inv_temperature) for _ in range(count)]
     with no_autocast(hidden):
         projection = Projection(hidden, head, plan.longest)
         for chunk in plan.score:
             at = plan.at(chunk)
             logits = projection.logits(at)  # (1, n, V)
             scores = head.sweeps.stats(logits, take_rows(rows, at), want_entropy)
-            for result, values in zip(results, scores[:count], strict=True):
+            for result, values in zip(results, columns(scores, with_lse=True), strict=True):
                 result[at] = values
     logp, lse, *entropy = results
     return Scores(logp, lse, entropy[0] if entropy else None)
@@ -122,7 +122,7 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
     if plan.order is not None:
         table = torch.empty_like(table).index_copy_(1, plan.order, table)
     loss = sum(losses[1:], start=losses[0]) if losses else vectors.new_zeros(())
-    bonus = sum(bonuses[1:], start=bonuses[0]) if bonuses else None
+    bonus = sum(bonuses[1:], start=bonuses[0]) if bonuses else None if how.h is None else vectors.new_zeros(())
     return Learned(loss, dict(zip(names, table.unbind(), strict=True)), bonus, made)
 
 

@@ -66,7 +66,13 @@ class Fused(NamedTuple):
         assert mask is not None and factors is not None
         return Fused(Rows(ids[at], mask[at], factors), TokenRows._make(token), self.spec)
 
+    @property
+    def h(self) -> Tensor | None:
+        """(N,) dL/dentropy; None without an entropy bonus."""
+        return self.token.h
+
     def part(self, at: slice, layout: Layout) -> Fused:
+        """That on some of the rows; their layout is of no account."""
         return self.take(at)
 
     def overwrite(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool) -> tuple[Scores, Terms]:
@@ -127,6 +133,11 @@ class Apart(NamedTuple):
     weights: Weights
     scored: Tensor | None  # (N,) bool: the rows with scores; None: all
 
+    @property
+    def h(self) -> Tensor | None:
+        """(N,) dL/dentropy; None without an entropy bonus."""
+        return self.weights.entropy
+
     def take(self, at: slice | Tensor) -> Apart:
         """That on some of the rows, in an order of which `part` makes sequences again."""
         return self.part(at, self.batch.layout)
@@ -135,7 +146,7 @@ class Apart(NamedTuple):
         """That on some of the rows, all of them scored, which make the sequences of `layout`."""
         rows = Rows._make(None if x is None else x[at] for x in self.rows)
         weights = Weights._make(take(self.weights, at))
-        return Apart(rows, self.objective, self.batch.take(at, layout), weights, None)
+        return self._replace(rows=rows, batch=self.batch.take(at, layout), weights=weights, scored=None)
 
     def overwrite(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool) -> tuple[Scores, Terms]:
         """Scores and terms of logits that become their gradient, in two sweeps."""
@@ -173,6 +184,14 @@ class Apart(NamedTuple):
 How = Fused | Apart
 
 
+def upstream(
+    scored: Tensor | None, like: Tensor, d_logp: Tensor | None, d_entropy: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(g, h), (N,) each, from the upstream gradients; rows that were not scored have none, whatever comes."""
+    g, h = (d if d is None or scored is None else torch.where(scored, d, 0.0) for d in (d_logp, d_entropy))
+    return torch.zeros_like(like) if g is None else g.contiguous(), None if h is None else h.contiguous()
+
+
 def row_span(logits: Tensor) -> int | None:
     """Elements from the first to the last of (B, T, V) logits; None if rows share memory, as expanded ones do."""
     span = logits.size(-1)
@@ -197,6 +216,10 @@ def empty_gradient(logits: Tensor) -> Tensor:
 
 def as_rows(logits: Tensor, inplace: bool = False) -> Tensor:
     """The logits as (B, T, V) with unit stride in V; packed (N, V) becomes (1, N, V)."""
+    if not torch.compiler.is_compiling() and logits.is_neg():  # a view that stands for -1 times what lies in memory
+        if inplace:
+            raise ValueError("logits: expected no view that negates with inplace=True")
+        logits = logits.resolve_neg()
     if logits.stride(-1) != 1 and logits.size(-1) > 1:
         if inplace:
             raise ValueError(f"logits: expected unit stride in V with inplace=True, got strides {logits.stride()}")

@@ -82,6 +82,8 @@ def plan_rows(n: int, roles: Roles, chunk: int, *, learn: bool = True, counts: _
     Args:
         learn: False: all are only scored.
     """
+    if not learn:
+        roles = Roles(roles.scored, None)
     n_learn, n_scored, _ = counts or _count(n, roles)
     n_learn = n_learn if learn else 0
     order = None if (n_learn or n_scored) == n else _order(roles)

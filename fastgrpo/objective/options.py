@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastgrpo.batch.batch import Batch
-from fastgrpo.batch.checks import check
+from fastgrpo.batch.checks import wrong
 
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
 
@@ -161,9 +161,10 @@ class Objective:
         check("sapo_temperature_pos", self.sapo_temperature_pos > 0, "a number > 0")
         check("sapo_temperature_neg", self.sapo_temperature_neg > 0, "a number > 0")
         length, needed = self.max_completion_length, self.record.needs
-        check("max_completion_length", length is None or length > 0, "None or a number > 0")
         if needed is not None:
-            check(needed, getattr(self, needed) is not None, f"a number > 0 with loss_type {self.loss_type!r}")
+            given = getattr(self, needed)
+            check(needed, given is not None and given > 0, f"a number > 0 with loss_type {self.loss_type!r}")
+        check("max_completion_length", length is None or length > 0, "None or a number > 0")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Objective:
@@ -226,6 +227,5 @@ def check_objective(objective: object, inputs: Mapping[str, Any]) -> None:
     """Raise a ValueError unless it is an Objective that can be computed from a call's inputs."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective: expected an Objective, got {objective!r}")
-    needed = objective.beta != 0
-    check(not needed or inputs.get("ref_per_token_logps") is not None, "ref_per_token_logps",
-          "a tensor because beta is not 0", None)  # fmt: skip
+    if objective.beta != 0 and inputs.get("ref_per_token_logps") is None:
+        raise wrong("ref_per_token_logps", "a tensor because beta is not 0", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
@@ -18,14 +18,18 @@ _FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
 
 # the options of the objective, with its defaults; one of them has a default of its own here
-_Options = dataclasses.make_dataclass(
-    "_Options",
-    [
-        (f.name, typing.get_type_hints(Objective)[f.name], f.default)
-        for f in dataclasses.fields(Objective)
-        if f.name != "max_completion_length"
-    ],
-)
+if TYPE_CHECKING:
+    _Options = Objective
+else:
+    _Options = dataclasses.make_dataclass(
+        "_Options",
+        [
+            (f.name, typing.get_type_hints(Objective)[f.name], f.default)
+            for f in dataclasses.fields(Objective)
+            if f.name != "max_completion_length"
+        ],
+        namespace={"__module__": __name__},
+    )
 
 
 def as_dict(options: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -35,7 +39,7 @@ def as_dict(options: dict[str, Any] | str | None) -> dict[str, Any]:
 
 
 @dataclass
-class GRPOConfig(_Options, TrainingArguments):
+class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen for type checkers alone
     """Options of `GRPOTrainer`.
 
     Everything of `transformers.TrainingArguments`, with other defaults for learning_rate (1e-6), logging_steps (10),

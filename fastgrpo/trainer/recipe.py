@@ -1,5 +1,5 @@
 """The old name of `fastgrpo.recipes.r1`."""
 
-from fastgrpo._moved import public_names
+from fastgrpo._moved import stand_in
 
-globals().update(public_names(__name__, "fastgrpo.recipes.r1"))
+stand_in(__name__, "fastgrpo.recipes.r1")

@@ -83,7 +83,7 @@ class ChunkedLogProb(torch.autograd.Function):
                     results["is_top1"][rows] = logits[0].argmax(-1) == ids
         entropy = results.get("entropy")
         ctx.save_for_backward(hidden, weight, bias, targets, inv_temperature, results["lse"], entropy)
-        ctx.head = head
+        ctx.head = head.without_tensors()
         rest = [results.get(name) for name in ("log_sum_sq_probs", "mean_logits", "is_top1")]
         ctx.mark_non_differentiable(*(x for x in rest if x is not None))
         return results["log_probs"], entropy, *rest
@@ -97,7 +97,7 @@ class ChunkedLogProb(torch.autograd.Function):
         h = None if d_entropy is None else d_entropy.to(lse.dtype).contiguous()
         rows, scores = Rows(targets, None, inv_temperature), Scores(lse, lse, entropy)
         with gathered(weight, bias):
-            made = gradients(hidden, ctx.head, rows, scores, g, h, ctx.needs_input_grad[:3])
+            made = gradients(hidden, ctx.head.of(weight, bias), rows, scores, g, h, ctx.needs_input_grad[:3])
         d_hidden, *others = made
         return d_hidden if d_hidden is None else d_hidden[0], *others, *(None,) * 6
 

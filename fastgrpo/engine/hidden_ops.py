@@ -1,0 +1,307 @@
+"""The operators on hidden states, for compiled graphs alone; `ops` says how."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.backends import Rows, Scores
+from fastgrpo.batch.batch import Batch
+from fastgrpo.batch.layout import Packed
+from fastgrpo.engine import hidden as chunks
+from fastgrpo.engine.head import Head
+from fastgrpo.engine.logits import Apart, Fused, How, upstream
+from fastgrpo.engine.ops import (
+    NAMESPACE,
+    Three,
+    Vectors,
+    answer,
+    fake_scores,
+    fused_of,
+    given,
+    refuse_double_backward,
+    spec_numbers,
+    taken,
+)
+from fastgrpo.engine.plan import Roles, plan_loss, plan_rows
+from fastgrpo.objective.options import Objective
+from fastgrpo.objective.terms import Terms, Weights, term_columns
+
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _numbers(head: Head) -> tuple[list[int], float | None, torch.dtype, str]:
+    return [head.vocab, head.chunk], head.softcap, head.dtype, head.backend
+
+
+def _head(
+    weight: Tensor, bias: Tensor | None, sizes: Sequence[int], softcap: float | None, dtype: torch.dtype, backend: str
+) -> Head:
+    vocab, chunk = sizes
+    return Head(weight, bias, vocab, 1.0, softcap, dtype, chunk, backend)  # the scale is in the temperature already
+
+
+def scores(hidden: Tensor, head: Head, rows: Rows, roles: Roles, want_entropy: bool) -> Scores:
+    vectors = [rows.ids, roles.scored, rows.inv_temperature]
+    logp, lse, entropy = linear_stats(hidden, head.weight, head.bias, vectors, want_entropy, *_numbers(head))
+    return Scores(logp, lse, entropy if want_entropy else None)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_stats", mutates_args=())
+def linear_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Vectors,
+    want_entropy: bool,
+    sizes: Sequence[int],
+    softcap: float | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Three:
+    """row_stats of the logits of a head, with 2NHV FLOPs; rows that are not scored enter no GEMM.
+
+    `rows` are ids, scored (or None) and inv_temperature, `sizes` V and the rows of a chunk.
+    """
+    ids, scored, inv_temperature = rows
+    assert ids is not None and inv_temperature is not None
+    head = _head(weight, bias, sizes, softcap, dtype, backend)
+    plan = plan_rows(ids.numel(), Roles(scored, None), head.chunk, learn=False)
+    found = chunks.score(hidden, head, _every(ids, inv_temperature), plan, want_entropy)
+    return found.logp, found.lse, given(found.entropy, inv_temperature)
+
+
+def _every(ids: Tensor, inv_temperature: Tensor) -> Rows:
+    """All of them to be read."""
+    return Rows(ids, torch.ones_like(ids, dtype=torch.bool), inv_temperature)
+
+
+@linear_stats.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, want_entropy: bool, *_: Any) -> Three:
+    assert rows[2] is not None
+    return fake_scores(rows[2], want_entropy)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_grad", mutates_args=())
+def linear_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Vectors,
+    needs: Sequence[bool],
+    sizes: Sequence[int],
+    softcap: float | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Three:
+    """The gradients of hidden, weight and bias (empty unless `needs` says so) from g = dL/dlogp and h = dL/dentropy.
+
+    `rows` are ids, inv_temperature, lse, entropy (or empty), g and h (or None). Rows with both 0 enter no GEMM. It
+    takes 2NHV FLOPs, and 2NHV more for each of the first two gradients.
+    """
+    ids, inv_temperature, lse, entropy, g, h = rows
+    assert ids is not None and inv_temperature is not None
+    assert lse is not None and entropy is not None and g is not None
+    head = _head(weight, bias, sizes, softcap, dtype, backend)
+    found = Scores(lse, lse, taken(entropy))
+    made = chunks.gradients(hidden, head, Rows(ids, None, inv_temperature), found, g, h, needs)
+    d_hidden, d_weight, d_bias = (given(x, inv_temperature) for x in made)
+    return d_hidden, d_weight, d_bias
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], like: Tensor) -> Three:
+    inputs = zip((hidden, weight, weight[:, 0] if bias is None else bias), needs, strict=True)
+    d_hidden, d_weight, d_bias = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else like.new_empty(0) for x, need in inputs
+    )
+    return d_hidden, d_weight, d_bias
+
+
+@linear_grad.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, needs: Sequence[bool], *_: Any) -> Three:
+    assert rows[1] is not None
+    return _fake_gradients(hidden, weight, bias, needs, rows[1])
+
+
+linear_grad.register_autograd(refuse_double_backward)
+
+
+def _linear_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+    hidden, weight, bias, (ids, scored, inv_temperature), _, *ctx.head = inputs
+    _, lse, entropy = output
+    ctx.save_for_backward(hidden, weight, bias, scored, ids, inv_temperature, lse, entropy)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_stats_backward(ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Any, ...]:
+    hidden, weight, bias, scored, *rows = ctx.saved_tensors
+    d_entropy = d_entropy if rows[-1].numel() > 0 else None
+    if d_logp is None and d_entropy is None:
+        return answer(ctx)
+    needs = list(ctx.needs_input_grad[:3])
+    vectors = [*rows, *upstream(scored, rows[-2], d_logp, d_entropy)]
+    made = linear_grad(hidden, weight, bias, vectors, needs, *ctx.head)
+    return answer(ctx, *(x if need else None for x, need in zip(made, needs, strict=True)))
+
+
+linear_stats.register_autograd(_linear_stats_backward, setup_context=_linear_stats_setup)
+
+
+class _Elsewhere(Apart):
+    """An objective in the body of an operator, where the dispatcher has turned autograd off for the thread."""
+
+    __slots__ = ()
+
+    def coefficients(self, scores: Scores) -> tuple[Terms, Tensor, Tensor | None]:
+        device = scores.logp.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+        def differentiate() -> tuple[Terms, Tensor, Tensor | None]:
+            with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                return Apart.coefficients(self, scores)
+
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(differentiate).result()
+
+
+_NAMES = ("loss_type", "importance_sampling_level")
+_NUMBERS = tuple(field for field in dataclasses.fields(Objective) if field.name not in _NAMES)
+
+
+def _objective_of(names: str, numbers: Sequence[float]) -> Objective:
+    options = dict(zip(_NAMES, names.split(), strict=True))
+    values = {field.name: value for field, value in zip(_NUMBERS, numbers, strict=True)}
+    given = {field.name: values[field.name] for field in _NUMBERS if not math.isinf(values[field.name])}
+    flags = {field.name: bool(given[field.name]) for field in _NUMBERS if isinstance(field.default, bool)}
+    return Objective(**options, **given | flags)  # type: ignore[arg-type]  # the names are those of its own fields
+
+
+def _how(
+    ids: Tensor,
+    scored: Tensor | None,
+    inv_temperature: Tensor,
+    vectors: Vectors,
+    numbers: Sequence[float],
+    objective: str,
+) -> How:
+    mask = torch.ones_like(ids, dtype=torch.bool) if scored is None else scored
+    rows = Rows(ids, mask, inv_temperature)
+    if not objective:
+        return fused_of(rows, vectors, numbers)
+    sequences, ratio_per_sequence, *options = numbers
+    weight, h, advantages, old, ref, sampling, importance_ratio, seq = vectors
+    assert weight is not None and seq is not None
+    batch = Batch(
+        layout=Packed(int(sequences), seq, seq),  # of which only the sequence of each row is asked
+        shape=ids.shape,
+        ids=ids,
+        mask=mask,
+        masked=scored is not None,
+        inv_temperature=inv_temperature,
+        advantages=advantages,
+        old=old,
+        ref=ref,
+        sampling=sampling,
+        importance_ratio=importance_ratio,
+        importance_ratio_per_sequence=bool(ratio_per_sequence),
+    )
+    return _Elsewhere(rows, _objective_of(objective, options), batch, Weights(weight, h), scored)
+
+
+def taken_apart(how: How) -> tuple[list[Tensor | None], list[float], str]:
+    """(vectors, numbers, objective) as `linear_loss` has them."""
+    if isinstance(how, Fused):
+        return [*how.token], spec_numbers(how.spec), ""
+    o, batch = how.objective, how.batch
+    options = [getattr(o, field.name) for field in _NUMBERS]
+    numbers = [math.inf if value is None else float(value) for value in options]
+    layout = [float(batch.layout.num_sequences), float(batch.importance_ratio_per_sequence)]
+    vectors = [*how.weights, batch.row_advantages(), batch.old, batch.ref, batch.sampling, batch.importance_ratio]
+    return [*vectors, batch.seq().long()], layout + numbers, " ".join([getattr(o, name) for name in _NAMES])
+
+
+def hidden_loss(
+    hidden: Tensor, head: Head, how: How, roles: Roles, needs: list[bool], want_entropy: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    rows, flags = [how.rows.ids, *roles, how.rows.inv_temperature], [*needs, want_entropy]
+    tensors = (hidden, head.weight, head.bias, rows)
+    loss, table, *_ = linear_loss(*tensors, *taken_apart(how), flags, *_numbers(head))
+    columns = [*["logp", "entropy"][: 1 + want_entropy], *how.columns()]
+    return loss, dict(zip(columns, table.unbind(), strict=True))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_loss", mutates_args=())
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Vectors,
+    vectors: Vectors,
+    numbers: Sequence[float],
+    objective: str,
+    flags: Sequence[bool],
+    sizes: Sequence[int],
+    softcap: float | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Five:
+    """(loss, statistics (K, N), and the gradients of hidden, weight and bias for dL = 1), in one pass over chunks.
+
+    `rows` are ids, scored and learn (or None), and inv_temperature. `flags` say which gradients are wanted, and
+    whether entropies are. An `objective` without a name is one that kernels hold; one beyond token level has to fit
+    into a chunk.
+    """
+    ids, scored, learn, inv_temperature = rows
+    assert ids is not None and inv_temperature is not None
+    *needs, want_entropy = flags
+    head, how = (
+        _head(weight, bias, sizes, softcap, dtype, backend),
+        _how(ids, scored, inv_temperature, vectors, numbers, objective),
+    )
+    if isinstance(how, Apart):
+        plan = plan_loss(how.objective, how.batch, Roles(scored, learn), head.chunk)
+    else:
+        plan = plan_rows(ids.numel(), Roles(scored, learn), head.chunk)
+    learned = chunks.learn(hidden, head, how, plan, needs, want_entropy)
+    table = torch.stack([*learned.columns.values()])
+    d_hidden, d_weight, d_bias = (given(x, inv_temperature) for x in learned.gradients)
+    return learned.loss, table, d_hidden, d_weight, d_bias
+
+
+@linear_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, *rest: Any) -> Five:
+    _, numbers, objective, (*needs, want_entropy), *_ = rest
+    inv_temperature = rows[3]
+    assert inv_temperature is not None
+    terms = len(term_columns(_objective_of(objective, numbers[2:]))) if objective else 1 + (numbers[1] != 0)  # beta
+    table = inv_temperature.new_empty(1 + want_entropy + terms, len(inv_temperature))
+    made = _fake_gradients(hidden, weight, bias, needs, inv_temperature)
+    d_hidden, d_weight, d_bias = (x.to(chunks.hold_dtype(x.dtype)) for x in made)
+    return inv_temperature.new_empty(()), table, d_hidden, d_weight, d_bias
+
+
+def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
+    hidden, weight, bias, *_ = inputs
+    _, table, *gradients = output
+    ctx.dtypes = [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
+    ctx.save_for_backward(*gradients)
+    ctx.mark_non_differentiable(table, *gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_loss_backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if d_loss is None:
+        return answer(ctx)
+    kinds = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+    return answer(ctx, *((x * d_loss).to(dtype) if need else None for x, dtype, need in kinds))
+
+
+linear_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_setup)

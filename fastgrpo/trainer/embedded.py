@@ -1,0 +1,5 @@
+"""The old name of `fastgrpo.recipes.sums`."""
+
+from fastgrpo._moved import stand_in
+
+stand_in(__name__, "fastgrpo.recipes.sums")
