@@ -90,11 +90,11 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
 
     Rows that do not learn are only projected for their statistics; rows that are not scored are not projected.
     """
+    vectors, of_scores = how.rows.inv_temperature, 1 + want_entropy
+    names = [*["logp", "entropy"][:of_scores], *how.columns()]
+    table = vectors.new_zeros(len(names), vectors.shape[0])  # (K, N)
     if plan.order is not None:  # gathered once in the order of projection; the rows of a chunk are then a slice
         how = how.take(plan.order)
-    vectors = how.rows.inv_temperature
-    names = [*["logp", "entropy"][: 1 + want_entropy], *how.columns()]
-    table, of_terms = vectors.new_zeros(len(names), vectors.shape[0]), slice(1 + want_entropy, None)
     losses, bonuses = [], []
     logits: Tensor | None
     with no_autocast(hidden):
@@ -104,26 +104,34 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
             at = plan.at(chunk)
             logits = projection.logits(at)  # (1, n, V), and then their gradient
             scores, terms = how.part(chunk, layout).overwrite(logits, head.sweeps, want_entropy)
-            torch.stack([*columns(scores), *terms.columns()], out=table[:, chunk])
+            _put(table, at, [*columns(scores), *terms.columns()])
             losses.append(terms.loss)
             bonuses += [] if terms.bonus is None else [terms.bonus]
             collected.add(at)
         for chunk in plan.score:
-            logits = projection.logits(plan.at(chunk))
+            at = plan.at(chunk)
+            logits = projection.logits(at)
             scores = head.sweeps.stats(logits, take_rows(how.rows, chunk), want_entropy)
-            torch.stack(columns(scores), out=table[: of_terms.start, chunk])
+            _put(table[:of_scores], at, columns(scores))
         logits = None
         del projection  # and with both the buffer, before the weight's gradient is rounded
         made = collected.result()
     if plan.rest is not None:
         chunk, layout = plan.rest
-        terms = how.part(chunk, layout).look(*table[: of_terms.start, chunk])
-        torch.stack(terms.columns(), out=table[of_terms, chunk])
-    if plan.order is not None:
-        table = torch.empty_like(table).index_copy_(1, plan.order, table)
+        at = plan.at(chunk)
+        terms = how.part(chunk, layout).look(*table[:of_scores, at])
+        _put(table[of_scores:], at, terms.columns())
     loss = sum(losses[1:], start=losses[0]) if losses else vectors.new_zeros(())
     bonus = sum(bonuses[1:], start=bonuses[0]) if bonuses else None if how.h is None else vectors.new_zeros(())
     return Learned(loss, dict(zip(names, table.unbind(), strict=True)), bonus, made)
+
+
+def _put(table: Tensor, at: slice | Tensor, columns: list[Tensor]) -> None:
+    """table[:, at] = columns"""
+    if isinstance(at, slice):
+        torch.stack(columns, out=table[:, at])
+    else:
+        table.index_copy_(1, at, torch.stack(columns))
 
 
 def hold_dtype(dtype: torch.dtype) -> torch.dtype:

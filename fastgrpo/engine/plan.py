@@ -37,7 +37,7 @@ class Part(NamedTuple):
 class Plan:
     """The order in which rows are projected, those that learn before those that are only scored, and its chunks."""
 
-    order: Tensor | None  # (N,) rows; None: as they are
+    order: Tensor | None  # the rows that are scored; None: all, as they are
     learn: list[Part]  # chunks
     score: list[slice]  # chunks
     rest: Part | None = None  # all rows of `score`, where their terms are wanted, too
@@ -86,7 +86,7 @@ def plan_rows(n: int, roles: Roles, chunk: int, *, learn: bool = True, counts: _
         roles = Roles(roles.scored, None)
     n_learn, n_scored, _ = counts or _count(n, roles)
     n_learn = n_learn if learn else 0
-    order = None if (n_learn or n_scored) == n else _order(roles)
+    order = None if (n_learn or n_scored) == n else _order(roles)[:n_scored]
     parts = [Part(rows, Padded(rows.stop - rows.start, 1)) for rows in cut(0, n_learn, chunk)]
     rest = Part(slice(n_learn, n_scored), Padded(n_scored - n_learn, 1)) if learn and n_scored > n_learn else None
     return Plan(order, parts, cut(n_learn, n_scored, chunk), rest)
@@ -107,7 +107,7 @@ def plan_loss(o: Objective, batch: Batch, roles: Roles, chunk: int) -> Plan:
     n_learn, n_scored, lengths = counts
     if max(lengths, default=0) > chunk:
         return dataclasses.replace(plan_rows(n, roles, chunk, learn=False, counts=counts), fits=False)
-    order, seq = None if n_learn == n else _order(roles), batch.seq().long()
+    order, seq = None if n_learn == n else _order(roles)[:n_scored], batch.seq().long()
     seq = seq if order is None else seq[order]
     whole = in_order(seq[:n_learn], layout.num_sequences)
     if n > chunk:

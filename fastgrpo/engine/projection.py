@@ -98,8 +98,9 @@ class Gradients:
         direct = self.dtype == sums or (chunks == 1 and self.dtype == projection.dtype)
         self.sum = _large(self.shape[0], self.shape[1], self.dtype if direct else sums, device)
         self.vocab = projection.weight.shape[0]
-        # zeros where no GEMM writes; on a CPU everywhere, because page faults inside a GEMM cost more
-        self.sum[self.vocab if chunks and device.type != "cpu" else 0 :].zero_()
+        # zeros where no GEMM writes; on a CPU in all of a large one, because page faults inside a GEMM cost more
+        small = device.type != "cpu" or self.sum.nbytes < LARGE
+        self.sum[self.vocab if chunks and small else 0 :].zero_()
         self.d_bias = torch.zeros(len(bias), dtype=sums, device=device) if needs[2] and bias is not None else None
         self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)
 
