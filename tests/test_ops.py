@@ -122,10 +122,15 @@ def test_opcheck_linear(softcap, dtype, backend, device):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5])
-@pytest.mark.parametrize("loss_type, level", [("dapo", "token"), ("grpo", "sequence"), ("vespo", "token")])
-def test_compile_fullgraph_linear(loss_type, level, chunk_size, backend, device):
+@pytest.mark.parametrize(
+    "loss_type, level, quantile",
+    [("dapo", "token", 1), ("dapo", "token", 0.5), ("grpo", "sequence", 1), ("vespo", "token", 1)],
+)
+def test_compile_fullgraph_linear(loss_type, level, quantile, chunk_size, backend, device):
     """One operator with the gradient in the forward pass, or two where a graph cannot know the sequences' lengths."""
-    objective = objective_for(loss_type, level, dict(beta=0.1, entropy_coef=0.01, delta=1.5))
+    objective = objective_for(
+        loss_type, level, dict(beta=0.1, entropy_coef=0.01, delta=1.5, top_entropy_quantile=quantile)
+    )
     hidden, weight, ids, kwargs = make_linear_inputs(("old", "ref"), device=device, backend=backend)
     cap = softcap_on(backend, 5.0)
 

@@ -266,8 +266,7 @@ def hidden_loss(
         weights = Weights(weights.loss * scale, None if weights.entropy is None else weights.entropy * scale)
     how = fuse(rows, objective, batch, weights) if fused else Apart(rows, objective, batch, weights, who.scored)
     if plan is None:
-        loss, columns = hidden_ops.hidden_loss(hidden, head, how, who, needs, want_entropy)
-        bonus = None if weights.entropy is None else (weights.entropy * columns["entropy"]).sum()
+        loss, columns, bonus = hidden_ops.hidden_loss(hidden, head, how, who, needs, want_entropy)
     else:
         call = _HiddenLearning(head, how, plan, tuple(needs), want_entropy)
         loss, (columns, bonus) = _HiddenLoss.apply(hidden, head.weight, head.bias, call)

@@ -34,7 +34,7 @@ from fastgrpo.engine.plan import Roles, plan_loss, plan_rows
 from fastgrpo.objective.options import Objective
 from fastgrpo.objective.terms import Terms, Weights, term_columns
 
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _numbers(head: Head) -> tuple[list[int], float | None, torch.dtype, str]:
@@ -230,12 +230,12 @@ def taken_apart(how: How) -> tuple[list[Tensor | None], list[float], str]:
 
 def hidden_loss(
     hidden: Tensor, head: Head, how: How, roles: Roles, needs: list[bool], want_entropy: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
     rows, flags = [how.rows.ids, *roles, how.rows.inv_temperature], [*needs, want_entropy]
     tensors = (hidden, head.weight, head.bias, rows)
-    loss, table, *_ = linear_loss(*tensors, *taken_apart(how), flags, *_numbers(head))
+    loss, bonus, table, *_ = linear_loss(*tensors, *taken_apart(how), flags, *_numbers(head))
     columns = [*["logp", "entropy"][: 1 + want_entropy], *how.columns()]
-    return loss, dict(zip(columns, table.unbind(), strict=True))
+    return loss, dict(zip(columns, table.unbind(), strict=True)), None if how.h is None else bonus
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_loss", mutates_args=())
@@ -252,9 +252,10 @@ def linear_loss(
     softcap: float | None,
     dtype: torch.dtype,
     backend: str,
-) -> Five:
-    """(loss, statistics (K, N), and the gradients of hidden, weight and bias for dL = 1), in one pass over chunks.
+) -> Six:
+    """(loss, its entropy bonus, statistics (K, N), and the gradients of hidden, weight and bias for dL = 1).
 
+    All of it comes from one pass over the chunks.
     `rows` are ids, scored and learn (or None), and inv_temperature. `flags` say which gradients are wanted, and
     whether entropies are. An `objective` without a name is one that kernels hold; one beyond token level has to fit
     into a chunk.
@@ -273,11 +274,12 @@ def linear_loss(
     learned = chunks.learn(hidden, head, how, plan, needs, want_entropy)
     table = torch.stack([*learned.columns.values()])
     d_hidden, d_weight, d_bias = (given(x, inv_temperature) for x in learned.gradients)
-    return learned.loss, table, d_hidden, d_weight, d_bias
+    bonus = torch.zeros_like(learned.loss) if learned.bonus is None else learned.bonus
+    return learned.loss, bonus, table, d_hidden, d_weight, d_bias
 
 
 @linear_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, *rest: Any) -> Five:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, *rest: Any) -> Six:
     _, numbers, objective, (*needs, want_entropy), *_ = rest
     inv_temperature = rows[3]
     assert inv_temperature is not None
@@ -285,15 +287,16 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, *rest:
     table = inv_temperature.new_empty(1 + want_entropy + terms, len(inv_temperature))
     made = _fake_gradients(hidden, weight, bias, needs, inv_temperature)
     d_hidden, d_weight, d_bias = (x.to(chunks.hold_dtype(x.dtype)) for x in made)
-    return inv_temperature.new_empty(()), table, d_hidden, d_weight, d_bias
+    loss, bonus = inv_temperature.new_empty(()), inv_temperature.new_empty(())
+    return loss, bonus, table, d_hidden, d_weight, d_bias
 
 
-def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Five) -> None:
+def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
     hidden, weight, bias, *_ = inputs
-    _, table, *gradients = output
+    _, bonus, table, *gradients = output
     ctx.dtypes = [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
     ctx.save_for_backward(*gradients)
-    ctx.mark_non_differentiable(table, *gradients)
+    ctx.mark_non_differentiable(bonus, table, *gradients)
     ctx.set_materialize_grads(False)
 
 
