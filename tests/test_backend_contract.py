@@ -15,7 +15,7 @@ from fastgrpo import backends, group_advantages
 from fastgrpo.backends import Backend, Call, Rows, TokenSpec, native
 
 FUNCTIONS = [name for name, value in vars(Backend).items() if inspect.isfunction(value) and not name.startswith("_")]
-TWICE = {"cpu": "second reading", "triton": "second reading", "torch": "more than once"}
+TWICE = {"cpu": "reads a row twice", "triton": "second reading", "torch": "more than once"}
 USUAL = dict(dtype=torch.bfloat16, vocab=151936)
 # What differs from a usual call on the backend's own device: who refuses it, and with what words.
 CALLS = {

@@ -33,7 +33,7 @@ def _stats(logits, *rows, want_entropy=True, **choices):
 
 def _loss(logits, *rows, token, out, **choices):
     with cuda.using(**choices):
-        return cuda.token_loss(logits, Rows(*rows), token, TokenSpec(), out, want_entropy=True)
+        return cuda.token_loss(logits, Rows(*rows), token, TokenSpec(group_size=2), out, want_entropy=True)
 
 
 def _one_pass(vocab, dtype):
@@ -120,7 +120,7 @@ def test_answers_are_remembered_and_failures_are_not(new_machine):
         cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     one_pass = cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
     assert all(map(torch.equal, one_pass, cuda.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)))
-    assert cuda.shape(1000, torch.float32, 0, entropy=True).cluster == 1
+    assert cuda.shape(1000, torch.float32, 0).cluster == 1
 
     new_machine.fastgrpo_host_largest_cluster(0)
     assert _one_pass(2000, torch.bfloat16) == 0
@@ -137,6 +137,7 @@ def test_calls_of_the_runtime(new_machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     logits, ids, mask, inv_t = make(2, 1, 1000, torch.bfloat16)
     rows = rows_of(2, "cpu", advantages=torch.ones(2))
+    groups = rows_of(2, "cpu", rewards=torch.ones(2), seq=torch.arange(2, dtype=torch.int32))
     one_pass = Call("cpu", 0, torch.bfloat16, 1000, one_pass=True)
     out, g, lse = torch.empty_like(logits), torch.ones(2), torch.zeros(2)
     calls = {
@@ -148,6 +149,7 @@ def test_calls_of_the_runtime(new_machine, monkeypatch):
         ),
         "row_grad": (2, lambda: cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, lse), g, None, out)),
         "scale_": (2, lambda: cuda.scale_(logits, torch.tensor(0.5))),
+        "groups": (3, lambda: _loss(logits, ids, mask, inv_t, token=groups, out=out)),
         "two passes": (3, lambda: _loss(logits, ids, mask, inv_t, token=rows, out=out, cluster=-1)),
     }
     found = {}
