@@ -178,10 +178,11 @@ _NUMBERS = tuple(field for field in dataclasses.fields(Objective) if field.name 
 
 def _objective_of(names: str, numbers: Sequence[float]) -> Objective:
     options = dict(zip(_NAMES, names.split(), strict=True))
-    values = {field.name: value for field, value in zip(_NUMBERS, numbers, strict=True)}
-    given = {field.name: values[field.name] for field in _NUMBERS if not math.isinf(values[field.name])}
-    flags = {field.name: bool(given[field.name]) for field in _NUMBERS if isinstance(field.default, bool)}
-    return Objective(**options, **given | flags)  # type: ignore[arg-type]  # the names are those of its own fields
+    values: dict[str, Any] = {}  # without those that are None
+    for field, number in zip(_NUMBERS, numbers, strict=True):
+        if not math.isinf(number):
+            values[field.name] = bool(number) if isinstance(field.default, bool) else number
+    return Objective(**options, **values)  # type: ignore[arg-type]  # the names are those of its own fields
 
 
 def _how(
