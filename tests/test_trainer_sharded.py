@@ -92,6 +92,7 @@ def worker(rank, kind, port, folder):
         torch.save(results, folder / f"{kind}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # threads left of the process group abort some runs at the interpreter's end
 
 
 def run(kind, folder):

@@ -88,6 +88,7 @@ def worker(rank, world, port, folder):
     torch.save(results, os.path.join(folder, f"{world}-{rank}.pt"))
     if world > 1:
         torch.distributed.destroy_process_group()
+        os._exit(0)  # threads left of the process group abort some runs at the interpreter's end
 
 
 def start(world, folder):

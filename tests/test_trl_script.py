@@ -23,6 +23,7 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVI
 
 TRAINING = """
 import json
+import os
 import sys
 
 import torch
@@ -50,8 +51,10 @@ if __name__ == "__main__":
     facts["trainers"] = [x.GRPOTrainer.__module__ for x in (trl, trl.trainer, trl.trainer.grpo_trainer)]
     with open(f"{output}-{trainer.accelerator.process_index}.json", "w") as file:
         json.dump(facts, file)
-    if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads abort some runs
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # at the interpreter's end, threads left of torch's process group abort one run in twenty
 """
 
 # where a script finds itself, and how it ends; without TRL, because Python alone is what this is compared with
