@@ -22,7 +22,7 @@
 #endif
 
 // Goes up with every change of an interface; the loader compares it, and the fields of the struct.
-#define FASTGRPO_ABI 5
+#define FASTGRPO_ABI 6
 
 namespace fastgrpo {
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -37,6 +37,7 @@ using Strides = int64_t[2];  // of b and of t, in elements
   F(fastgrpo::Strides, logits_stride)                                                                             \
   F(fastgrpo::Strides, out_stride)                                                                                \
   F(int32_t, dtype)                                                                                               \
+  F(int32_t, out_dtype) /* that of the logits, or, where those are fp32, bf16 or fp16 */                          \
   F(int32_t, scale_by_std)                                                                                        \
   F(int32_t, skip_zero)                                                                                           \
   F(float, softcap) /* logits are softcap * tanh(logit / softcap); inf: as they are */                            \
@@ -44,7 +45,7 @@ using Strides = int64_t[2];  // of b and of t, in elements
   F(int64_t, group_size)                                                                                          \
   F(int64_t, sequences) /* of rewards */                                                                          \
   F(const void*, logits)                                                                                          \
-  F(void*, out) /* another tensor, or logits itself */                                                            \
+  F(void*, out) /* another tensor, logits itself, or where narrower: the second half of its rows */               \
   F(const int64_t*, ids)                                                                                          \
   F(const uint8_t*, mask)                                                                                         \
   F(const float*, inv_temperature)                                                                                \

@@ -109,7 +109,11 @@ class Backend(Protocol):
         *,
         softcap: float | None = None,
     ) -> None:
-        """Writes dL/dlogits into `out`, (B, T, V) in the dtype of the logits, which may be `logits` itself.
+        """Writes dL/dlogits into `out`, (B, T, V) in the dtype of the logits; from fp32 logits, also in bf16 or fp16.
+
+        `out` may be `logits` itself. A narrower one may lie in the memory of the logits, in the second half of each
+        row: a row of `out` then begins at least 2V bytes after its logits. Written from its end to its start, it
+        overwrites nothing that is still to be read.
 
         Rows where g = dL/dlogp and h = dL/dentropy (None: 0) are both 0 are not read, and get zeroes. Of `rows` the
         mask is not read, and of `scores` only lse and, if there is an h, the entropy.

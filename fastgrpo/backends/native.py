@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .contract import Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
-_ABI = 5
+_ABI = 6
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -38,7 +38,7 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "tokens", "vocab")),
         ("logits_stride", ctypes.c_int64 * 2),
         ("out_stride", ctypes.c_int64 * 2),
-        *((name, ctypes.c_int32) for name in ("dtype", "scale_by_std", "skip_zero")),
+        *((name, ctypes.c_int32) for name in ("dtype", "out_dtype", "scale_by_std", "skip_zero")),
         ("softcap", ctypes.c_float),
         ("spec", Spec),
         *((name, ctypes.c_int64) for name in ("group_size", "sequences")),
@@ -152,7 +152,7 @@ def make_args(
         logits=_pointer(logits),
     )
     if out is not None:
-        args.out, args.out_stride = _pointer(out), out.stride()[:2]
+        args.out, args.out_stride, args.out_dtype = _pointer(out), out.stride()[:2], DTYPES[out.dtype]
     for names, values in ((vectors, vectors.values()), *((record._fields, record) for record in records)):
         for name, value in zip(names, values, strict=True):
             if value is not None:
