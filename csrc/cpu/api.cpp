@@ -59,9 +59,11 @@ struct Row {
   double unit;  // log(2), but such that z = t * unit holds in spite of the rounding of c
 
   Row(const Args& a, const Sweeps* table, int64_t r) : args(a), table(table), dtype(a.dtype), capped(nullptr) {
-    const int64_t b = r / a.tokens, t = r % a.tokens, size = element_size(a.dtype);
-    logits = (const char*)a.logits + (b * a.logits_stride[0] + t * a.logits_stride[1]) * size;
-    out = a.out == nullptr ? nullptr : (char*)a.out + (b * a.out_stride[0] + t * a.out_stride[1]) * size;
+    const int64_t b = r / a.tokens, t = r % a.tokens;
+    const int64_t from = b * a.logits_stride[0] + t * a.logits_stride[1];
+    const int64_t to = b * a.out_stride[0] + t * a.out_stride[1];
+    logits = (const char*)a.logits + from * element_size(a.dtype);
+    out = a.out == nullptr ? nullptr : (char*)a.out + to * element_size(a.out_dtype);
     target = a.ids[r] >= 0 && a.ids[r] < a.vocab ? a.ids[r] : -1;
     inv_temperature = a.inv_temperature[r];
     c = (float)(inv_temperature * kLog2E);
@@ -81,23 +83,25 @@ struct Row {
   const Sweeps& sweeps() const { return table[dtype]; }
   const void* source() const { return capped == nullptr ? logits : capped; }
 
-  void zero_gradient() const { memset(out, 0, args.vocab * element_size(args.dtype)); }
+  void zero_gradient() const { memset(out, 0, args.vocab * element_size(args.out_dtype)); }
 
   void gradient(double lse2, float g, float h, float entropy, const void* next) const {
     void* const sink = capped == nullptr ? out : capped;
+    const int32_t sink_dtype = capped == nullptr ? args.out_dtype : kFloat32;
     const double logit = target < 0 ? 0.0 : read_element(source(), target, dtype);  // before it is overwritten
     const double scale = inv_temperature;
     const double constant = h == 0 ? -scale * g : -scale * (g + (double)h * entropy);
-    sweeps().gradient(source(), sink, args.vocab, c, {lse2, (float)constant, (float)(-scale * h * unit)}, next);
+    const RowGradient gradient = {lse2, (float)constant, (float)(-scale * h * unit)};
+    sweeps().gradient[sink_dtype](source(), sink, args.vocab, c, gradient, next);
     if (target >= 0) {
       // g*(1 - p) keeps its digits when p is near 1.
       const double lp = (logit * c - lse2) * unit, p = exp(lp);
       double value = -g * expm1(lp);
       if (h != 0 && p != 0) value -= h * p * (lp + entropy);
-      write_element((float)(scale * value), sink, target, dtype);
+      write_element((float)(scale * value), sink, target, sink_dtype);
     }
     if (capped == nullptr) return;
-    table[args.dtype].uncap(logits, capped, out, args.vocab, args.softcap);
+    table[args.dtype].uncap[args.out_dtype](logits, capped, out, args.vocab, args.softcap);
   }
 };
 
@@ -240,7 +244,7 @@ void prefer_large_pages_out(const Args& args) {
   const bool contiguous = (args.tokens == 1 || args.out_stride[1] == args.vocab) &&
                           (args.batch == 1 || args.out_stride[0] == args.tokens * args.vocab);
   if (args.out == nullptr || args.out == args.logits || !contiguous) return;
-  fastgrpo_cpu_prefer_large_pages(args.out, args.batch * args.tokens * args.vocab * element_size(args.dtype));
+  fastgrpo_cpu_prefer_large_pages(args.out, args.batch * args.tokens * args.vocab * element_size(args.out_dtype));
 }
 
 }  // namespace

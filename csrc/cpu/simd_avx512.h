@@ -54,6 +54,12 @@ struct Simd {
     _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, round_up_bits(b)));
   }
 
+  // a first, then b, as fp32 comes from memory.
+  static void store2_in_order(BFloat16* p, Vec a, Vec b) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_up_bits(a), 16)));
+    _mm256_storeu_si256((__m256i*)(p + 16), _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_up_bits(b), 16)));
+  }
+
   static void load2(const Float16* p, Vec& a, Vec& b) {
     a = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
     b = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + 16)));
@@ -62,6 +68,7 @@ struct Simd {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     _mm256_storeu_si256((__m256i*)(p + 16), _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+  static void store2_in_order(Float16* p, Vec a, Vec b) { store2(p, a, b); }
 
  private:
   // Adds what makes the upper 16 bits the value rounded to nearest even: 0x7fff, and 1 more if they are odd.

@@ -51,6 +51,11 @@ struct Simd {
     vst1q_u16((uint16_t*)p, vreinterpretq_u16_u32(u));
   }
 
+  // a first, then b, as fp32 comes from memory.
+  static void store2_in_order(BFloat16* p, Vec a, Vec b) {
+    vst1q_u16((uint16_t*)p, vshrn_high_n_u32(vshrn_n_u32(round_up_bits(a), 16), round_up_bits(b), 16));
+  }
+
   static void load2(const Float16* p, Vec& a, Vec& b) {
     const float16x8_t u = vreinterpretq_f16_u16(vld1q_u16((const uint16_t*)p));
     a = vcvt_f32_f16(vget_low_f16(u));
@@ -59,6 +64,7 @@ struct Simd {
   static void store2(Float16* p, Vec a, Vec b) {
     vst1q_u16((uint16_t*)p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(a), b)));
   }
+  static void store2_in_order(Float16* p, Vec a, Vec b) { store2(p, a, b); }
 
  private:
   // Adds what makes the upper 16 bits the value rounded to nearest even: 0x7fff, and 1 more if they are odd.

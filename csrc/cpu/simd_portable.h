@@ -73,6 +73,10 @@ struct Simd {
     for (int i = 0; i < kWidth; ++i) from_float(a.lane[i], p + i);
     for (int i = 0; i < kWidth; ++i) from_float(b.lane[i], p + kWidth + i);
   }
+  template <class T>
+  static void store2_in_order(T* p, const Vec& a, const Vec& b) {
+    store2(p, a, b);
+  }
 };
 
 class FlushSubnormals {

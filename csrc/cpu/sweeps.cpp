@@ -13,7 +13,8 @@
 
 // What a layer provides: Vec of kWidth floats and on it set, add, sub, mul, div, fma(a, b, c) = a*b + c rounded once,
 // max(a, b) (b or NaN, if one is NaN), low_bits_to_exponent (integer shift left by 23), max_lane, sum_lanes (of four
-// Vec, in double); load2 and store2: 2*kWidth elements as two Vec, in an order of its own, rounded to nearest even.
+// Vec, in double); load2 and store2: 2*kWidth elements as two Vec, in an order of its own, rounded to nearest even;
+// store2_in_order.
 #include FASTGRPO_SIMD
 
 namespace fastgrpo {
@@ -212,11 +213,22 @@ const float (&gradient_coefficients(float))[6] { return kExp2Fine; }
 const float (&gradient_coefficients(BFloat16))[5] { return kExp2Coarse; }
 const float (&gradient_coefficients(Float16))[5] { return kExp2Coarse; }
 
-template <class T, bool kEntropy, int kCoefficients>
-void gradient_steps(const T* x, T* out, int64_t count, int64_t ahead, const Exponential<kCoefficients>& exponential,
+// Stores what load2 gave from elements of type T in the order that they had there.
+template <class T, class Out>
+void store_as_loaded(Out* p, Vec a, Vec b) {
+  if constexpr (sizeof(T) == sizeof(Out)) {
+    Simd::store2(p, a, b);
+  } else {
+    Simd::store2_in_order(p, a, b);
+  }
+}
+
+// From the last element to the first: a narrower out over the second half of x overwrites only what has been read.
+template <class T, class Out, bool kEntropy, int kCoefficients>
+void gradient_steps(const T* x, Out* out, int64_t count, int64_t ahead, const Exponential<kCoefficients>& exponential,
                     float constant, float slope) {
   const Vec offset = Simd::set(constant), factor = Simd::set(slope);
-  for (int64_t j = 0; j < count; j += kStep) {
+  for (int64_t j = count - kStep; j >= 0; j -= kStep) {
     Vec v[4];
     prefetch((const char*)(x + j) + ahead, kStep * sizeof(T));
     Simd::load2(x + j, v[0], v[1]);
@@ -228,37 +240,38 @@ void gradient_steps(const T* x, T* out, int64_t count, int64_t ahead, const Expo
       v[k] = Simd::mul(significand, power);
       if (kEntropy) v[k] = Simd::mul(v[k], Simd::fma(exponential.exponent(clamped), factor, offset));
     }
-    Simd::store2(out + j, v[0], v[1]);
-    Simd::store2(out + j + kStep / 2, v[2], v[3]);
+    store_as_loaded<T>(out + j, v[0], v[1]);
+    store_as_loaded<T>(out + j + kStep / 2, v[2], v[3]);
   }
 }
 
-template <class T, bool kEntropy>
-void gradient(const T* x, T* out, int64_t V, const Range& range, const RowGradient& g, const void* next) {
+template <class T, class Out, bool kEntropy>
+void gradient(const T* x, Out* out, int64_t V, const Range& range, const RowGradient& g, const void* next) {
   const FlushSubnormals guard;
   // p_j = 2^(t_j - base) * 2^-rest; without an entropy term the polynomial itself carries all factors.
   const double rest = g.lse2 - range.base;
   const double scale = exp2(-rest) * (kEntropy ? 1.0 : (double)g.constant);
   const float constant = (float)(g.constant - g.slope * rest);
-  const Exponential<sizeof(gradient_coefficients(T())) / sizeof(float)> exponential(range, gradient_coefficients(T()),
-                                                                                    (float)scale);
+  const Exponential<sizeof(gradient_coefficients(Out())) / sizeof(float)> exponential(
+      range, gradient_coefficients(Out()), (float)scale);
   const int64_t whole = V / kStep * kStep;
   // Without a row to fetch, the row's own lines are named, which costs next to nothing.
   const int64_t ahead = next == nullptr ? 0 : (const char*)next - (const char*)x;
-  gradient_steps<T, kEntropy>(x, out, whole, ahead, exponential, constant, g.slope);
   if (whole < V) {
     T tail[kStep];
+    Out made[kStep];
     for (int j = 0; j < kStep; ++j) tail[j] = minus_infinity<T>();
     memcpy(tail, x + whole, (V - whole) * sizeof(T));
-    gradient_steps<T, kEntropy>(tail, tail, kStep, 0, exponential, constant, g.slope);
-    memcpy(out + whole, tail, (V - whole) * sizeof(T));
+    gradient_steps<T, Out, kEntropy>(tail, made, kStep, 0, exponential, constant, g.slope);
+    memcpy(out + whole, made, (V - whole) * sizeof(Out));
   }
+  gradient_steps<T, Out, kEntropy>(x, out, whole, ahead, exponential, constant, g.slope);
 }
 
 // For rows that no Range covers, and for gradients that are not finite.
-template <class T>
-void careful_gradient(const T* x, T* out, int64_t V, float c, const RowGradient& g) {
-  for (int64_t j = 0; j < V; ++j) {
+template <class T, class Out>
+void careful_gradient(const T* x, Out* out, int64_t V, float c, const RowGradient& g) {
+  for (int64_t j = V - 1; j >= 0; --j) {
     const double d = (double)to_float(x[j]) * c - g.lse2;
     const double p = exp2(d);
     const double factor = g.slope == 0 ? g.constant : g.constant + g.slope * d;
@@ -266,17 +279,17 @@ void careful_gradient(const T* x, T* out, int64_t V, float c, const RowGradient&
   }
 }
 
-template <class T>
+template <class T, class Out>
 void gradient_entry(const void* x, void* out, int64_t V, float c, const RowGradient& g, const void* next) {
   Range range;
   // The difference of a finite number with itself is 0, of anything else NaN.
   const bool finite = g.constant - g.constant == 0 && g.slope - g.slope == 0;
   if (!finite || !range.around(g.lse2, c)) {
-    careful_gradient((const T*)x, (T*)out, V, c, g);
+    careful_gradient((const T*)x, (Out*)out, V, c, g);
   } else if (g.slope != 0) {
-    gradient<T, true>((const T*)x, (T*)out, V, range, g, next);
+    gradient<T, Out, true>((const T*)x, (Out*)out, V, range, g, next);
   } else {
-    gradient<T, false>((const T*)x, (T*)out, V, range, g, next);
+    gradient<T, Out, false>((const T*)x, (Out*)out, V, range, g, next);
   }
 }
 
@@ -328,12 +341,12 @@ void cap_entry(const void* x, float* z, int64_t V, float softcap) {
   each_vector(z, V, [&](Vec v, int64_t) { return Simd::mul(factor, tanh(v)); });
 }
 
-template <class T>
+template <class T, class Out>
 void uncap_entry(const void* x, float* dz, void* out, int64_t V, float softcap) {
   const Tanh tanh(softcap);
   const Vec one = Simd::set(1.0f);
   float raw[kBlock + kCapPadding] = {};
-  for (int64_t begin = 0; begin < V; begin += kBlock) {
+  for (int64_t begin = (V - 1) / kBlock * kBlock; begin >= 0; begin -= kBlock) {
     const int64_t count = V - begin < kBlock ? V - begin : kBlock;
     for (int64_t j = 0; j < count; ++j) raw[j] = to_float(((const T*)x)[begin + j]);
     each_vector(dz + begin, count, [&](Vec d, int64_t j) {
@@ -342,7 +355,7 @@ void uncap_entry(const void* x, float* dz, void* out, int64_t V, float softcap) 
       const Vec t = tanh(v);
       return Simd::mul(d, Simd::sub(one, Simd::mul(t, t)));
     });
-    for (int64_t j = 0; j < count; ++j) from_float(dz[begin + j], (T*)out + begin + j);
+    for (int64_t j = 0; j < count; ++j) from_float(dz[begin + j], (Out*)out + begin + j);
   }
 }
 
@@ -351,9 +364,18 @@ void uncap_entry(const void* x, float* dz, void* out, int64_t V, float softcap) 
 namespace FASTGRPO_ISA {
 
 extern const Sweeps kSweeps[3] = {
-    {stats_entry<float>, gradient_entry<float>, cap_entry<float>, uncap_entry<float>},
-    {stats_entry<BFloat16>, gradient_entry<BFloat16>, cap_entry<BFloat16>, uncap_entry<BFloat16>},
-    {stats_entry<Float16>, gradient_entry<Float16>, cap_entry<Float16>, uncap_entry<Float16>},
+    {stats_entry<float>,
+     {gradient_entry<float, float>, gradient_entry<float, BFloat16>, gradient_entry<float, Float16>},
+     cap_entry<float>,
+     {uncap_entry<float, float>, uncap_entry<float, BFloat16>, uncap_entry<float, Float16>}},
+    {stats_entry<BFloat16>,
+     {nullptr, gradient_entry<BFloat16, BFloat16>, nullptr},
+     cap_entry<BFloat16>,
+     {nullptr, uncap_entry<BFloat16, BFloat16>, nullptr}},
+    {stats_entry<Float16>,
+     {nullptr, nullptr, gradient_entry<Float16, Float16>},
+     cap_entry<Float16>,
+     {nullptr, nullptr, uncap_entry<Float16, Float16>}},
 };
 
 }  // namespace FASTGRPO_ISA

@@ -28,12 +28,13 @@ constexpr int64_t kCapPadding = 64;
 struct Sweeps {
   // x: V elements; target in [0, V), or -1 when there is none.
   RowSums (*stats)(const void* x, int64_t V, int64_t target, float c, bool want_entropy);
-  // out may be x itself. next: null, or a row to bring into L2 meanwhile, while memory is idle.
-  void (*gradient)(const void* x, void* out, int64_t V, float c, const RowGradient& gradient, const void* next);
-  // z = softcap * tanh(x / softcap), and back from dL/dz to out = dL/dx; z has kCapPadding elements more than V, and
-  // out may be x.
+  // By the DType of out; null where out is neither of x's type nor narrower. out may be x itself; a narrower one may
+  // lie over the second half of x. next: null, or a row to bring into L2 meanwhile, while memory is idle.
+  void (*gradient[3])(const void* x, void* out, int64_t V, float c, const RowGradient& gradient, const void* next);
+  // z = softcap * tanh(x / softcap), and back from dL/dz to out = dL/dx, by the DType of out and placed as above; z
+  // has kCapPadding elements more than V.
   void (*cap)(const void* x, float* z, int64_t V, float softcap);
-  void (*uncap)(const void* x, float* dz, void* out, int64_t V, float softcap);
+  void (*uncap[3])(const void* x, float* dz, void* out, int64_t V, float softcap);
 };
 
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
