@@ -13,7 +13,7 @@ namespace {
 
 struct Simd {
   using Vec = __m256;
-  static constexpr int kWidth = 8;
+  static constexpr int kWidth = 8, kRegisters = 16;
 
   static Vec set(float x) { return _mm256_set1_ps(x); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }

@@ -7,13 +7,16 @@
 #include "elements.h"
 
 #define FASTGRPO_ISA neon
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#define FASTGRPO_PAIRS
+#endif
 
 namespace fastgrpo {
 namespace {
 
 struct Simd {
   using Vec = float32x4_t;
-  static constexpr int kWidth = 4;
+  static constexpr int kWidth = 4, kRegisters = 32;
 
   static Vec set(float x) { return vdupq_n_f32(x); }
   static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
@@ -23,6 +26,10 @@ struct Simd {
   static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
   static Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
   static Vec low_bits_to_exponent(Vec x) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 23)); }
+
+#ifdef FASTGRPO_PAIRS
+  static Vec dot(Vec a, Vec b, Vec c) { return vbfdotq_f32(c, (bfloat16x8_t)a, (bfloat16x8_t)b); }
+#endif
 
   static float max_lane(Vec x) { return vmaxvq_f32(x); }
   static double sum_lanes(const Vec (&x)[4]) {

@@ -13,7 +13,7 @@ namespace fastgrpo {
 namespace {
 
 struct Simd {
-  static constexpr int kWidth = 8;
+  static constexpr int kWidth = 8, kRegisters = 16;
   struct Vec {
     float lane[kWidth];
   };

@@ -1,9 +1,9 @@
 // The two sweeps over a row, compiled once per instruction set on top of the vector layer in FASTGRPO_SIMD.
 //
-// stats reads the row once; gradient reads it once (from L2, when it follows) and writes it once, in place or not.
-// A row's result depends on its values alone: blocks are counted from its start, whatever its address.
-// Every function here is in an unnamed namespace, and none comes inline from a shared header: of an inline function
-// the linker would keep one copy for all, perhaps the one that only the newest CPUs can run.
+// sums reads a block of the row once; gradient reads it once (from L2, when it follows) and writes it once, in place
+// or not. A row's result depends on its values alone: blocks are counted from its start, whatever its address. Every
+// function here is in an unnamed namespace, and none comes inline from a shared header: of an inline function the
+// linker would keep one copy for all, perhaps the one that only the newest CPUs can run.
 
 #include "sweeps.h"
 
@@ -23,7 +23,6 @@ namespace {
 using Vec = Simd::Vec;
 
 constexpr int kStep = 4 * Simd::kWidth;  // elements per iteration: two load2
-constexpr int kBlock = 4096;             // elements between two visits to the running sums in double
 
 // Where the exponential is exact: exponents t = x*c in [base - 127, base + 127], |base| small beside 2^23.
 //
@@ -143,19 +142,19 @@ BlockSums block_sums(const T* x, int count, const Range& range) {
   return {Simd::max_lane(top), Simd::sum_lanes(sum), kEntropy ? Simd::sum_lanes(weighted) : 0.0};
 }
 
-// For rows that no Range covers (|logit| beyond a million, NaN, +inf): two passes in double, one element at a time.
+// For blocks that no Range covers (|logit| beyond a million, NaN, +inf): two passes in double, one element at a time.
 template <class T>
-RowSums careful_stats(const T* x, int64_t V, int64_t target, float c) {
+RowSums careful_sums(const T* x, int count, float c) {
   double ref = -INFINITY;
-  for (int64_t j = 0; j < V; ++j) {
+  for (int j = 0; j < count; ++j) {
     const double t = (double)to_float(x[j]) * c;
     if (!(t <= ref)) ref = t;
     if (ref != ref) break;
   }
   RowSums sums = {ref, 0.0, 0.0};
-  for (int64_t j = 0; j < V; ++j) {
+  for (int j = 0; j < count; ++j) {
     const double d = (double)to_float(x[j]) * c - ref;
-    if (j == target || d == -INFINITY) continue;
+    if (d == -INFINITY) continue;
     const double e = exp2(d);
     sums.sum += e;
     sums.weighted += e * d;
@@ -164,39 +163,29 @@ RowSums careful_stats(const T* x, int64_t V, int64_t target, float c) {
 }
 
 template <class T, bool kEntropy>
-RowSums stats(const T* x, int64_t V, int64_t target, float c) {
-  const float target_logit = target < 0 ? -INFINITY : to_float(x[target]);
+RowSums sums_of_block(const T* x, int64_t begin, int64_t V, int64_t target, float target_logit, float c) {
   const FlushSubnormals guard;
+  const Block<T> block(x, begin, V, target);
   Range range;
-  bool started = false;
-  RowSums row = {0.0, 0.0, 0.0};
-  for (int64_t begin = 0; begin < V; begin += kBlock) {
-    const Block<T> block(x, begin, V, target);
-    if (!started) {
-      const float first = block_max(block.data, block.padded);
-      const float top = first > target_logit ? first : target_logit;
-      if (top == -INFINITY) continue;
-      if (!range.around((double)top * c, c)) return careful_stats(x, V, target, c);
-      row.ref = range.base;
-      started = true;
-    }
-    BlockSums sums = block_sums<T, kEntropy>(block.data, block.padded, range);
-    // Seldom: the block towers so far above what came before that it has to be summed again.
-    if (!((double)sums.top * c - range.base <= kHeadroom) && sums.top != -INFINITY) {
-      if (!range.around((double)sums.top * c, c)) return careful_stats(x, V, target, c);
-      const double drop = row.ref - range.base, factor = exp2(drop);
-      row = {range.base, row.sum * factor, (row.weighted + row.sum * drop) * factor};
-      sums = block_sums<T, kEntropy>(block.data, block.padded, range);
-    }
-    row.sum += sums.sum;
-    row.weighted += sums.weighted;
+  BlockSums sums;
+  if (range.around((double)target_logit * c, c)) {
+    sums = block_sums<T, kEntropy>(block.data, block.padded, range);
+    if ((double)sums.top * c - range.base <= kHeadroom) return {range.base, sums.sum, sums.weighted};
+  } else {
+    sums.top = block_max(block.data, block.padded);
   }
-  return row;
+  // Seldom: the block towers too far above the target, or there is none. It stands for itself.
+  if (sums.top == -INFINITY) return {-INFINITY, 0.0, 0.0};
+  if (!range.around((double)sums.top * c, c)) return careful_sums(block.data, block.count, c);
+  sums = block_sums<T, kEntropy>(block.data, block.padded, range);
+  return {range.base, sums.sum, sums.weighted};
 }
 
 template <class T>
-RowSums stats_entry(const void* x, int64_t V, int64_t target, float c, bool want_entropy) {
-  return want_entropy ? stats<T, true>((const T*)x, V, target, c) : stats<T, false>((const T*)x, V, target, c);
+RowSums sums_entry(const void* x, int64_t begin, int64_t V, int64_t target, float target_logit, float c,
+                   bool want_entropy) {
+  return want_entropy ? sums_of_block<T, true>((const T*)x, begin, V, target, target_logit, c)
+                      : sums_of_block<T, false>((const T*)x, begin, V, target, target_logit, c);
 }
 
 // Asks for `bytes` bytes (a multiple of a cache line, or less than one) to come to L2.
@@ -364,15 +353,15 @@ void uncap_entry(const void* x, float* dz, void* out, int64_t V, float softcap) 
 namespace FASTGRPO_ISA {
 
 extern const Sweeps kSweeps[3] = {
-    {stats_entry<float>,
+    {sums_entry<float>,
      {gradient_entry<float, float>, gradient_entry<float, BFloat16>, gradient_entry<float, Float16>},
      cap_entry<float>,
      {uncap_entry<float, float>, uncap_entry<float, BFloat16>, uncap_entry<float, Float16>}},
-    {stats_entry<BFloat16>,
+    {sums_entry<BFloat16>,
      {nullptr, gradient_entry<BFloat16, BFloat16>, nullptr},
      cap_entry<BFloat16>,
      {nullptr, uncap_entry<BFloat16, BFloat16>, nullptr}},
-    {stats_entry<Float16>,
+    {sums_entry<Float16>,
      {nullptr, nullptr, gradient_entry<Float16, Float16>},
      cap_entry<Float16>,
      {nullptr, nullptr, uncap_entry<Float16, Float16>}},
