@@ -199,8 +199,8 @@ def test_trpo_is_its_formula(seed, halvings, maze, monkeypatch, delta=0.05):
 
 
 def test_trpo_takes_no_step_that_lowers_the_surrogate(maze, monkeypatch):
-    downhill = maze.natural_step
-    monkeypatch.setattr(maze, "natural_step", lambda *given: -downhill(*given))
+    uphill = maze.natural_step
+    monkeypatch.setattr(maze, "natural_step", lambda *given: -uphill(*given))
     before, _, after = start("TRPO", maze, monkeypatch)
     assert torch.equal(after, before)
 
