@@ -32,6 +32,7 @@ from fastgrpo import (
     linear_grpo_loss,
     linear_grpo_loss_reference,
 )
+from fastgrpo.backends import cpu
 from fastgrpo.batch import inputs
 from fastgrpo.engine import gemm, projection
 from fastgrpo.objective import LOSS_TYPES
@@ -237,6 +238,7 @@ class Spy:
     def __init__(self, monkeypatch):
         self.flops, self.projected, self.learned, self.casts = 0, 0, 0, 0
         product, logits, add = projection.product, projection.Projection.logits, projection.Gradients.add
+        head_stats = cpu.head_stats
 
         def spy_product(a, b, out, **options):
             self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
@@ -251,6 +253,12 @@ class Spy:
             self.learned += len(this.projection.h)
             return add(this, rows)
 
+        def spy_head_stats(h, weight, *args, **options):
+            self.flops += 2 * h.numel() * len(weight)
+            self.projected += len(h)
+            return head_stats(h, weight, *args, **options)
+
+        monkeypatch.setattr(cpu, "head_stats", spy_head_stats)
         monkeypatch.setattr(projection, "product", spy_product)
         monkeypatch.setattr(projection.Projection, "logits", spy_logits)
         monkeypatch.setattr(projection.Gradients, "add", spy_add)

@@ -327,6 +327,7 @@ def test_linear_logps_equal_trls(device):
 def test_linear_logps_do_only_the_work_that_is_asked_for(monkeypatch, backend, device):
     """No entropy unless wanted, no gradients without grad mode, and none for rows without an upstream gradient."""
     from fastgrpo import backends
+    from fastgrpo.backends import cpu
 
     hidden, weight, ids, _ = make_linear_inputs(batch=3, length=3, device=device, backend=backend)
     seen, kernels = [], backends.get(backend)
@@ -336,8 +337,15 @@ def test_linear_logps_do_only_the_work_that_is_asked_for(monkeypatch, backend, d
     )
     monkeypatch.setattr(kernels, "row_grad", lambda *a, **k: seen.append(("grad", a[4] is not None)) or grad(*a, **k))
     monkeypatch.setattr(
-        projection.Projection, "logits", lambda s, rows: seen.append(len(s._take(rows))) or logits(s, rows)
+        projection.Projection, "logits", lambda s, rows: seen.append(len(s.take(rows))) or logits(s, rows)
     )
+    head_stats = cpu.head_stats  # both at once
+
+    def spy(hidden, *args, want_entropy, **options):
+        seen.extend([len(hidden), ("stats", want_entropy)])
+        return head_stats(hidden, *args, want_entropy=want_entropy, **options)
+
+    monkeypatch.setattr(cpu, "head_stats", spy)
     with torch.no_grad():
         linear_logps(hidden, weight, ids, backend=backend)
     assert seen == [9, ("stats", False)]

@@ -25,7 +25,7 @@ struct FastgrpoMatmul {
   int64_t M, N, K;
   int64_t a_stride[2], b_stride[2], out_stride;  // in elements; one of a's two is 1, one of b's, and out's second
   int32_t dtype, out_dtype;                      // of a and b; of out: fp32, or that of a and b
-  int32_t add;                                   // only where out is fp32
+  int32_t add;
   const void *a, *b;
   const float* bias;
   void* out;

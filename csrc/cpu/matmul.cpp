@@ -170,7 +170,8 @@ template <class T>
 void finish_as(const float* sums, int64_t count, const float* bias, bool add, T* out) {
   constexpr int64_t kTwo = 2 * Simd::kWidth;
   int64_t i = 0;
-  for (; i + kTwo <= count; i += kTwo) {
+  const bool vectors = sizeof(T) == sizeof(float) || !add;
+  for (; vectors && i + kTwo <= count; i += kTwo) {
     Vec a, b, c, d;
     Simd::load2(sums + i, a, b);
     if (bias != nullptr) {
@@ -192,9 +193,7 @@ void finish_as(const float* sums, int64_t count, const float* bias, bool add, T*
   for (; i < count; ++i) {
     float x = sums[i];
     if (bias != nullptr) x = x + bias[i];
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (add) x = out[i] + x;
-    }
+    if (add) x = to_float(out[i]) + x;
     from_float(x, out + i);
   }
 }

@@ -102,7 +102,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, bias: Tensor
 
     Args:
         a (M, K), b (K, N): fp32, bf16 or fp16, both of one dtype; each with unit stride in one dimension.
-        out (M, N): fp32, or of the dtype of a and b, but fp32 with `add`; unit stride in N. It overlaps neither.
+        out (M, N): fp32, or of the dtype of a and b; unit stride in N. It overlaps neither.
         bias (N,) fp32, contiguous.
     """
     isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
