@@ -120,7 +120,7 @@ class Product {
 
   void multiply_segment(const Left& left, int64_t count, int64_t K, const float* right, float* sums) const {
     const int64_t heights = (count + tiles_.rows - 1) / tiles_.rows;
-    for (int64_t k = 0; k < K; k += kDepth) {
+    for (int64_t k = 0; k == 0 || k < K; k += kDepth) {  // without any k, the sums are 0
       int64_t depth = std::min(kDepth, K - k);
       if (!direct()) depth = lanes(depth) * tiles_.elements;  // what is packed has whole lanes
       for (int64_t i = 0; i < heights; ++i) {                 // of nearly equal heights

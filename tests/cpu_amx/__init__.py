@@ -14,7 +14,17 @@ from fastgrpo.backends import cpu, native
 
 HERE = Path(__file__).resolve().parent
 CPU = HERE.parents[1] / "csrc" / "cpu"
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+]
 SOURCES = [*(CPU / f"{name}.cpp" for name in ("api", "products", "sweeps", "matmul")), HERE / "dispatch.cpp"]
 
 
