@@ -159,6 +159,26 @@ def test_bits_of_an_element(dtype, K):
     assert_same(product(a[rows], b[:, columns]), want[rows][:, columns])
 
 
+def test_large_results_written_past_the_caches(dtype):
+    a, b = operands(1030, 2080, 3, dtype)  # beyond 8 MiB
+    bias = torch.randn(2080)
+    for columns in (2080, 2079):  # rows that begin on cache lines, and rows that do not
+        out = torch.full((1030, columns), math.nan)
+        for added in (None, bias[:columns]):
+            cpu.matmul(a, b[:, :columns], out, bias=added)
+            for rows in (slice(0, 3), slice(1000, 1030)):
+                assert_same(out[rows], product(a[rows], b[:, :columns], bias=added))
+
+
+def test_sums_of_segments_some_rows_at_a_time():
+    """Where those of all rows would take more than 4 MiB a thread; on the best instruction set."""
+    a, b = operands(530, 2000, DEEP + 7, torch.bfloat16)
+    with threads(2):
+        got = product(a, b)
+    for rows in (slice(0, 1), slice(480, 530)):
+        assert_same(product(a[rows], b), got[rows])
+
+
 HEADS = {  # rows, vocabulary, width, softcap
     "one": (1, 1, 1, None),
     "no rows": (0, 40, 7, None),

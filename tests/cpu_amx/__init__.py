@@ -59,12 +59,15 @@ def _forget() -> None:
 
 @contextlib.contextmanager
 def backend(path: Path):
-    """The cpu backend calls the library at `path`, which this gives."""
+    """The cpu backend calls the library at `path`, which this gives; what a CPU with AMX would refuse is an error."""
     library = ctypes.CDLL(str(path))
     for name in ("loaded", "in_use"):
         getattr(library, f"fastgrpo_host_tiles_{name}").restype = ctypes.c_int64
+    library.fastgrpo_host_tiles_violation.restype = ctypes.c_char_p
     with mock.patch.object(native, "library_path", lambda name: path):
         _forget()
         assert cpu._load()[1] is None
         yield library
     _forget()
+    if (violation := library.fastgrpo_host_tiles_violation()) is not None:
+        raise RuntimeError(f"AMX: {violation.decode()}")

@@ -1,5 +1,5 @@
-// The AMX instructions of csrc/cpu/amx.h on any CPU, by the rules of Intel's manual: what a CPU would refuse ends the
-// program.
+// The AMX instructions of csrc/cpu/amx.h on any CPU, by the rules of Intel's manual; what a CPU would refuse is
+// remembered.
 
 #pragma once
 
@@ -15,8 +15,6 @@
 
 #include <math.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <atomic>
@@ -33,15 +31,16 @@ static std::atomic<int64_t> loaded(0), in_use(0);
 static thread_local Tile tiles[8];
 static thread_local bool configured = false;
 
-static inline void require(bool holds, const char* what) {
-  if (holds) return;
-  fprintf(stderr, "AMX: %s\n", what);
-  abort();
+static std::atomic<const char*> violation(nullptr);  // the first one since it was asked for
+
+static inline bool require(bool holds, const char* what) {
+  const char* none = nullptr;
+  if (!holds) violation.compare_exchange_strong(none, what);
+  return holds;
 }
 
 static inline Tile& tile(int i) {
-  require(configured, "tiles are not configured");
-  require(i >= 0 && i < 8 && tiles[i].rows > 0, "a tile that has no rows");
+  require(configured && tiles[i].rows > 0, "a tile that is not configured");
   return tiles[i];
 }
 
@@ -67,13 +66,13 @@ static inline void _tile_loadconfig(const void* from) {
   using emulated::require;
   uint8_t config[64];
   memcpy(config, from, sizeof config);
-  require(config[0] == 1 && config[1] == 0, "palette 1 and row 0 to start with");
-  for (int i = 2; i < 16; ++i) require(config[i] == 0, "reserved bytes are 0");
+  bool good = require(config[0] == 1, "a palette that is not 1");
+  for (int i = 1; i < 16; ++i) good &= require(config[i] == 0, "a configuration with a start or reserved bytes");
   for (int i = 0; i < 16; ++i) {
     const int bytes = config[16 + 2 * i] + 256 * config[17 + 2 * i], rows = config[48 + i];
-    require(i < 8 || (bytes == 0 && rows == 0), "there are 8 tiles");
-    require(bytes <= 64 && rows <= 16 && (bytes == 0) == (rows == 0), "a tile of up to 16 rows of up to 64 bytes");
-    if (i < 8) emulated::tiles[i] = {rows, bytes, {}};
+    good &= require(i < 8 || (bytes == 0 && rows == 0), "a ninth tile");
+    good &= require(bytes <= 64 && rows <= 16 && (bytes == 0) == (rows == 0), "rows or bytes that no tile has");
+    if (good && i < 8) emulated::tiles[i] = {rows, bytes, {}};
   }
   if (!emulated::configured) ++emulated::in_use;
   emulated::configured = true;
@@ -101,9 +100,9 @@ static inline void _tile_dpbf16ps(int sums, int left, int right) {
   using namespace emulated;
   Tile& c = tile(sums);
   const Tile &a = tile(left), &b = tile(right);
-  require(sums != left && sums != right && left != right, "three tiles");
-  require(a.bytes % 4 == 0 && b.bytes % 4 == 0 && c.bytes % 4 == 0, "rows of whole pairs");
-  require(a.rows == c.rows && a.bytes / 4 == b.rows && b.bytes == c.bytes, "tiles that fit each other");
+  const bool good = sums != left && sums != right && left != right && a.rows == c.rows && a.bytes == b.rows * 4 &&
+                    b.bytes == c.bytes && c.bytes % 4 == 0;
+  if (!require(good, "tiles that do not fit each other")) return;
   for (int m = 0; m < c.rows; ++m) {
     float temp[32] = {};
     for (int k = 0; k < a.bytes / 4; ++k) {
@@ -119,9 +118,8 @@ static inline void _tile_dpbf16ps(int sums, int left, int right) {
   }
 }
 
-extern "C" __attribute__((visibility("default"))) int64_t fastgrpo_host_tiles_loaded() {
-  return emulated::loaded;
+extern "C" __attribute__((visibility("default"))) const char* fastgrpo_host_tiles_violation() {
+  return emulated::violation.exchange(nullptr);
 }
-extern "C" __attribute__((visibility("default"))) int64_t fastgrpo_host_tiles_in_use() {
-  return emulated::in_use;
-}
+extern "C" __attribute__((visibility("default"))) int64_t fastgrpo_host_tiles_loaded() { return emulated::loaded; }
+extern "C" __attribute__((visibility("default"))) int64_t fastgrpo_host_tiles_in_use() { return emulated::in_use; }
