@@ -12,6 +12,14 @@
 #include <sys/auxv.h>
 #endif
 
+#ifdef FASTGRPO_HAS_AMX
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace fastgrpo {
 namespace {
 
@@ -40,9 +48,30 @@ bool has_avx512() {
 }
 #endif
 
+#ifdef FASTGRPO_HAS_AMX
+// Tiles and products of bf16 in them, which older compilers cannot ask for; and that the system keeps tiles over a
+// switch of threads, which Linux does for processes that say so.
+bool has_amx() {
+#ifdef __linux__
+  unsigned a, b, c, d, low, high;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c >> 27 & 1) == 0) return false;  // OSXSAVE
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 22 & 1) == 0 || (d >> 24 & 1) == 0) return false;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low >> 17 & 3) != 3) return false;  // XTILECFG and XTILEDATA
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first. FASTGRPO_HAS_* come from CMakeLists.txt, beside the files compiled for them.
 const Candidate* candidates(int* count) {
   static const Candidate all[] = {
+#ifdef FASTGRPO_HAS_AMX
+      {kAmx, "amx", avx512::kSweeps, &amx::kProducts, has_avx512() && has_amx()},
+#endif
 #ifdef FASTGRPO_HAS_AVX512BF16
       {kAvx512Bf16, "avx512bf16", avx512::kSweeps, &avx512bf16::kProducts,
        has_avx512() && __builtin_cpu_supports("avx512bf16")},

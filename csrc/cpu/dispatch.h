@@ -7,7 +7,7 @@
 
 namespace fastgrpo {
 
-enum Isa : int32_t { kPortable, kAvx2, kAvx512, kAvx512Bf16, kNeon, kNeonBf16 };
+enum Isa : int32_t { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNeon, kNeonBf16 };
 
 // The tables of an instruction set; null when this library holds none or this CPU cannot run it.
 const Sweeps* sweeps_for(Isa isa);

@@ -9,7 +9,12 @@
 #include <string.h>
 
 // See sweeps.cpp; with FASTGRPO_PAIRS there is also dot(a, b, c) = c + the products of the pairs of bf16 in each lane.
+// With FASTGRPO_AMX, tiles of bf16 are those of amx.h.
 #include FASTGRPO_SIMD
+
+#ifdef FASTGRPO_AMX
+#include "amx.h"
+#endif
 
 namespace fastgrpo {
 namespace {
@@ -27,10 +32,12 @@ struct Single {
   static float lane(const T* x, int64_t, bool) { return to_float(*x); }
 };
 
-#ifdef FASTGRPO_PAIRS
+#if defined(FASTGRPO_PAIRS) || defined(FASTGRPO_AMX)
 struct Pair {
   static constexpr int kElements = 2;
+#ifdef FASTGRPO_PAIRS
   static Vec step(Vec a, Vec b, Vec sum) { return Simd::dot(a, b, sum); }
+#endif
   static float lane(const BFloat16* x, int64_t k_stride, bool whole) {
     return float_of(x[0].bits | (whole ? (uint32_t)x[k_stride].bits << 16 : 0));
   }
@@ -215,6 +222,34 @@ void finish(const float* sums, int64_t count, const float* bias, bool add, bool 
   return finish_as(sums, count, bias, add, (Float16*)out);
 }
 
+#ifdef FASTGRPO_AMX
+// [count][lanes], a square at a time.
+void pack_rows(const void* from, int64_t k_stride, int64_t i_stride, int64_t K, int64_t count, float* out) {
+  const BFloat16* const x = (const BFloat16*)from;
+  const int64_t lanes = (K + 1) / 2, whole = K / 2;
+  float square[kSquare * kSquare];
+  for (int64_t i = 0; i < count; i += kSquare) {
+    for (int64_t s = 0; s < lanes; s += kSquare) {
+      const BFloat16* const corner = x + i * i_stride + s * 2 * k_stride;
+      const bool full = i_stride == 1 && i + kSquare <= count && s + kSquare <= whole;
+      if (full) {
+        for (int k = 0; k < kSquare; ++k) {
+          for (int r = 0; r < kSquare; ++r)
+            square[k * kSquare + r] = Pair::lane(corner + k * 2 * k_stride + r, k_stride, true);
+        }
+        transpose(square, kSquare, out + i * lanes + s, lanes);
+        continue;
+      }
+      for (int64_t r = 0; r < kSquare && i + r < count; ++r) {
+        for (int64_t k = 0; k < kSquare && s + k < lanes; ++k) {
+          out[(i + r) * lanes + s + k] = Pair::lane(corner + k * 2 * k_stride + r * i_stride, k_stride, s + k < whole);
+        }
+      }
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 namespace FASTGRPO_PRODUCTS {
@@ -222,7 +257,9 @@ namespace FASTGRPO_PRODUCTS {
 extern const Products kProducts = {
     {
         {kRows, kColumns, 1, true, pack<float, Single<float>>, tile<Single<float>>},
-#ifdef FASTGRPO_PAIRS
+#if defined(FASTGRPO_AMX)
+        {Amx::kRows, Amx::kColumns, 2, true, pack<BFloat16, Pair>, Amx::tile, pack_rows, Amx::rest},
+#elif defined(FASTGRPO_PAIRS)
         {kRows, kColumns, 2, true, pack<BFloat16, Pair>, tile<Pair>},
 #else
         {kRows, kColumns, 1, false, pack<BFloat16, Single<BFloat16>>, tile<Single<BFloat16>>},

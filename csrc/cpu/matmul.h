@@ -23,6 +23,10 @@ struct Tiles {
   // bytes from a. A last lane that K fills by half is read by half.
   void (*tile)(const char* a, int64_t row, int64_t lane, int64_t K, const float* right, int32_t rows, float* sums,
                bool add);
+  // As `pack`, but [count][lanes of k]; null: a left operand is packed as a right one is.
+  void (*pack_rows)(const void* x, int64_t k_stride, int64_t i_stride, int64_t K, int64_t count, float* out) = nullptr;
+  // Null, or what a thread calls after its last tile.
+  void (*rest)() = nullptr;
 };
 
 struct Products {
@@ -43,6 +47,9 @@ namespace avx512 {
 extern const Products kProducts;
 }
 namespace avx512bf16 {
+extern const Products kProducts;
+}
+namespace amx {
 extern const Products kProducts;
 }
 namespace neon {

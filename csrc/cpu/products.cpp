@@ -62,8 +62,22 @@ class Product {
   int64_t panels() const { return (a_.N + tiles_.columns - 1) / tiles_.columns; }
   int64_t lanes(int64_t K) const { return (K + tiles_.elements - 1) / tiles_.elements; }
   int64_t panel_floats(int64_t K) const { return lanes(K) * tiles_.columns; }
-  int64_t group_floats() const { return kGroup * tiles_.columns; }
   bool direct() const { return tiles_.reads_rows && a_.a_stride[1] == 1; }
+
+  // What a thread multiplies with.
+  struct Desk {
+    Floats right, sums, more;  // a panel, and the sums of a group of rows, twice
+    const Tiles& tiles;
+
+    Desk(const Product& product, int64_t K)
+        : right(product.panel_floats(K)),
+          sums(kGroup * product.tiles_.columns),
+          more(kGroup * product.tiles_.columns),
+          tiles(product.tiles_) {}
+    ~Desk() {
+      if (tiles.rest != nullptr) tiles.rest();
+    }
+  };
 
   // [k, k + K) of a panel of the right operand.
   void pack_right(int64_t panel, int64_t k, int64_t K, float* out) const {
@@ -80,14 +94,21 @@ class Product {
   Left left(int64_t m, int64_t count, int64_t k, int64_t K, std::vector<float>& scratch) const {
     const char* const x = (const char*)a_.a + (m * a_.a_stride[0] + k * a_.a_stride[1]) * size_;
     if (direct()) return {x, a_.a_stride[0] * size_, 4};
+    if (tiles_.pack_rows != nullptr) {
+      scratch.resize(count * lanes(K));
+      tiles_.pack_rows(x, a_.a_stride[1], a_.a_stride[0], K, count, scratch.data());
+      return {(const char*)scratch.data(), lanes(K) * 4, 4};
+    }
     const int64_t width = up(count, 16);
     scratch.resize(lanes(K) * width);
     tiles_.pack(x, a_.a_stride[1], a_.a_stride[0], K, count, width, scratch.data());
     return {(const char*)scratch.data(), 4, width * 4};
   }
 
-  // sums (count <= kGroup, columns) of rows of `left` and a packed panel, over k < K. `more` is as large.
-  void multiply(const Left& left, int64_t count, int64_t K, const float* right, float* sums, float* more) const {
+  // The sums (count <= kGroup, columns) of rows of `left` and a packed panel, over k < K.
+  void multiply(const Left& left, int64_t count, int64_t K, const float* right, Desk& desk) const {
+    float* const sums = desk.sums.data();
+    float* const more = desk.more.data();
     if (K <= kDeep) return multiply_segment(left, count, K, right, sums);
     for (int64_t k = 0; k < K; k += kSegment) {
       const Left part = left.from(0, k / tiles_.elements);
@@ -99,7 +120,7 @@ class Product {
 
   void multiply_segment(const Left& left, int64_t count, int64_t K, const float* right, float* sums) const {
     const int64_t heights = (count + tiles_.rows - 1) / tiles_.rows;
-    for (int64_t k = 0; k < K; k += kDepth) {
+    for (int64_t k = 0; k == 0 || k < K; k += kDepth) {  // without any k, the sums are 0
       int64_t depth = std::min(kDepth, K - k);
       if (!direct()) depth = lanes(depth) * tiles_.elements;  // what is packed has whole lanes
       for (int64_t i = 0; i < heights; ++i) {                 // of nearly equal heights
@@ -128,13 +149,13 @@ class Product {
     std::vector<float> whole;
     const Left rows = left(0, a_.M, 0, a_.K, whole);
     share(panels(), threads, [&](const auto& next) {
-      Floats right(panel_floats(a_.K)), sums(group_floats()), more(group_floats());
+      Desk desk(*this, a_.K);
       for (int64_t panel; (panel = next()) >= 0;) {
-        pack_right(panel, 0, a_.K, right.data());
+        pack_right(panel, 0, a_.K, desk.right.data());
         for (int64_t m = 0; m < a_.M; m += kGroup) {
           const int64_t count = std::min(kGroup, a_.M - m);
-          multiply(rows.from(m, 0), count, a_.K, right.data(), sums.data(), more.data());
-          finish(m, count, panel, sums.data(), tiles_.columns);
+          multiply(rows.from(m, 0), count, a_.K, desk.right.data(), desk);
+          finish(m, count, panel, desk.sums.data(), tiles_.columns);
         }
       }
     });
@@ -148,14 +169,14 @@ class Product {
       for (int64_t panel; (panel = next()) >= 0;) pack_right(panel, 0, a_.K, right.data() + panel * size);
     });
     share((a_.M + kGroup - 1) / kGroup, threads, [&](const auto& next) {
-      Floats sums(group_floats()), more(group_floats());
+      Desk desk(*this, 0);
       std::vector<float> scratch;
       for (int64_t group; (group = next()) >= 0;) {
         const int64_t m = group * kGroup, count = std::min(kGroup, a_.M - m);
         const Left rows = left(m, count, 0, a_.K, scratch);
         for (int64_t panel = 0; panel < panels(); ++panel) {
-          multiply(rows, count, a_.K, right.data() + panel * size, sums.data(), more.data());
-          finish(m, count, panel, sums.data(), tiles_.columns);
+          multiply(rows, count, a_.K, right.data() + panel * size, desk);
+          finish(m, count, panel, desk.sums.data(), tiles_.columns);
         }
       }
     });
@@ -173,18 +194,19 @@ class Product {
       std::mutex mutex;
       std::condition_variable turned;
       share(segments, threads, [&](const auto& next) {
-        Floats right(panel_floats(kSegment)), partial(count * stride), sums(group_floats());
+        Desk desk(*this, kSegment);
+        Floats partial(count * stride);
         std::vector<float> scratch;
         for (int64_t segment; (segment = next()) >= 0;) {
           const int64_t k = segment * kSegment, K = std::min(kSegment, a_.K - k);
           const Left rows = left(first, count, k, K, scratch);
           for (int64_t panel = 0; panel < panels(); ++panel) {
-            pack_right(panel, k, K, right.data());
+            pack_right(panel, k, K, desk.right.data());
             for (int64_t m = 0; m < count; m += kGroup) {
               const int64_t here = std::min(kGroup, count - m);
-              multiply_segment(rows.from(m, 0), here, K, right.data(), sums.data());
+              multiply_segment(rows.from(m, 0), here, K, desk.right.data(), desk.sums.data());
               for (int64_t r = 0; r < here; ++r) {
-                std::copy_n(sums.data() + r * tiles_.columns, tiles_.columns,
+                std::copy_n(desk.sums.data() + r * tiles_.columns, tiles_.columns,
                             partial.data() + (m + r) * stride + panel * tiles_.columns);
               }
             }
@@ -325,16 +347,16 @@ class Scores : Product {
   // The same bits as in the product: a sum's order does not depend on where its column lies.
   void find_targets(int64_t first, std::vector<Target>& targets, int64_t threads) const {
     share((int64_t)targets.size(), threads, [&](const auto& next) {
-      Floats right(panel_floats(a_.K)), sums(group_floats()), more(group_floats());
+      Desk desk(*this, a_.K);
       std::vector<float> scratch;
       float logit[1 + kCapPadding];
       for (int64_t i; (i = next()) >= 0;) {
         const int64_t r = first + i, id = target(r);
         targets[i] = {id, -INFINITY};
         if (id < 0) continue;
-        pack_columns(id, 1, 0, a_.K, right.data());
-        multiply(left(r, 1, 0, a_.K, scratch), 1, a_.K, right.data(), sums.data(), more.data());
-        logit[0] = a_.bias == nullptr ? sums.data()[0] : sums.data()[0] + a_.bias[id];
+        pack_columns(id, 1, 0, a_.K, desk.right.data());
+        multiply(left(r, 1, 0, a_.K, scratch), 1, a_.K, desk.right.data(), desk);
+        logit[0] = a_.bias == nullptr ? desk.sums.data()[0] : desk.sums.data()[0] + a_.bias[id];
         cap(logit, 1);
         targets[i].logit = logit[0];
       }
@@ -351,18 +373,18 @@ class Scores : Product {
 
     Queue queue(blocks, each, panels(), std::min<int64_t>(threads, 4), count * kStride);
     share(threads, threads, [&](const auto&) {
-      Floats right(panel_floats(a_.K)), sums(group_floats()), more(group_floats());
+      Desk desk(*this, a_.K);
       for (int64_t block = -1, panel; (panel = queue.next(block)) >= 0;) {
         float* const buffer = queue.buffer(block);
         const int64_t n = panel * tiles_.columns, begin = block * kBlock;
         const int64_t columns = std::min<int64_t>(tiles_.columns, a_.N - n);
-        pack_right(panel, 0, a_.K, right.data());
+        pack_right(panel, 0, a_.K, desk.right.data());
         for (int64_t m = 0; m < count; m += kGroup) {
           const int64_t here = std::min(kGroup, count - m);
-          multiply(rows.from(m, 0), here, a_.K, right.data(), sums.data(), more.data());
+          multiply(rows.from(m, 0), here, a_.K, desk.right.data(), desk);
           for (int64_t r = 0; r < here; ++r) {
-            made_.finish(sums.data() + r * tiles_.columns, columns, a_.bias == nullptr ? nullptr : a_.bias + n, false,
-                         false, buffer + (m + r) * kStride + (n - begin), kFloat32);
+            made_.finish(desk.sums.data() + r * tiles_.columns, columns, a_.bias == nullptr ? nullptr : a_.bias + n,
+                         false, false, buffer + (m + r) * kStride + (n - begin), kFloat32);
           }
         }
         if (!queue.completes(block)) continue;

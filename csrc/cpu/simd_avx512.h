@@ -12,6 +12,9 @@
 #ifdef __AVX512BF16__
 #define FASTGRPO_PAIRS
 #endif
+#ifdef __AMX_BF16__
+#define FASTGRPO_AMX
+#endif
 
 namespace fastgrpo {
 namespace {

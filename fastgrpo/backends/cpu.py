@@ -2,7 +2,7 @@
 
 The library is loaded at the first use. Calls release the GIL and use up to `torch.get_num_threads()` threads of their
 own; results depend neither on that number nor on how rows are batched. The instruction set is the best that the CPU
-has; the environment variable FASTGRPO_CPU_ISA (avx512bf16, avx512, avx2, neonbf16, neon, portable) names another.
+has; the environment variable FASTGRPO_CPU_ISA (amx, avx512bf16, avx512, avx2, neonbf16, neon, portable) names another.
 """
 
 from __future__ import annotations
