@@ -7,7 +7,6 @@
 
 #include <math.h>
 
-#include "args.h"
 #include "elements.h"
 
 namespace fastgrpo {
@@ -188,14 +187,17 @@ struct alignas(16) Plan {
   int32_t target;  // its id, or -1 when that is out of range
   float inv_temperature;
   float advantage, weight, old_logp, ref_logp, policy_scale, h;
-  // of the slice in this block: its vectors, where in these the target is or -1, the block that has it, and where in
-  // shared memory its first vector is
+  // of the slice in this block: its vectors, where in these the target is or -1, the block that has it, where in
+  // shared memory its first vector is, its elements, and where these and their gradients are in global memory
   int32_t vectors, position, owner;
   uint32_t at;
-  int32_t unused;
+  int32_t count;
+  const void* logits;
+  void* out;
 };
 
 FASTGRPO_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+FASTGRPO_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
 
 FASTGRPO_DEVICE float or_else(const float* p, int64_t i, float value) {
   return p == nullptr ? value : global_load(p + i);
@@ -317,9 +319,10 @@ FASTGRPO_DEVICE void skip_row(const FastgrpoArgs& a, int64_t row) {
   global_store(a.g + row, 0.0f);
 }
 
-// The gradient of a vector of logits.
-template <class E, bool kNear, bool kSlope>
-FASTGRPO_DEVICE Vec gradient(const Vec& v, const Exponent& exponent, float constant, float slope) {
+// The gradient of a vector of logits, in elements of O.
+template <class E, class O, bool kNear, bool kSlope>
+FASTGRPO_DEVICE typename Packed<E, O>::Type gradient(const Vec& v, const Exponent& exponent, float constant,
+                                                     float slope) {
   float x[E::kCount];
   unpack<E>(v, x);
   FASTGRPO_UNROLL
@@ -327,7 +330,14 @@ FASTGRPO_DEVICE Vec gradient(const Vec& v, const Exponent& exponent, float const
     const float t = exponent.of<kNear>(x[k]);
     x[k] = fast_exp2(t) * (kSlope ? fmaf(slope, max_f32(t, kLowestExponent), constant) : constant);
   }
-  return pack<E>(x);
+  return pack<E, O>(x);
+}
+
+// The same of a logit, bit for bit.
+template <class O>
+FASTGRPO_DEVICE typename O::Bits gradient(float x, const Exponent& exponent, float constant, float slope) {
+  const float t = exponent.near ? exponent.of<true>(x) : exponent.of<false>(x);
+  return O::bits(fast_exp2(t) * (slope != 0.0f ? fmaf(slope, max_f32(t, kLowestExponent), constant) : constant));
 }
 
 // Calls f(near, slope), whose types (True or False) say which variant of a sweep this row takes.
