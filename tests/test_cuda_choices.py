@@ -182,6 +182,9 @@ def test_how_rows_are_held_is_shown(new_machine, monkeypatch, capsys):
         "5 of 1, 5 of 2, 5 of 4, 5 of 8, 0 of 16",
         "cuda:0 float16, rows of 151936: 5 clusters of 8, 2 a multiprocessor, 3 buffers",
         "cuda:0 float32, rows of 262144: two passes: the device cannot run a cluster of so many blocks",
+        "cuda:0 float32, gradients in bfloat16, rows of 32000: 5 clusters of 4, 2 a multiprocessor, 3 buffers",
+        "cuda:0 float32, gradients in float16, 1 a multiprocessor: clusters at once by their blocks: "
+        "5 of 1, 5 of 2, 5 of 4, 5 of 8, 0 of 16",
     ):
         assert f"{line}\n" in said
     lines = list(cuda.describe(1))

@@ -58,6 +58,11 @@ def test_every_kernel_is_right(build):
         for n in (1, 2, 3, 4):
             assert all(f"{n} buffers, {blocks} to a multiprocessor" in said for blocks in (1, 2))
         assert all(f"scale {dtype} V=61, factor {factor}" in said for factor in (1, 0.3))
+    for dtype in ("fp32 to bf16", "fp32 to fp16"):
+        for what in ("in the second half of the rows", "apart", "apart and otherwise modulo 16"):
+            assert f"row_grad {dtype} V=1003, entropy, {what}:" in said
+        for how in ("two passes", *(f"cluster {n}" for n in (1, 2, 4, 8, 16))):
+            assert re.search(rf"token_loss {dtype} V=1003, {how}, entropy, in the second half of the rows:", said)
 
 
 def test_what_is_wrong_is_seen(build, tmp_path):

@@ -17,8 +17,8 @@ from fastgrpo.backends import Rows, Scores, TokenSpec, cuda
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 CLUSTERS = (-1, 1, 2, 4, 8, 16)  # -1: two passes
-# V, the first row's offset and what is between rows, in fp32 elements. 1, 2, 5: nothing but edges; 61: slices without an
-# element; 4099: odd; 10007: more than two tiles of two passes. With an odd stride the halves of rows begin anywhere.
+# V, the first row's offset and what is between rows, in fp32 elements. 1, 2, 5: nothing but edges; 61: slices without
+# an element; 4099: odd; 10007: more than two tiles of two passes. With an odd stride, halves of rows begin anywhere.
 SHAPES = [
     (1, 1, 0),
     (2, 1, 1),
@@ -167,16 +167,18 @@ PLANTED = {
     "one_pass.cu": {
         "const Sums part = block_sums(sums, top, exponent, kWarpSums);": (
             "const Sums part = block_sums(sums, top, exponent, kWarpSums);\n"
-            "if (planted == 1 && !kAsWide<E, O>) zero(Span<O>(plan.out, 0, plan.count), thread, kWorkers);"
+            "if (planted == 1 && !kAsWide<E, O>) zero(Span<O>(p.a.out, plan.out, plan.count), thread, kWorkers);"
         ),
     },
     "two_pass.cu": {
         "sync_threads(kWorkersBarrier, kWorkers);  // no store of a tile before": (
             "if (planted != 2) sync_threads(kWorkersBarrier, kWorkers);  // no store of a tile before"
         ),
-        "const int last = stop - 1 - thread_index();": (
-            "const int last = (planted != 3 ? stop : min_of(first + end - stop + 4 * kWorkers, end)) - 1"
-            " - thread_index();"
+        "const int last = end - 1 - thread_index();": (
+            "const int last = (planted != 3 ? end : first + whole - end + kAtOnce * kWorkers) - 1 - thread_index();"
+        ),
+        "FASTGRPO_DEVICE int backwards(int first, int end, L load, S store) {": (
+            "FASTGRPO_DEVICE int backwards(int first, int end, L load, S store) {\n  const int whole = end;"
         ),
         "sync_threads(kWorkersBarrier, kWorkers);  // no edge is stored": (
             "if (planted != 4) sync_threads(kWorkersBarrier, kWorkers);  // no edge is stored"
@@ -184,7 +186,7 @@ PLANTED = {
     },
 }
 # planted: (V, offset, extra, clusters that show it)
-SHOWN = {1: (4096, 0, 0, (2, 4, 16)), 2: (10007, 0, 0, (-1,)), 3: (10007, 0, 0, (-1,)), 4: (2, 1, 1, (-1,))}
+SHOWN = {1: (4096, 0, 0, (2, 4, 16)), 2: (10007, 0, 0, (-1,)), 3: (12288, 0, 0, (-1,)), 4: (2, 1, 1, (-1,))}
 
 
 @pytest.fixture(scope="module")

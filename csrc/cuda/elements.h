@@ -140,6 +140,8 @@ struct Span {
 
   FASTGRPO_DEVICE Span(const void* row, int64_t begin, int elements)
       : from((const Bits*)row + begin), lead((int)((uintptr_t)from & 15) / (int)sizeof(Bits)), count(elements) {}
+  // One that lies elsewhere by now.
+  FASTGRPO_DEVICE Span(int lead_elements, int elements) : from(nullptr), lead(lead_elements), count(elements) {}
   FASTGRPO_DEVICE int vectors() const { return (lead + count + E::kCount - 1) / E::kCount; }
   // Whole vectors are [first_whole, end_whole); what else there is are `edges`.
   FASTGRPO_DEVICE int first_whole() const { return lead > 0; }

@@ -67,9 +67,10 @@ template <class E, class O>
 FASTGRPO_DEVICE void load_slice(const OnePassArgs& p, Plan plan, int buffer, int lane, uint64_t policy) {
   using Bits = typename E::Bits;
   const Span<E> span = slice_of<E>(p.a.logits, p.a.logits_stride, p, plan.row);
-  plan.logits = span.from;
-  plan.out = (void*)slice_of<O>(p.a.out, p.a.out_stride, p, plan.row).from;
-  plan.count = span.count;
+  if (!kAsWide<E, O>) {
+    plan.lead = span.lead, plan.count = span.count;
+    plan.out = slice_of<O>(p.a.out, p.a.out_stride, p, plan.row).from - (const typename O::Bits*)p.a.out;
+  }
   plan.vectors = span.vectors();
   plan.owner = plan.target < 0 ? -1 : plan.target / p.shape.slice;
   plan.position = plan.owner == cluster_rank() ? span.lead + plan.target % p.shape.slice : -1;
@@ -93,10 +94,10 @@ FASTGRPO_DEVICE void load_slice(const OnePassArgs& p, Plan plan, int buffer, int
 }
 
 template <class E>
-FASTGRPO_DEVICE void store_slice(int buffer, int lane, uint64_t policy) {
+FASTGRPO_DEVICE void store_slice(const OnePassArgs& p, int buffer, int lane, uint64_t policy) {
   using Bits = typename E::Bits;
   const Plan plan = shared_get<Plan>(plan_at(buffer));
-  const Span<E> span(plan.out, 0, plan.count);
+  const Span<E> span = slice_of<E>(p.a.out, p.a.out_stride, p, plan.row);
   const uint32_t from = plan.at;
   const int first = span.first_whole(), vectors = span.end_whole() - first;
   if (lane == 0 && vectors > 0) bulk_store((void*)span.at(first * E::kCount), from + first * 16, vectors * 16, policy);
@@ -118,7 +119,7 @@ FASTGRPO_DEVICE void move_rows(const OnePassArgs& p) {
   int held = 0;
   const auto make_room = [&] {
     barrier_wait(ready(out.buffer), out.parity);
-    if (kAsWide<E, O> && p.a.out != nullptr) store_slice<E>(out.buffer, lane, policy);
+    if (kAsWide<E, O> && p.a.out != nullptr) store_slice<E>(p, out.buffer, lane, policy);
     out.next(p.shape);
     --held;
   };
@@ -160,16 +161,17 @@ FASTGRPO_DEVICE Sums merged_lanes(const Sums& mine, float c) {
 
 // Stores the gradient of a slice, in 16 bits an element, by all workers. `mine`: this one has the target's vector.
 template <class O>
-FASTGRPO_DEVICE void store_narrow(const Plan& plan, const RowGradient& g, bool mine, uint64_t policy) {
+FASTGRPO_DEVICE void store_narrow(const OnePassArgs& p, const Plan& plan, const RowGradient& g, bool mine,
+                                  uint64_t policy) {
   using Bits = typename O::Bits;
   const int thread = thread_index();
   if (g.idle) {
-    zero(Span<O>(plan.out, 0, plan.count), thread, kWorkers);
+    zero(Span<O>(p.a.out, plan.out, plan.count), thread, kWorkers);
     return;
   }
-  const Span<Float32> span(plan.logits, 0, plan.count);
+  const Span<Float32> span(plan.lead, plan.count);
   const Exponent exponent(g.top, g.c);
-  Bits* const to = (Bits*)plan.out - span.lead;  // of the logit at position 0
+  Bits* const to = (Bits*)p.a.out + plan.out - span.lead;  // of the logit at position 0
   const auto store = [&](int position) {
     const float x = shared_load<float>(plan.at + position * 4);
     const Bits y = gradient<O>(x, exponent, g.constant, g.slope);
@@ -261,7 +263,7 @@ FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
       sync_threads(kWorkersBarrier, kWorkers);  // the first warp's gradient is there
       const RowGradient g = shared_get<RowGradient>(kGradient);
       if constexpr (!kAsWide<E, O>) {
-        store_narrow<O>(plan, g, mine, policy);
+        store_narrow<O>(p, plan, g, mine, policy);
       } else if (g.idle) {
         for (int v = thread; v < vectors; v += kWorkers) shared_store(at + v * 16, Vec{{0, 0, 0, 0}});
       } else {

@@ -187,17 +187,17 @@ struct alignas(16) Plan {
   int32_t target;  // its id, or -1 when that is out of range
   float inv_temperature;
   float advantage, weight, old_logp, ref_logp, policy_scale, h;
-  // of the slice in this block: its vectors, where in these the target is or -1, the block that has it, where in
-  // shared memory its first vector is, its elements, and where these and their gradients are in global memory
+  // of the slice in this block: its vectors, where in these the target is or -1, the block that has it, and where in
+  // shared memory its first vector is
   int32_t vectors, position, owner;
   uint32_t at;
-  int32_t count;
-  const void* logits;
-  void* out;
+  // and for a narrow gradient: its Span, and where in `out` its gradient is. A pointer would be one to any memory here
+  int32_t lead, count;
+  int32_t unused;
+  int64_t out;
 };
 
 FASTGRPO_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
-FASTGRPO_DEVICE int max_of(int a, int b) { return a > b ? a : b; }
 
 FASTGRPO_DEVICE float or_else(const float* p, int64_t i, float value) {
   return p == nullptr ? value : global_load(p + i);

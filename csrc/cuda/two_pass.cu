@@ -42,21 +42,27 @@ FASTGRPO_DEVICE void each_vector(const Vec* from, Vec* to, int first, int end, F
   for (; v < end; v += kWorkers) global_store_streaming(to + v, f(global_load_streaming(from + v)));
 }
 
-// store(i, load(i)) for i from `end` down to `first`, by the block, for a gradient that is narrower than its logits
-// and may lie in the second half of their row. What is stored for i then overwrites logits from i on alone.
-template <class L, class S>
-FASTGRPO_DEVICE void backwards(int first, int end, L load, S store) {
-  for (int stop = end; stop > first; stop -= 4 * kWorkers) {
-    const int last = stop - 1 - thread_index();
-    decltype(load(first)) x[4];
+// store(i, load(i)) for i from before `end` down to `first`, by the block, for a gradient that is narrower than its
+// logits and may lie in the second half of their row. What is stored for i then overwrites logits from i on alone.
+// Tiles of kAtOnce for a thread; several are whole tiles, and the end of what they left comes back.
+template <int kAtOnce, class L, class S>
+FASTGRPO_DEVICE int backwards(int first, int end, L load, S store) {
+#pragma unroll 1
+  for (; end - first >= (kAtOnce > 1 ? kAtOnce * kWorkers : 1); end -= kAtOnce * kWorkers) {
+    const int last = end - 1 - thread_index();
+    const bool within = kAtOnce > 1 || last >= first;
+    decltype(load(first)) x[kAtOnce] = {};
     FASTGRPO_UNROLL
-    for (int i = 0; i < 4; ++i) x[i] = load(max_of(last - i * kWorkers, first));
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (within) x[i] = load(last - i * kWorkers);
+    }
     sync_threads(kWorkersBarrier, kWorkers);  // no store of a tile before all loads of it, in whose place it may come
     FASTGRPO_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (last - i * kWorkers >= first) store(last - i * kWorkers, x[i]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (within) store(last - i * kWorkers, x[i]);
     }
   }
+  return end;
 }
 
 // Where the vectors of the edges wait, filled up with -inf: that before the first whole one, and that after the last.
@@ -185,7 +191,7 @@ FASTGRPO_DEVICE void store_narrow(const Span<Float32>& span, const Span<O>& out,
     global_store(to + position, gradient<O>(x, exponent, r.constant, r.slope));
   };
   if ((uintptr_t)to % sizeof(HalfVec) != 0) {
-    backwards(span.lead, span.lead + span.count, load, store);
+    backwards<1>(span.lead, span.lead + span.count, load, store);
     return;
   }
   float edge = 0.0f;  // a thread has one at most
@@ -193,12 +199,13 @@ FASTGRPO_DEVICE void store_narrow(const Span<Float32>& span, const Span<O>& out,
     if (span.holds(position)) edge = load(position);
   });
   choose_gradient(exponent, r.slope, [&](auto near, auto slope) {
-    backwards(
-        span.first_whole(), span.end_whole(), [&](int v) { return global_load_streaming(vectors_of(span) + v); },
-        [&](int v, const Vec& x) {
-          global_store_streaming((HalfVec*)to + v,
-                                 gradient<Float32, O, near.value, slope.value>(x, exponent, r.constant, r.slope));
-        });
+    const auto load_vector = [&](int v) { return global_load_streaming(vectors_of(span) + v); };
+    const auto store_vector = [&](int v, const Vec& x) {
+      global_store_streaming((HalfVec*)to + v,
+                             gradient<Float32, O, near.value, slope.value>(x, exponent, r.constant, r.slope));
+    };
+    const int first = span.first_whole(), end = backwards<4>(first, span.end_whole(), load_vector, store_vector);
+    backwards<1>(first, end, load_vector, store_vector);
   });
   sync_threads(kWorkersBarrier, kWorkers);  // no edge is stored before all are loaded: a short row has nothing else
   each_edge(span, thread_index(), [&](int position) {
@@ -209,6 +216,7 @@ FASTGRPO_DEVICE void store_narrow(const Span<Float32>& span, const Span<O>& out,
 template <class E, class O>
 FASTGRPO_KERNEL(kWorkers, 4)
 grad_kernel(const FastgrpoArgs a) {
+  using Bits = typename O::Bits;
   const int64_t row = block_index();
   const int thread = thread_index();
   const float g = global_load(a.g + row), h = or_else(a.h, row, 0.0f);
@@ -240,7 +248,7 @@ grad_kernel(const FastgrpoArgs a) {
     store_narrow<O>(span, out, exponent, r);
   }
   sync_threads(kWorkersBarrier, kWorkers);  // the target's own gradient comes last
-  if (target >= 0 && thread == 0) global_store((typename O::Bits*)out.at(out.lead + target), O::bits(r.target));
+  if (target >= 0 && thread == 0) global_store((Bits*)out.at(out.lead + target), O::bits(r.target));
 }
 
 template <class E>
