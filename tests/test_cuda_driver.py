@@ -16,6 +16,7 @@ PLANTED = {
     "x[k] *= factor;": "x[k] *= 1.1f * factor;",
     "E::number(global_load(span.at(target)))": "E::number(global_load(span.at(target + (1 << 20))))",
     "sync_threads(kWorkersBarrier, kWorkers);  // the target's own gradient comes last":
+        "sync_threads(kWorkersBarrier, kWorkers);"
         "if (row + 1 < block_count() && thread == 0) global_store((Bits*)out.at(out.lead + out.count), (Bits)0);",
 }  # fmt: skip
 
