@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastgrpo.batch.batch import wide
-from fastgrpo.batch.inputs import Inputs, check_names, check_rows, make_batch, takes
+from fastgrpo.batch.inputs import LinearInputs, check_names, check_rows, head_options, make_batch, takes
 from fastgrpo.engine import autograd
 from fastgrpo.engine.head import make_head
 from fastgrpo.loss import GRPOLoss
@@ -19,22 +19,17 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@takes(Inputs)
+@takes(LinearInputs)
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
     completion_ids: Tensor,
     advantages: Tensor | None = None,
     *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    chunk_size: int | None = None,
     objective: Objective = Objective(),  # noqa: B008 (frozen)
     return_stats: bool = True,
     backend: str = "auto",
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[LinearInputs],
 ) -> GRPOOutput:
     """The GRPO loss of a batch of completions from their hidden states, a chunk of logits at a time.
 
@@ -47,9 +42,10 @@ def linear_grpo_loss(
 
     Each chunk of rows is projected, its logits become their gradient in place, and from that come dL/dhidden and
     dL/dweight. For N rows that is 6NHV FLOPs (4NHV if the weight is frozen, 2NHV without gradients). Memory holds one
-    chunk of logits, and the gradients until the backward pass. dL/dweight adds up in fp32 over several chunks; for an
-    fp16 weight it stays fp32 until the backward pass. Masked rows enter no GEMM. Rows of advantage 0, with beta and
-    entropy_coef 0, cost one forward GEMM, or none with `return_stats=False`.
+    chunk of logits, and the gradients until the backward pass. dL/dweight adds up in fp32 over several chunks.
+    Gradients of fp32 tensors leave their GEMMs in fp32; those of fp16 tensors, too, and stay fp32 until the backward
+    pass. Masked rows enter no GEMM. Rows of advantage 0, with beta and entropy_coef 0, cost one forward GEMM, or none
+    with `return_stats=False`.
 
     Objectives beyond token level keep sequences whole. If a sequence does not fit into a chunk (with
     top_entropy_quantile < 1, or in a compiled graph: if the batch does not), the gradient is made in the backward pass
@@ -70,6 +66,10 @@ def linear_grpo_loss(
             None: all are tokens.
         chunk_size: rows of logits that exist at once. None: as many as take 512 MiB on a CPU; on a GPU as many as take
             1/32 of its memory, at most 8192.
+        logits_dtype: what the GEMM writes. torch.float32: its fp32 sums as they are, on which bias, scale, softcap and
+            temperature act; from bf16 or fp16, whose products are exact in fp32, that is the precision of an fp32
+            head. hidden's dtype (under autocast, autocast's): the sums rounded to it. "auto": fp32 where a GEMM writes
+            it at the speed of hidden's dtype, which is on NVIDIA GPUs; hidden's dtype elsewhere.
         The rest: as in `grpo_loss`.
 
     Returns:
@@ -81,28 +81,22 @@ def linear_grpo_loss(
         RuntimeError: the named backend cannot run here; a second backward call where one is allowed; a double
             backward.
 
-    Equivalent to: `grpo_loss` of the logits above, in hidden's dtype (under autocast, in autocast's). The loss is
-    DAPO's (arXiv:2503.14476) by default; `Objective` names the papers of the others.
+    Equivalent to: `grpo_loss` of the logits above, in `logits_dtype`. The loss is DAPO's (arXiv:2503.14476) by
+    default; `Objective` names the papers of the others.
     """
-    check_names(inputs, Inputs, "linear_grpo_loss")
+    check_names(inputs, LinearInputs, "linear_grpo_loss")
     check_rows(hidden, completion_ids, "hidden", "H")
     check_objective(objective, inputs)
-    head = make_head(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size,
-                     chunk_size=chunk_size, backend=backend)  # fmt: skip
+    head = make_head(hidden, weight, backend=backend, **head_options(inputs))
     batch = make_batch(completion_ids, advantages, inputs, dtype=wide(head.dtype), vocab_size=head.vocab)
     hidden = hidden if hidden.dim() == 3 else hidden[None]
     logps, entropies, terms = autograd.hidden_loss(hidden, head, objective, batch, return_stats)
     return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats)
 
 
-class Options(Inputs, total=False):
+class Options(LinearInputs, total=False):
     """What a `LinearGRPOLoss` may hold: the keyword arguments of `linear_grpo_loss` without the objective."""
 
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    vocab_size: int | None
-    chunk_size: int | None
     return_stats: bool
     backend: str
 

@@ -38,14 +38,16 @@ Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _numbers(head: Head) -> tuple[list[int], float | None, torch.dtype, str]:
-    return [head.vocab, head.chunk], head.softcap, head.dtype, head.backend
+    return [head.vocab, head.chunk, head.logits_dtype.itemsize], head.softcap, head.dtype, head.backend
 
 
 def _head(
     weight: Tensor, bias: Tensor | None, sizes: Sequence[int], softcap: float | None, dtype: torch.dtype, backend: str
 ) -> Head:
-    vocab, chunk = sizes
-    return Head(weight, bias, vocab, 1.0, softcap, dtype, chunk, backend)  # the scale is in the temperature already
+    vocab, chunk, of_logit = sizes
+    logits_dtype = dtype if of_logit == dtype.itemsize else torch.float32
+    scale = 1.0  # it is in the temperature already
+    return Head(weight, bias, vocab, scale, softcap, dtype, logits_dtype, chunk, backend)
 
 
 def scores(hidden: Tensor, head: Head, rows: Rows, roles: Roles, want_entropy: bool) -> Scores:
@@ -68,7 +70,8 @@ def linear_stats(
 ) -> Three:
     """row_stats of the logits of a head, with 2NHV FLOPs; rows that are not scored enter no GEMM.
 
-    `rows` are ids, scored (or None) and inv_temperature, `sizes` V and the rows of a chunk.
+    `rows` are ids, scored (or None) and inv_temperature, `sizes` V, the rows of a chunk and the bytes of a logit;
+    `dtype` is that of the GEMMs' operands.
     """
     ids, scored, inv_temperature = rows
     assert ids is not None and inv_temperature is not None
