@@ -127,6 +127,10 @@ cudaError_t one_pass_for(const FastgrpoArgs& args, int device, const OnePass& ch
     if (error == cudaSuccess) known[key] = shape;
   }
   shape.evict_first = choice.evict_first;
+  if (choice.multiprocessors > 0 && shape.cluster > 0) {
+    const int most = choice.multiprocessors * shape.blocks / shape.cluster;
+    if (most < shape.clusters) shape.clusters = most > 0 ? most : 1;
+  }
   return error;
 }
 

@@ -43,6 +43,8 @@ class OnePass:
         buffers: rows on their way through a block at once, 1 to 4.
         blocks: blocks that share a multiprocessor, 1 or 2.
         evict_first: the L2 cache gives up the lines of logits and gradients before others.
+        multiprocessors: no more blocks at once than so many hold, and one cluster at least; 0: all. The others are
+            left to another stream (`engine.overlap`). Two passes take all.
 
     Raises:
         ValueError: a number that is none of these.
@@ -52,8 +54,11 @@ class OnePass:
     buffers: int = 0
     blocks: int = 0
     evict_first: bool = True
+    multiprocessors: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.multiprocessors, int) or self.multiprocessors < 0:
+            raise ValueError(f"multiprocessors: expected an integer from 0 on, got {self.multiprocessors!r}")
         allowed = dict(cluster=(-1, 0, *CLUSTERS), buffers=range(5), blocks=range(3), evict_first=(False, True))
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
