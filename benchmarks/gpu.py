@@ -32,6 +32,7 @@ from gpu_rows import (  # noqa: E402
     GRADIENT,
     GRADIENT_IN_PLACE,
     KERNELS,
+    OVERLAPS,
     SCALE,
     STATISTICS,
     TOKEN_LOSS,
@@ -39,6 +40,7 @@ from gpu_rows import (  # noqa: E402
     Side,
     choices,
     make_rows,
+    overlapping,
     parse_choice,
     problem_of,
     told,
@@ -49,6 +51,7 @@ from fastgrpo import backends  # noqa: E402
 from fastgrpo.bench import command, measure, origin, turns, verdicts  # noqa: E402
 from fastgrpo.bench.operation import DTYPES, Case, Implementation, label  # noqa: E402
 from fastgrpo.bench.registry import REGISTRY  # noqa: E402
+from fastgrpo.bench.truth import TOLERANCE, error  # noqa: E402
 
 HANGS = 200 if "--rehearse" in sys.argv else 20  # seconds without an answer, compiling included
 AGAIN = 3  # exit status of a smoke test whose process is lost, and which another one can go on with
@@ -310,19 +313,19 @@ def _best(rows: list[dict], backend: str) -> str | None:
 
 
 def hidden(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
-    """From hidden states: each GEMM alone, the whole step beside all three, and a profile of it."""
-    failed = False
-    for model, H, V, softcap in sizes.hidden:
-        case = Case("linear", 8, sizes.sweeps[0][0] // 8 or 1, V, H, "bf16", output.device, softcap=softcap,
-                    model=model or None)  # fmt: skip
+    """From hidden states: each GEMM alone, the whole step beside all three, a profile, and sweeps beside GEMMs."""
+    failed, cases = False, [
+        Case("linear", 8, sizes.sweeps[0][0] // 8 or 1, V, H, "bf16", output.device, softcap=softcap,
+             model=model or None) for model, H, V, softcap in sizes.hidden]  # fmt: skip
+    for case in cases:
         print(case, flush=True)
         _gemms(case, output, sizes)
         ours = [each for each in REGISTRY if each.name == "fastgrpo" and each.backend in
                 ("cuda", "triton")] + _floors()  # fmt: skip
         failed |= _measured(case, ours, output, 4 * sizes.seconds)
-        if not softcap:
+        if not case.softcap:
             _profile(case, output)
-    return int(failed)
+    return int(failed | _overlaps(cases[0], output, sizes))
 
 
 def _floors() -> list:
@@ -345,6 +348,38 @@ def _gemms(case: Case, output: Output, sizes: Sizes) -> None:
         row = timed(Kernel(name, step), p, clock, row | dict(op="ceiling", flops=2 * n * case.H * case.V))
         print(f"  {name:38} {row['ms_p50']:9.3f} ms {row['flops'] / row['ms_p50'] / 1e9:6.0f} TFLOP/s", flush=True)
         output.write(row)
+
+
+def _overlaps(case: Case, output: Output, sizes: Sizes) -> bool:
+    """Times of a step whose chunks are cut into parts on two streams, over those of whole ones; whether one is wrong.
+
+    A variant is compared with whole chunks, whose error is measured beside the other sides.
+    """
+    each = next(each for each in REGISTRY if (each.op, each.name, each.backend, each.mode) ==
+                ("linear", "fastgrpo", "cuda", ""))  # fmt: skip
+    inputs = case.operation.inputs(case)
+    clock, want, found, failed = measure.Stopwatch(inputs, 2 * sizes.seconds, turns=1), None, {}, False
+    print(f"{case}: parts of a chunk on two streams; times over those of whole chunks")
+    for choice in OVERLAPS:
+        row = turns.new_row(case, each) | dict(op="overlap", choice=told(choice))
+        with _reasons(row), overlapping(choice):
+            each.prepare(inputs)
+            results = each.step(inputs)
+            want = want or results
+            row["rel_err"] = error(results, want, inputs.advantages)
+            if not row["rel_err"] <= TOLERANCE[case.dtype]:
+                raise RuntimeError(f"wrong: relative error {row['rel_err']:.2g} of what whole chunks give")
+            timed(Kernel(told(choice), each.step), inputs, clock, row)
+            found[told(choice)] = row["ms_p50"]
+        row["ok"] = row["reason"] is None
+        failed |= not row["ok"]
+        whole = found.get(told(OVERLAPS[0]))
+        said = row["reason"] or f"{row['ms_p50']:9.3f} ms  {row['ms_p50'] / whole if whole else float('nan'):6.3f}"
+        print(f"  {told(choice):38} {said}", flush=True)
+        output.write(row)
+    if found:
+        print(f"the fastest: --overlap '{min(found, key=found.__getitem__)}'")
+    return failed
 
 
 def _measured(case: Case, among: list, output: Output, seconds: float, choice: dict | None = None) -> bool:
@@ -400,13 +435,14 @@ def one(output: Output, sizes: Sizes, options: argparse.Namespace) -> int:
 def _peers(output: Output, sizes: Sizes, options: argparse.Namespace, compiled: bool) -> int:
     """TRL, Liger and eager torch beside our own; those that compile are a stage of their own."""
     failed = False
-    choice = {name: told(getattr(options, name)) for name in ("cuda", "triton") if getattr(options, name)}
+    names = ("cuda", "triton", "overlap")
+    choice = {name: told(getattr(options, name)) for name in names if getattr(options, name)}
     for op, B, T, V, H in sizes.peers[:3] if compiled else sizes.peers:
         case = Case(op, B, T, V, H or 896, "bf16", output.device)
         print(case, flush=True)
         among = [each for each in REGISTRY if each.op == op and (each.compiles == compiled or
                  each.is_floor) and (output.device == "cuda" or each.backend != "triton")]  # fmt: skip
-        with using("cuda", options.cuda), using("triton", options.triton):
+        with using("cuda", options.cuda), using("triton", options.triton), overlapping(options.overlap):
             failed |= _measured(case, among, output, 2 * sizes.seconds, choice)
     return int(failed)
 
@@ -455,6 +491,7 @@ def main() -> int:
     add("--kernel", action="append", help="BACKEND:token_loss or BACKEND:row_stats, of the stage one")
     add("--cuda", type=parse_choice, default={}, help="cluster=8,buffers=2,blocks=1,evict_first=1, or some")
     add("--triton", type=parse_choice, default={}, help="lanes=1024,programs=132, or one of them")
+    add("--overlap", type=parse_choice, default={}, help="parts=2,multiprocessors=32, or one of them")
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
         print("torch sees no GPU here; --rehearse runs small shapes on a CPU", file=sys.stderr)

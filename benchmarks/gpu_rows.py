@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from fastgrpo import backends
 from fastgrpo.backends import Rows, Scores, TokenRows, TokenSpec
 from fastgrpo.bench import turns
 from fastgrpo.bench.operation import DTYPES, Case, Implementation
+from fastgrpo.engine import overlap
 
 ROUNDING = {"fp32": 1e-5, "bf16": 2**-8, "fp16": 2**-11}  # of a gradient's element
 
@@ -148,6 +149,23 @@ def choices(backend: str, every_nth: int) -> list[dict]:
         names = ("lanes", "programs")
     taken = list(every)[::every_nth] if every_nth else []
     return some + [dict(zip(names, choice, strict=True)) for choice in taken]
+
+
+# Parts of a chunk from hidden states on two streams, and the multiprocessors that CUDA's sweep of one may take.
+OVERLAPS = [
+    dict(parts=1),
+    *(dict(parts=parts, multiprocessors=limit) for parts, limit in itertools.product((2, 4), (0, 16, 32, 64))),
+]
+
+
+@contextlib.contextmanager
+def overlapping(choice: dict) -> Iterator[None]:
+    """Calls inside run as one of `OVERLAPS` says."""
+    with (
+        overlap.using(parts=choice.get("parts", 1)),
+        using("cuda", {name: value for name, value in choice.items() if name == "multiprocessors"}),
+    ):
+        yield
 
 
 def told(choice: dict) -> str:

@@ -4,10 +4,12 @@
 # 16 MiB. Two calls, the first within 480 s, the second within 240 s:
 #
 #   benchmarks/run_gpu.sh first --wheels .wheels --commit "$(git rev-parse HEAD)"
-#   benchmarks/run_gpu.sh second --wheels .wheels --commit "$(git rev-parse HEAD)" --cuda CHOICE --triton CHOICE
+#   benchmarks/run_gpu.sh second --wheels .wheels --commit "$(git rev-parse HEAD)" --cuda CHOICE --triton CHOICE \
+#     --overlap CHOICE
 #
 # first:    build ceilings smoke sweeps hidden counters memcheck tests
-# second:   build peers step compiled, beside the choices that the first one's sweeps print as the fastest
+# second:   build peers step compiled, beside the choices that the first one's sweeps, and its hidden states, print as
+#           the fastest
 # --wheels: a folder of wheels to install first, without what they depend on; what is missing is listed and left out:
 #           pip download --no-deps -d .wheels trl==1.16.0 liger-kernel==0.8.5 datasets==5.2.0 dill==0.4.1 \
 #             multiprocess==0.70.19
@@ -31,7 +33,7 @@ declare -A limit
 case "$call" in # the sums leave the calls 40 s and 20 s for the machine's own pauses
   first)
     stages=(build ceilings smoke sweeps hidden counters memcheck tests)
-    limit=([build]=60 [ceilings]=20 [smoke]=65 [sweeps]=95 [hidden]=50 [counters]=50 [memcheck]=25 [tests]=75)
+    limit=([build]=60 [ceilings]=20 [smoke]=65 [sweeps]=95 [hidden]=60 [counters]=50 [memcheck]=25 [tests]=65)
     seconds=440 ;;
   second)
     stages=(build peers step compiled)
@@ -40,14 +42,14 @@ case "$call" in # the sums leave the calls 40 s and 20 s for the machine's own p
   *) usage "expected first or second, got '$call'" ;;
 esac
 
-wheels="" out=${OUT:-} scratch="" rehearse="" cuda="" triton="" chosen=()
+wheels="" out=${OUT:-} scratch="" rehearse="" cuda="" triton="" overlap="" chosen=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --rehearse) # with time for a slow machine: what is rehearsed is the order of things
       rehearse=--rehearse seconds=$((4 * seconds))
       for stage in "${stages[@]}"; do limit[$stage]=$((4 * ${limit[$stage]})); done
       shift; continue ;;
-    --wheels | --commit | --out | --scratch | --stage | --limit | --cuda | --triton)
+    --wheels | --commit | --out | --scratch | --stage | --limit | --cuda | --triton | --overlap)
       [ $# -ge 2 ] || usage "$1: expected a value" ;;
     *) usage "unknown option $1" ;;
   esac
@@ -61,6 +63,7 @@ while [ $# -gt 0 ]; do
       limit[${2%%=*}]=${2#*=} ;;
     --cuda) cuda=$2 ;;
     --triton) triton=$2 ;;
+    --overlap) overlap=$2 ;;
   esac
   shift 2
 done
@@ -172,8 +175,8 @@ DRIVER
 }
 
 # What needs no GPU is left to other machines, and so are datasets and trl, which need not be here.
-files=(test_backend_contract.py test_backend_cuda.py test_backend_triton.py test_cuda_bits.py)
-files+=(test_triton_narrower.py test_loss.py test_linear.py test_logps.py test_ops.py)
+files=(test_backend_contract.py test_backend_cuda.py test_backend_triton.py test_cuda_bits.py test_cuda_narrow.py)
+files+=(test_triton_narrower.py test_loss.py test_linear.py test_logps.py test_ops.py test_overlap.py)
 tests() {
   local run=(python3 -m pytest -p no:cacheprovider -rfE -k "cuda or triton or gpu" "${files[@]}") spread=()
   if python3 -c "import xdist, pytest_timeout" 2> /dev/null; then
@@ -195,9 +198,9 @@ tests() {
   return $status
 }
 
-peers() { gpu_py peers --cuda "$cuda" --triton "$triton"; }
+peers() { gpu_py peers --cuda "$cuda" --triton "$triton" --overlap "$overlap"; }
 step() { gpu_py step; }
-compiled() { gpu_py compiled --cuda "$cuda" --triton "$triton"; }
+compiled() { gpu_py compiled --cuda "$cuda" --triton "$triton" --overlap "$overlap"; }
 
 export -f gpu_py build ceilings smoke smoke_of sweeps hidden counters memcheck tests peers step compiled
 export here root out scratch site wheels rehearse cuda triton

@@ -35,6 +35,10 @@ def every_way(logits, ids, mask, inv_temperature):
                 found[name, entropy, h is None] = cuda.token_loss(
                     read, rows, token._replace(h=h), TokenSpec(), out, want_entropy=entropy
                 )
+            for half in (torch.bfloat16, torch.float16) if logits.dtype == torch.float32 else ():
+                found[half, entropy, h is None] = cuda.token_loss(
+                    logits, rows, token._replace(h=h), TokenSpec(), logits.to(half), want_entropy=entropy
+                )
     return found
 
 
@@ -53,16 +57,18 @@ def test_every_call_gives_the_same_logps(dtype, V, T, cuda_anywhere):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, whose kernels have the room they have")
 @pytest.mark.parametrize("first", [False, True], ids=["entropy last", "entropy first"])
-@pytest.mark.parametrize("crowded", [0, 1])
-def test_where_one_kernel_has_less_room(crowded, first, cuda_host_library, tmp_path):
-    """If the kernel with the entropy, or that without, cannot run clusters of 8, neither does, whoever asks first."""
+@pytest.mark.parametrize("dtype, crowded", [("bf16", 0), ("bf16", 1), *(("fp32", kernel) for kernel in range(6))])
+def test_where_one_kernel_has_less_room(dtype, crowded, first, cuda_host_library, tmp_path):
+    """If a kernel for such logits, with the entropy or without, or one of a narrow gradient, cannot run clusters of 8,
+    none does, whoever asks first."""
+    dtype = DTYPES[dtype]
     with cuda_host.backend(Path(shutil.copy(cuda_host_library, tmp_path))) as machine:
         machine.fastgrpo_host_largest_cluster_of(crowded, 4)
-        logits, ids, mask, inv_temperature = make(1, 12, 100_003, torch.bfloat16)
+        logits, ids, mask, inv_temperature = make(1, 12 if dtype == torch.bfloat16 else 2, 100_003, dtype)
         assert cuda._choices.get().cluster == 0
         scores = [cuda.row_stats(logits, Rows(ids, mask, inv_temperature), want_entropy=e) for e in (first, not first)]
         assert torch.equal(scores[0].logp, scores[1].logp) and torch.equal(scores[0].lse, scores[1].lse)
-        assert cuda.shape(100_003, torch.bfloat16, 0).cluster == 4
+        assert cuda.shape(100_003, dtype, 0).cluster == 4
 
 
 @pytest.fixture

@@ -45,8 +45,9 @@ def _one_pass(vocab, dtype):
 
 def test_choices_that_cannot_run(new_machine):
     """Each says what was chosen, why it cannot be, and what can; nothing takes two passes unasked."""
-    for name, value in (("cluster", 3), ("cluster", 32), ("buffers", 5), ("blocks", 3), ("evict_first", 2)):
-        with pytest.raises(ValueError, match=f"{name}: expected one of .*, got {value}"):
+    for name, value in (("cluster", 3), ("cluster", 32), ("buffers", 5), ("blocks", 3), ("evict_first", 2),
+                        ("multiprocessors", -1)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got {value}"):
             with cuda.using(**{name: value}):
                 pass
     logits, ids, mask, inv_t = make(1, 1, 32_000, torch.bfloat16)
@@ -74,10 +75,24 @@ def test_choices_end_with_their_block():
         with pytest.raises(ZeroDivisionError), cuda.using(blocks=1):
             assert cuda._choices.get() == cuda.OnePass(cluster=8, buffers=2, blocks=1)
             told = cuda._as_choice(cuda._choices.get())
-            assert [getattr(told, name) for name, _ in told._fields_] == [8, 2, 1, 1]
+            assert [getattr(told, name) for name, _ in told._fields_] == [8, 2, 1, 1, 0]
             raise ZeroDivisionError
         assert cuda._choices.get() == cuda.OnePass(cluster=8, buffers=2)
     assert cuda._choices.get() == cuda.OnePass()
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "fp32 to bf16"])
+def test_multiprocessors_that_are_left_to_others(out_dtype, new_machine):
+    """The grid is of as many blocks as the others hold, and of one cluster at least; the bits are the same."""
+    new_machine.fastgrpo_host_active_clusters(16)
+    logits, ids, mask, inv_t = make(12, 1, 1000)
+    rows, found = rows_of(12, "cpu", advantages=torch.ones(12)), []
+    for limit, blocks, clusters in ((0, 2, 12), (1, 2, 1), (3, 2, 3), (3, 1, 1), (100, 2, 12)):
+        out = torch.empty_like(logits, dtype=out_dtype)
+        _loss(logits, ids, mask, inv_t, token=rows, out=out, cluster=2, blocks=blocks, multiprocessors=limit)
+        assert new_machine.fastgrpo_host_blocks() == 2 * clusters, (limit, blocks)
+        found.append(out)
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -182,6 +197,9 @@ def test_how_rows_are_held_is_shown(new_machine, monkeypatch, capsys):
         "5 of 1, 5 of 2, 5 of 4, 5 of 8, 0 of 16",
         "cuda:0 float16, rows of 151936: 5 clusters of 8, 2 a multiprocessor, 3 buffers",
         "cuda:0 float32, rows of 262144: two passes: the device cannot run a cluster of so many blocks",
+        "cuda:0 float32, gradients in bfloat16, rows of 32000: 5 clusters of 4, 2 a multiprocessor, 3 buffers",
+        "cuda:0 float32, gradients in float16, 1 a multiprocessor: clusters at once by their blocks: "
+        "5 of 1, 5 of 2, 5 of 4, 5 of 8, 0 of 16",
     ):
         assert f"{line}\n" in said
     lines = list(cuda.describe(1))

@@ -16,6 +16,7 @@ PLANTED = {
     "x[k] *= factor;": "x[k] *= 1.1f * factor;",
     "E::number(global_load(span.at(target)))": "E::number(global_load(span.at(target + (1 << 20))))",
     "sync_threads(kWorkersBarrier, kWorkers);  // the target's own gradient comes last":
+        "sync_threads(kWorkersBarrier, kWorkers);"
         "if (row + 1 < block_count() && thread == 0) global_store((Bits*)out.at(out.lead + out.count), (Bits)0);",
 }  # fmt: skip
 
@@ -58,6 +59,11 @@ def test_every_kernel_is_right(build):
         for n in (1, 2, 3, 4):
             assert all(f"{n} buffers, {blocks} to a multiprocessor" in said for blocks in (1, 2))
         assert all(f"scale {dtype} V=61, factor {factor}" in said for factor in (1, 0.3))
+    for dtype in ("fp32 to bf16", "fp32 to fp16"):
+        for what in ("in the second half of the rows", "apart", "apart and otherwise modulo 16"):
+            assert f"row_grad {dtype} V=1003, entropy, {what}:" in said
+        for how in ("two passes", *(f"cluster {n}" for n in (1, 2, 4, 8, 16))):
+            assert re.search(rf"token_loss {dtype} V=1003, {how}, entropy, in the second half of the rows:", said)
 
 
 def test_what_is_wrong_is_seen(build, tmp_path):

@@ -21,12 +21,14 @@ import sass
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 TARGETS = {"one_pass": ("sm_90a", "sm_100"), "two_pass": ("sm_80", "sm_90a", "sm_100")}
 DTYPES = {"bf16": 8, "fp16": 8, "fp32": 4}  # logits in 16 bytes
+NARROW = ("fp32 to bf16", "fp32 to fp16")  # of the logits, and of the gradient
+IN_A_VECTOR = {**DTYPES, **dict.fromkeys(NARROW, 4)}
 CASES = [
     (target, kernel, dtype, entropy)
     for source, targets in TARGETS.items()
     for target in targets
     for kernel in (("one_pass",) if source == "one_pass" else ("stats", "grad", "scale"))
-    for dtype in DTYPES
+    for dtype in (IN_A_VECTOR if kernel in ("one_pass", "grad") else DTYPES)
     for entropy in ((False, True) if kernel in ("one_pass", "stats") else (None,))
 ]
 # Machine instructions per logit of a kernel's hot loops together, at most; without and with entropy.
@@ -94,14 +96,18 @@ def plans() -> dict[str, tuple[int, int]]:
 
 
 def case_of(target: str, kernel: sass.Kernel) -> tuple:
-    name, dtype, entropy = re.search(r"\d+([a-z_]+)_kernelINS_\d+([A-Z]\w*?)E(?:Lb([01])E)?E", kernel.name).groups()
-    dtype = {"BFloat16": "bf16", "Float16": "fp16", "Float32": "fp32"}[dtype]
+    mangled = r"\d+([a-z_]+)_kernelI((?:NS_\w+?E|S\d*_)+)(?:Lb([01])E)?E"
+    name, dtypes, entropy = re.search(mangled, kernel.name).groups()
+    dtypes = re.findall(r"B?Float(?:16|32)", dtypes)  # one that comes again is not written out again
+    dtype = " to ".join({"BFloat16": "bf16", "Float16": "fp16", "Float32": "fp32"}[x] for x in dtypes)
     return target, name, dtype, None if entropy is None else entropy == "1"
 
 
 def read_loops(case: tuple, kernel: sass.Kernel) -> list[dict]:
     """The innermost loops that access whole vectors, and of what kind they are."""
     found = []
+    # Of stores; their addresses end in .64, too.
+    wide = r"(?:\.\w+)*\.(?:64|128)\b" if case[2] in NARROW else ".*" + sass.WIDE
     for start, end in sass.innermost(kernel.code, kernel.labels):
         body = [x for x in kernel.code[start : end + 1] if not re.search(r"\bNOP\b", x)]
 
@@ -111,9 +117,9 @@ def read_loops(case: tuple, kernel: sass.Kernel) -> list[dict]:
         loop = {
             "instructions": len(body),
             "loads": count(r"\bLD[SG]\b.*" + sass.WIDE),
-            "stores": count(r"\bST[SG]\b.*" + sass.WIDE),
+            "stores": count(r"\bST[SG]\b" + wide),
             "narrow loads": count(rf"\bLD(?:S|G)?\b(?!.*{sass.WIDE})"),
-            "narrow stores": count(rf"\bST(?:S|G)?\b(?!.*{sass.WIDE})"),
+            "narrow stores": count(rf"\bST(?:S|G)?\b(?!{wide})"),
             "exponentials": count(r"\bMUFU\.EX2\b"),
             "barriers": count(r"\bBAR\b|\bSYNCS\b|\bUCGABAR"),
             "slow": count(r"\bCALL\b.*`\(\$|\bMUFU\.(?!EX2)|\bD(?:ADD|MUL|FMA)\b"),  # divisions, doubles
@@ -122,12 +128,12 @@ def read_loops(case: tuple, kernel: sass.Kernel) -> list[dict]:
             vectors = max(loop["loads"], loop["stores"])
             if case[1] == "stats":
                 vectors = constants()["kHeld"]
-                usual = fewest_instructions(kernel, start, end, vectors, vectors * DTYPES[case[2]])
+                usual = fewest_instructions(kernel, start, end, vectors, vectors * IN_A_VECTOR[case[2]])
                 loop["kind"] = "tile" if usual else "unknown"
                 loop["instructions"] = usual or len(body)
             else:
                 loop["kind"] = kind_of(case, loop)
-            loop["per logit"] = loop["instructions"] / (vectors * DTYPES[case[2]])
+            loop["per logit"] = loop["instructions"] / (vectors * IN_A_VECTOR[case[2]])
             found.append(loop)
     return found
 
@@ -136,17 +142,17 @@ def kind_of(case: tuple, loop: dict) -> str:
     """Loops over logits take one exponential for each, or none."""
     _, kernel, dtype, _ = case
     loads, stores = loop["loads"], loop["stores"]
-    every = loop["exponentials"] == loads * DTYPES[dtype]
+    every = loop["exponentials"] == loads * IN_A_VECTOR[dtype]
     if loads == 0:
         return "zeroes"
     if kernel == "scale":
         return "scale" if loads == stores and loop["exponentials"] == 0 else "unknown"
     if every and stores == loads:
         return "gradient"
-    if kernel == "grad" and every and stores == 0 and loop["narrow stores"] == loads * DTYPES[dtype]:
+    if kernel == "grad" and every and stores == 0 and loop["narrow stores"] == loads * IN_A_VECTOR[dtype]:
         return "other phase"  # whose vectors to write start at other addresses than those read
     if kernel == "one_pass" and stores == 0:
-        kinds = {0: "maximum", loads * DTYPES[dtype]: "sums"}
+        kinds = {0: "maximum", loads * IN_A_VECTOR[dtype]: "sums"}
         return kinds.get(loop["exponentials"], "unknown")
     return "unknown"
 
@@ -220,29 +226,31 @@ def faults(case: tuple, found: dict) -> list[str]:
         if not good:
             said.append(" ".join(map(str, (what, *details))))
 
-    kernel = case[1]
+    kernel, narrow = case[1], case[2] in NARROW
     threads, blocks = plans()[kernel]
     hold("spills:", found["spilled"] == 0, found["spilled"])
     hold("registers:", occupancy(found["registers"], threads) >= blocks, found["registers"])
     hold("static shared memory:", found["shared"] == 0, found["shared"])
     hold("generic accesses:", found["generic"] == 0, found["generic"])
     for loop in found["loops"]:
-        # A tile ends with its sums over the block: two barriers, and a warp's maximum in 32 bits.
+        # A tile ends with its sums over the block: two barriers, and a warp's maximum in 32 bits. A narrow gradient
+        # may lie over logits: a barrier is between a tile's loads and its stores.
         tile, other_phase = loop["kind"] == "tile", loop["kind"] == "other phase"
         hold("loop:", loop["kind"] != "unknown", loop)
         hold("slow instructions:", loop["slow"] == 0, loop)
-        hold("barriers:", loop["barriers"] == 2 * tile, loop)
+        one = narrow and kernel == "grad" and loop["kind"] == "gradient"
+        hold("barriers:", loop["barriers"] == 2 * tile + one, loop)
         hold("narrow loads:", loop["narrow loads"] == 0, loop)
         hold("narrow stores:", other_phase or loop["narrow stores"] == tile, loop)
     kinds = hot(case, found)
     hold("hot loops:", set(kinds) == set(HOT[kernel]), found["loops"])
     for loop in kinds.values():
         hold("not unrolled:", loop["loads"] >= 4, loop)
-    if kernel == "grad":
+    if kernel == "grad" and not narrow:
         hold("no loop for another phase", any(x["kind"] == "other phase" for x in found["loops"]))
     if kernel == "one_pass":
         for what in ("bulk loads", "bulk stores", "barrier waits", "remote stores"):
-            hold(f"no {what}", found[what] > 0)
+            hold(what, (found[what] > 0) == (what != "bulk stores" or not narrow), found[what])
         policies = "bulk copies without a cache policy"
         hold(f"{policies}:", found[policies] == 0, found[policies])
         # Four steps merge 16 blocks' sums: once, wherever the code stands. A loop over the parts would be "unknown".

@@ -10,6 +10,8 @@ import torch
 SEEDS = range(8)
 FAILED = 719
 
+GLOBAL_RACE = r"race: .*global_(load|store) of 4 bytes at address .* was (written|read) by thread"
+OVERWRITTEN = r"(copy source: |race: .* read by a copy that completed on|race: .*bulk_load .* was written by)"
 # kernel: (blocks, out[i] = in[i ^ this], what the violation says)
 KERNELS = {
     "missing_arrival": (1, 33, r"deadlock: .*\n  block 0: 32 threads \(first 0\): sync_threads\(0, 64\)"),
@@ -54,7 +56,7 @@ KERNELS = {
     "load_bounds": (1, 33, r"out of bounds: block 0, thread 0: bulk_load of 256 bytes at address"),
     "missing_fence": (1, 33, r"missing fence: block 0, thread 0: bulk_store.* written by thread 40"),
     "fence_before_write": (1, 33, r"missing fence: block 0, thread 0: bulk_store of 256 bytes"),
-    "store_source_reused": (1, 0, r"store source: .*shared_store of 4 bytes"),
+    "store_source_reused": (1, 0, r"copy source: .*shared_store of 4 bytes"),
     "store_not_awaited": (1, 0, r"lost store: block 0, thread 0: exits without bulk_wait_read"),
     "remote_uninitialised": (
         2,
@@ -64,6 +66,12 @@ KERNELS = {
     "remote_unsynced": (2, "swap", r"barrier: .*remote_store.*: no (synchronisation since the )?barrier_init"),
     "remote_wait_scope": (2, "swap", r"barrier: .* so it takes barrier_wait_cluster"),
     "remote_to_exited": (2, 0, r"block gone: "),
+    "global_write_read_race": (1, 0, GLOBAL_RACE),
+    "global_read_write_race": (1, 0, GLOBAL_RACE),
+    "narrow_stores_race": (1, 0, r"race: .*global_store of 2 bytes at address .* was written by thread (40|41) of"),
+    "store_over_load": (1, 0, OVERWRITTEN),
+    "store_over_load_of_another_block": (2, 0, OVERWRITTEN),
+    "store_after_bulk_store": (1, 0, r"in flight: .*global_store of 4 bytes at address .*: a copy to address"),
     "remote_place_reused": (2, 0, r"in flight: .*remote_store|race: .*remote_store"),
 }
 

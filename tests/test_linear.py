@@ -237,21 +237,21 @@ class Spy:
 
     def __init__(self, monkeypatch):
         self.flops, self.projected, self.learned, self.casts = 0, 0, 0, 0
-        product, logits, add = projection.product, projection.Projection.logits, projection.Gradients.add
+        product, project, add = projection.product, projection.Projection.project, projection.Gradients.add_weight
         head_stats = cpu.head_stats
 
         def spy_product(a, b, out, **options):
             self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
             product(a, b, out, **options)
 
-        def spy_logits(this, rows):
-            result = logits(this, rows)
-            self.projected += len(this.h)
+        def spy_project(this, *part):
+            result = project(this, *part)
+            self.projected += result.shape[1]
             return result
 
-        def spy_add(this, rows):
+        def spy_add(this):
             self.learned += len(this.projection.h)
-            return add(this, rows)
+            return add(this)
 
         def spy_head_stats(h, weight, *args, **options):
             self.flops += 2 * h.numel() * len(weight)
@@ -260,8 +260,8 @@ class Spy:
 
         monkeypatch.setattr(cpu, "head_stats", spy_head_stats)
         monkeypatch.setattr(projection, "product", spy_product)
-        monkeypatch.setattr(projection.Projection, "logits", spy_logits)
-        monkeypatch.setattr(projection.Gradients, "add", spy_add)
+        monkeypatch.setattr(projection.Projection, "project", spy_project)
+        monkeypatch.setattr(projection.Gradients, "add_weight", spy_add)
 
     def take(self):
         seen = (self.projected, self.learned, self.flops)

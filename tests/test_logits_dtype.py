@@ -201,7 +201,7 @@ def test_one_buffer_holds_logits_and_gradients(monkeypatch):
     for logits_dtype in (torch.float32, torch.bfloat16):
         made = head.make_head(hidden, weight, logits_dtype=logits_dtype)
         held = projection.Projection(hidden, made, 10)
-        logits, d_logits = held.logits(slice(0, 7)), held.d_logits
+        logits, d_logits = held.logits(slice(0, 7)), held.d_logits()
         assert logits.dtype == logits_dtype and d_logits.dtype == torch.bfloat16
         assert logits.shape == d_logits.shape == (1, 7, V) and d_logits.stride(-1) == 1
         assert d_logits.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()

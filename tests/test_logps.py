@@ -337,7 +337,7 @@ def test_linear_logps_do_only_the_work_that_is_asked_for(monkeypatch, backend, d
     )
     monkeypatch.setattr(kernels, "row_grad", lambda *a, **k: seen.append(("grad", a[4] is not None)) or grad(*a, **k))
     monkeypatch.setattr(
-        projection.Projection, "logits", lambda s, rows: seen.append(len(s.take(rows))) or logits(s, rows)
+        projection.Projection, "logits", lambda s, rows: seen.append(len(s.gather(rows))) or logits(s, rows)
     )
     head_stats = cpu.head_stats  # both at once
 

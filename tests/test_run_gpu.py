@@ -71,7 +71,11 @@ def test_the_first_call_rehearsed(tmp_path, scratch):
 
     rows = rows_of(tmp_path / "rows.jsonl")
     assert all(FIELDS <= row.keys() and row["rehearsed"] and row["commit"] == "abc123" for row in rows)
-    assert {row["op"] for row in rows} == {"ceiling", "sweep", "linear"}
+    assert {row["op"] for row in rows} == {"ceiling", "sweep", "linear", "overlap"}
+    overlaps = {row["choice"]: row for row in rows if row["op"] == "overlap"}
+    assert len(overlaps) == 9 and all(row["ok"] and row["ms_p50"] > 0 for row in overlaps.values())
+    assert {"parts=1", "parts=2,multiprocessors=0", "parts=4,multiprocessors=64"} <= overlaps.keys()
+    assert "the fastest: --overlap 'parts=" in said
     sweeps = [row for row in rows if row["op"] == "sweep" and row["impl"] == "fastgrpo"]
     assert all(row["ok"] and row["ms_p50"] > 0 and row["over_copy"] > 0 for row in sweeps)
     assert any(row["entropy"] for row in sweeps) and any(not row["entropy"] for row in sweeps)
@@ -83,7 +87,7 @@ def test_the_first_call_rehearsed(tmp_path, scratch):
 
 def test_the_second_call_rehearsed(tmp_path, scratch):
     """A stage that reaches its limit is stopped, and the next ones run."""
-    choice = ("--cuda", "cluster=2,buffers=2", "--triton", "lanes=512,programs=66")
+    choice = ("--cuda", "cluster=2,buffers=2", "--triton", "lanes=512,programs=66", "--overlap", "parts=2")
     arguments = ("--rehearse", *choice, *stages("compiled", "peers", "step"), "--limit", "compiled=1")
     status, said = run("second", *arguments, "--out", tmp_path, "--scratch", scratch)
     assert status == 1, said[-6000:]
@@ -94,7 +98,8 @@ def test_the_second_call_rehearsed(tmp_path, scratch):
     assert {row["op"] for row in rows} == {"loss", "linear", "step"}
     timed = [row for row in rows if row["ms_p50"] is not None]
     assert {"fastgrpo", "eager", "copy", "GEMMs alone"} <= {row["impl"] for row in timed}
-    assert all(row["choice"] == {"cuda": choice[1], "triton": choice[3]} for row in rows if row["op"] != "step")
+    chosen = {"cuda": choice[1], "triton": choice[3], "overlap": choice[5]}
+    assert all(row["choice"] == chosen for row in rows if row["op"] != "step")
 
 
 @pytest.mark.skipif(

@@ -3,6 +3,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <vector>
 
 #include "api.h"
 #include "kernels.h"
@@ -74,19 +75,31 @@ OnePassShape none(const char* why) {
 cudaError_t find_one_pass(const FastgrpoArgs& args, const Device& about, OnePass choice, OnePassShape& shape) {
   shape = none("it takes a GPU of compute capability 9.0 or later");
   if (about.capability < 90) return cudaSuccess;
-  cudaError_t error = one_pass_prepare(args.dtype, false, about.shared_limit);
-  if (error == cudaSuccess) error = one_pass_prepare(args.dtype, true, about.shared_limit);
+  // All kernels for such logits, with the entropy and without, whatever the gradient's dtype, must be able to run: the
+  // bits of a row depend on its cut, and are the same whatever is asked for.
+  std::vector<OnePassKernel> kernels;
+  for (const int32_t out : {kFloat32, kBFloat16, kFloat16}) {
+    if (args.dtype != kFloat32 && out != args.dtype) continue;
+    for (const bool entropy : {false, true}) kernels.push_back({args.dtype, out, entropy});
+  }
+  const OnePassKernel asked = one_pass_kernel_for(args);
+  cudaError_t error = cudaSuccess;
+  for (const OnePassKernel& kernel : kernels) {
+    if (error == cudaSuccess) error = one_pass_prepare(kernel, about.shared_limit);
+  }
   const bool open = choice.cluster == 0;
   const char* why = "the blocks of a cluster have no room for such a row";
   while (error == cudaSuccess) {
     shape = one_pass_shape(args.dtype, args.vocab, choice, about.shared_limit);
     if (shape.cluster == 0) break;
-    // Both kernels must be able to run: the bits of a row depend on its cut, and are the same with the entropy.
-    int clusters[2] = {0, 0};
-    error = one_pass_clusters(args.dtype, false, shape, clusters[false]);
-    if (error == cudaSuccess) error = one_pass_clusters(args.dtype, true, shape, clusters[true]);
-    shape.clusters = clusters[wants_entropy(args)];
-    if (error != cudaSuccess || (clusters[false] > 0 && clusters[true] > 0)) return error;
+    bool all = true;
+    for (const OnePassKernel& kernel : kernels) {
+      int clusters = 0;
+      if (error == cudaSuccess) error = one_pass_clusters(kernel, shape, clusters);
+      all = all && clusters > 0;
+      if (kernel.out_dtype == asked.out_dtype && kernel.entropy == asked.entropy) shape.clusters = clusters;
+    }
+    if (error != cudaSuccess || all) return error;
     why = "the device cannot run a cluster of so many blocks";
     choice.cluster = shape.cluster / 2;  // fewer blocks, with more memory each
     if (!open || choice.cluster == 0) break;
@@ -97,14 +110,14 @@ cudaError_t find_one_pass(const FastgrpoArgs& args, const Device& about, OnePass
 
 // find_one_pass on the current device, whose answers are remembered: to ask takes longer than to launch.
 cudaError_t one_pass_for(const FastgrpoArgs& args, int device, const OnePass& choice, OnePassShape& shape) {
-  static std::map<std::tuple<int, int, bool, int64_t, int, int, int>, OnePassShape> known;
+  static std::map<std::tuple<int, int, int, bool, int64_t, int, int, int>, OnePassShape> known;
   shape = none("two passes were chosen");
   if (choice.cluster < 0) return cudaSuccess;
   Device about;
   cudaError_t error = ask(device, about);
   if (error != cudaSuccess) return error;
-  const auto key = std::make_tuple(device, (int)args.dtype, wants_entropy(args), args.vocab, choice.cluster,
-                                   choice.buffers, choice.blocks);
+  const auto key = std::make_tuple(device, (int)args.dtype, (int)out_dtype(args), wants_entropy(args), args.vocab,
+                                   choice.cluster, choice.buffers, choice.blocks);
   const std::lock_guard<std::mutex> lock(mutex);
   const auto at = known.find(key);
   if (at != known.end()) {
@@ -114,10 +127,17 @@ cudaError_t one_pass_for(const FastgrpoArgs& args, int device, const OnePass& ch
     if (error == cudaSuccess) known[key] = shape;
   }
   shape.evict_first = choice.evict_first;
+  if (choice.multiprocessors > 0 && shape.cluster > 0) {
+    const int most = choice.multiprocessors * shape.blocks / shape.cluster;
+    if (most < shape.clusters) shape.clusters = most > 0 ? most : 1;
+  }
   return error;
 }
 
-bool same_phase(const FastgrpoArgs& a) {
+// Whether one pass can write the gradient: where bulk copies move it, only if it lies as the logits do modulo 16
+// bytes.
+bool can_write(const FastgrpoArgs& a) {
+  if (out_dtype(a) != a.dtype) return true;
   const int64_t size = a.dtype == kFloat32 ? 4 : 2;
   const int64_t apart[] = {(const char*)a.out - (const char*)a.logits,
                            a.batch > 1 ? (a.out_stride[0] - a.logits_stride[0]) * size : 0,
@@ -126,7 +146,7 @@ bool same_phase(const FastgrpoArgs& a) {
 }
 
 cudaError_t how_to(const FastgrpoArgs& args, int device, const OnePass& choice, OnePassShape& shape) {
-  if (args.out == nullptr || same_phase(args)) return one_pass_for(args, device, choice, shape);
+  if (args.out == nullptr || can_write(args)) return one_pass_for(args, device, choice, shape);
   shape = none("the gradient lies otherwise modulo 16 bytes than the logits");
   return cudaSuccess;
 }
@@ -201,7 +221,7 @@ int32_t fastgrpo_cuda_token_loss(const FastgrpoArgs* args, int32_t device, void*
   return on_device(device, [&]() -> int32_t {
     FastgrpoArgs first = *args;
     // A gradient that bulk copies cannot bring there takes a second pass; the statistics are those of any other call.
-    if (args->out != nullptr && !same_phase(*args) && !refused(*choice)) first.out = nullptr;
+    if (args->out != nullptr && !can_write(*args) && !refused(*choice)) first.out = nullptr;
     OnePassShape shape;
     cudaError_t error = how_to(first, device, *choice, shape);
     if (error != cudaSuccess) return error;

@@ -8,10 +8,11 @@
 
 // How token_loss and row_stats hold a row in shared memory. 0: chosen by the row's length.
 struct FastgrpoOnePass {
-  int32_t cluster;      // blocks that hold a row together: 1, 2, 4, 8 or 16; -1: none, two passes
-  int32_t buffers;      // rows on their way through a block, 1 to 4
-  int32_t blocks;       // of a multiprocessor at once, 1 or 2
-  int32_t evict_first;  // 1: the L2 cache gives up the rows' lines before others; 0: as any line
+  int32_t cluster;          // blocks that hold a row together: 1, 2, 4, 8 or 16; -1: none, two passes
+  int32_t buffers;          // rows on their way through a block, 1 to 4
+  int32_t blocks;           // of a multiprocessor at once, 1 or 2
+  int32_t evict_first;      // 1: the L2 cache gives up the rows' lines before others; 0: as any line
+  int32_t multiprocessors;  // as many blocks as these hold, so that the others are left to another stream; 0: all
 };
 
 // What comes of it.
@@ -20,7 +21,7 @@ struct FastgrpoOnePassShape {
   int32_t slice;    // elements of a row in a block
   int32_t buffers, buffer_bytes, shared_bytes;
   int32_t blocks, evict_first;
-  int32_t clusters;  // of the device at once
+  int32_t clusters;  // at once
   const char* why;
 };
 

@@ -9,6 +9,8 @@
 
 #include <math.h>
 
+#include "args.h"
+
 namespace fastgrpo {
 
 // ---- elements: kCount of them in a Vec
@@ -70,12 +72,41 @@ FASTGRPO_DEVICE void unpack(const Vec& v, float (&x)[E::kCount]) {
   for (int i = 0; i < 4; ++i) E::unpack(v.w[i], x + i * (E::kCount / 4));
 }
 
-template <class E>
-FASTGRPO_DEVICE Vec pack(const float (&x)[E::kCount]) {
-  Vec v;
+// As many elements of O as a Vec has of E.
+template <class E, class O>
+struct Packed {
+  using Type = Vec;
+};
+template <>
+struct Packed<Float32, BFloat16> {
+  using Type = HalfVec;
+};
+template <>
+struct Packed<Float32, Float16> {
+  using Type = HalfVec;
+};
+
+// Whether elements of O take as many bytes as those of E.
+template <class E, class O>
+constexpr bool kAsWide = sizeof(typename E::Bits) == sizeof(typename O::Bits);
+
+template <class E, class O = E>
+FASTGRPO_DEVICE typename Packed<E, O>::Type pack(const float (&x)[E::kCount]) {
+  constexpr int kWords = sizeof(typename Packed<E, O>::Type) / 4;
+  typename Packed<E, O>::Type v;
   FASTGRPO_UNROLL
-  for (int i = 0; i < 4; ++i) v.w[i] = E::pack(x + i * (E::kCount / 4));
+  for (int i = 0; i < kWords; ++i) v.w[i] = O::pack(x + i * (E::kCount / kWords));
   return v;
+}
+
+// f(E(), O()) for logits of a dtype and a gradient of a dtype: of another one where the logits are fp32 alone.
+template <class F>
+auto for_dtypes(int32_t dtype, int32_t out_dtype, F f) {
+  if (dtype == kBFloat16) return f(BFloat16(), BFloat16());
+  if (dtype == kFloat16) return f(Float16(), Float16());
+  if (out_dtype == kBFloat16) return f(Float32(), BFloat16());
+  if (out_dtype == kFloat16) return f(Float32(), Float16());
+  return f(Float32(), Float32());
 }
 
 template <class E>
@@ -109,6 +140,8 @@ struct Span {
 
   FASTGRPO_DEVICE Span(const void* row, int64_t begin, int elements)
       : from((const Bits*)row + begin), lead((int)((uintptr_t)from & 15) / (int)sizeof(Bits)), count(elements) {}
+  // One that lies elsewhere by now.
+  FASTGRPO_DEVICE Span(int lead_elements, int elements) : from(nullptr), lead(lead_elements), count(elements) {}
   FASTGRPO_DEVICE int vectors() const { return (lead + count + E::kCount - 1) / E::kCount; }
   // Whole vectors are [first_whole, end_whole); what else there is are `edges`.
   FASTGRPO_DEVICE int first_whole() const { return lead > 0; }

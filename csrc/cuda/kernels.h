@@ -14,6 +14,19 @@ using OnePassShape = FastgrpoOnePassShape;
 
 inline bool wants_entropy(const FastgrpoArgs& args) { return args.entropy != nullptr || args.h != nullptr; }
 
+// The dtype of gradients: that of the logits, or a narrower one where these are fp32.
+inline int32_t out_dtype(const FastgrpoArgs& args) { return args.dtype == kFloat32 ? args.out_dtype : args.dtype; }
+
+// Which kernel passes once over rows like these.
+struct OnePassKernel {
+  int32_t dtype, out_dtype;
+  bool entropy;
+};
+
+inline OnePassKernel one_pass_kernel_for(const FastgrpoArgs& args) {
+  return {args.dtype, out_dtype(args), wants_entropy(args)};
+}
+
 // args.advantages of every sequence, from args.rewards. sm_80.
 cudaError_t advantages_of_groups(const FastgrpoArgs& args, cudaStream_t stream);
 
@@ -23,9 +36,9 @@ cudaError_t advantages_of_groups(const FastgrpoArgs& args, cudaStream_t stream);
 OnePassShape one_pass_shape(int32_t dtype, int64_t vocab, const OnePass& choice, int shared_limit);
 // Once per device and kernel, before the others: lets blocks have so much shared memory, and clusters be as large as
 // they can.
-cudaError_t one_pass_prepare(int32_t dtype, bool entropy, int shared_limit);
+cudaError_t one_pass_prepare(const OnePassKernel& which, int shared_limit);
 // How many clusters the current device holds at once; 0: it cannot run one.
-cudaError_t one_pass_clusters(int32_t dtype, bool entropy, const OnePassShape& shape, int& clusters);
+cudaError_t one_pass_clusters(const OnePassKernel& which, const OnePassShape& shape, int& clusters);
 cudaError_t one_pass(const FastgrpoArgs& args, const OnePassShape& shape, cudaStream_t stream);
 
 // The same without args.out, and row_grad, which also serves token_loss: with a mask, it zeroes what is outside of it,

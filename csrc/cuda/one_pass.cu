@@ -4,8 +4,9 @@
 // registers a thread, 113 KiB of shared memory a block); where three rows do not fit into that, one block and 227 KiB.
 // Bytes moved per row: V logits in and, if a gradient is wanted, V out, by bulk copies; ends that are not whole 16
 // bytes element by element. A ninth warp plans rows and moves them. Eight sweep: maximum, sums and, after one exchange
-// of (top, sum, weighted, target) between blocks, the gradient over the logits. lse is fp32, addresses 64-bit.
-// Rows that are not scored are not read; they and rows whose g and h are 0 cost their zeroes.
+// of (top, sum, weighted, target) between blocks, the gradient over the logits; one narrower than its logits they
+// store themselves, 4 elements at a time. lse is fp32, addresses 64-bit. Rows that are not scored are not read; they
+// and rows whose g and h are 0 cost their zeroes.
 
 #include "kernels.h"
 #include "launch.h"
@@ -62,10 +63,14 @@ struct Turn {
 
 // ---- the warp that moves rows
 
-template <class E>
+template <class E, class O>
 FASTGRPO_DEVICE void load_slice(const OnePassArgs& p, Plan plan, int buffer, int lane, uint64_t policy) {
   using Bits = typename E::Bits;
   const Span<E> span = slice_of<E>(p.a.logits, p.a.logits_stride, p, plan.row);
+  if (!kAsWide<E, O>) {
+    plan.lead = span.lead, plan.count = span.count;
+    plan.out = slice_of<O>(p.a.out, p.a.out_stride, p, plan.row).from - (const typename O::Bits*)p.a.out;
+  }
   plan.vectors = span.vectors();
   plan.owner = plan.target < 0 ? -1 : plan.target / p.shape.slice;
   plan.position = plan.owner == cluster_rank() ? span.lead + plan.target % p.shape.slice : -1;
@@ -105,7 +110,7 @@ FASTGRPO_DEVICE void store_slice(const OnePassArgs& p, int buffer, int lane, uin
   sync_warp();  // nothing fills the buffer again before all lanes have read from it
 }
 
-template <class E>
+template <class E, class O>
 FASTGRPO_DEVICE void move_rows(const OnePassArgs& p) {
   const int lane = thread_index() % 32, rank = cluster_rank();
   const int64_t rows = p.a.batch * p.a.tokens, step = block_count() / cluster_size();
@@ -114,19 +119,19 @@ FASTGRPO_DEVICE void move_rows(const OnePassArgs& p) {
   int held = 0;
   const auto make_room = [&] {
     barrier_wait(ready(out.buffer), out.parity);
-    if (p.a.out != nullptr) store_slice<E>(p, out.buffer, lane, policy);
+    if (kAsWide<E, O> && p.a.out != nullptr) store_slice<E>(p, out.buffer, lane, policy);
     out.next(p.shape);
     --held;
   };
   for (int64_t row = block_index() / cluster_size(); row < rows; row += step) {
     const Plan plan = plan_row(p.a, row);
     if (!plan.scored) {
-      if (p.a.out != nullptr) zero(slice_of<E>(p.a.out, p.a.out_stride, p, row), lane, 32);
+      if (p.a.out != nullptr) zero(slice_of<O>(p.a.out, p.a.out_stride, p, row), lane, 32);
       if (rank == 0 && lane == 0) skip_row(p.a, row);
       continue;
     }
     if (held == p.shape.buffers) make_room();
-    load_slice<E>(p, plan, in.buffer, lane, policy);
+    load_slice<E, O>(p, plan, in.buffer, lane, policy);
     in.next(p.shape);
     ++held;
   }
@@ -154,10 +159,48 @@ FASTGRPO_DEVICE Sums merged_lanes(const Sums& mine, float c) {
   return all;
 }
 
-template <class E, bool kEntropy>
+// Stores the gradient of a slice, in 16 bits an element, by all workers. `mine`: this one has the target's vector.
+template <class O>
+FASTGRPO_DEVICE void store_narrow(const OnePassArgs& p, const Plan& plan, const RowGradient& g, bool mine,
+                                  uint64_t policy) {
+  using Bits = typename O::Bits;
+  const int thread = thread_index();
+  if (g.idle) {
+    zero(Span<O>(p.a.out, plan.out, plan.count), thread, kWorkers);
+    return;
+  }
+  const Span<Float32> span(plan.lead, plan.count);
+  const Exponent exponent(g.top, g.c);
+  Bits* const to = (Bits*)p.a.out + plan.out - span.lead;  // of the logit at position 0
+  const auto store = [&](int position) {
+    const float x = shared_load<float>(plan.at + position * 4);
+    const Bits y = gradient<O>(x, exponent, g.constant, g.slope);
+    global_store(to + position, position == plan.position ? O::bits(g.target) : y);
+  };
+  if ((uintptr_t)to % sizeof(HalfVec) != 0) {
+    for (int i = thread; i < span.count; i += kWorkers) store(span.lead + i);
+    return;
+  }
+  const int first = thread < span.first_whole() ? thread + kWorkers : thread;
+  choose_gradient(exponent, g.slope, [&](auto near, auto slope) {
+#pragma unroll 4
+    for (int v = first; v < span.end_whole(); v += kWorkers) {
+      const Vec x = shared_load<Vec>(plan.at + v * 16);
+      global_store((HalfVec*)to + v, gradient<Float32, O, near.value, slope.value>(x, exponent, g.constant, g.slope),
+                   policy);
+    }
+  });
+  if (mine && span.whole(plan.position / Float32::kCount)) global_store(to + plan.position, O::bits(g.target));
+  each_edge(span, thread, [&](int position) {
+    if (span.holds(position)) store(position);
+  });
+}
+
+template <class E, class O, bool kEntropy>
 FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
   using Bits = typename E::Bits;
   const int thread = thread_index(), rank = cluster_rank(), blocks = cluster_size();
+  const uint64_t policy = cache_policy(p.shape.evict_first != 0);
   Turn turn;
   for (uint32_t n = 0;; ++n, turn.next(p.shape)) {
     barrier_wait(full(turn.buffer), turn.parity);
@@ -202,6 +245,9 @@ FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
                      {{as_bits(part.top), as_bits(part.sum), as_bits(part.weighted), as_bits(target)}});
       }
       // A block that is a row ahead writes to the other half: it has heard from this one about the row between.
+      // A block's part says, too, that its slice has come: its sums waited for the copy. So from here on nobody reads
+      // the row's own memory any more, and a narrow gradient may lie there, over the slices of other blocks. Before,
+      // it would race with their copies.
       barrier_wait_cluster(exchange, n / 2 % 2);
       // Lane i takes part i; lanes 16 to 31 take them again, so that all come to the same.
       const int i = thread % kMaxCluster;
@@ -216,7 +262,9 @@ FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
     if (p.a.out != nullptr) {
       sync_threads(kWorkersBarrier, kWorkers);  // the first warp's gradient is there
       const RowGradient g = shared_get<RowGradient>(kGradient);
-      if (g.idle) {
+      if constexpr (!kAsWide<E, O>) {
+        store_narrow<O>(p, plan, g, mine, policy);
+      } else if (g.idle) {
         for (int v = thread; v < vectors; v += kWorkers) shared_store(at + v * 16, Vec{{0, 0, 0, 0}});
       } else {
         const Exponent from_top(g.top, g.c);
@@ -224,7 +272,7 @@ FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
 #pragma unroll 4
           for (int v = thread; v < vectors; v += kWorkers) {
             const Vec x = shared_load<Vec>(at + v * 16);
-            shared_store(at + v * 16, gradient<E, near.value, slope.value>(x, from_top, g.constant, g.slope));
+            shared_store(at + v * 16, gradient<E, O, near.value, slope.value>(x, from_top, g.constant, g.slope));
           }
         });
         if (mine) shared_store(target_at, E::bits(g.target));
@@ -236,7 +284,7 @@ FASTGRPO_DEVICE void sweep_rows(const OnePassArgs& p) {
   }
 }
 
-template <class E, bool kEntropy>
+template <class E, class O, bool kEntropy>
 FASTGRPO_KERNEL(kThreads, 2)
 one_pass_kernel(const OnePassArgs p) {
   if (thread_index() == 0) {
@@ -249,22 +297,21 @@ one_pass_kernel(const OnePassArgs p) {
   }
   cluster_sync();  // no block waits at, or writes to, a barrier that is not there yet
   if (thread_index() < kWorkers) {
-    sweep_rows<E, kEntropy>(p);
+    sweep_rows<E, O, kEntropy>(p);
   } else {
-    move_rows<E>(p);
+    move_rows<E, O>(p);
   }
   cluster_sync();  // no block leaves while another may still write to its shared memory
 }
 
-template <class E>
+template <class E, class O>
 void (*kernel_for(bool entropy))(OnePassArgs) {
-  return entropy ? one_pass_kernel<E, true> : one_pass_kernel<E, false>;
+  return entropy ? one_pass_kernel<E, O, true> : one_pass_kernel<E, O, false>;
 }
 
-auto kernel_for(int32_t dtype, bool entropy) {
-  return dtype == kBFloat16  ? kernel_for<BFloat16>(entropy)
-         : dtype == kFloat16 ? kernel_for<Float16>(entropy)
-                             : kernel_for<Float32>(entropy);
+auto kernel_for(const OnePassKernel& which) {
+  return for_dtypes(which.dtype, which.out_dtype,
+                    [&](auto in, auto out) { return kernel_for<decltype(in), decltype(out)>(which.entropy); });
 }
 
 Launch launch_for(const OnePassShape& shape, int64_t clusters, cudaStream_t stream) {
@@ -306,18 +353,18 @@ OnePassShape one_pass_shape(int32_t dtype, int64_t vocab, const OnePass& choice,
   return {};
 }
 
-cudaError_t one_pass_prepare(int32_t dtype, bool entropy, int shared_limit) {
-  return prepare(kernel_for(dtype, entropy), shared_limit);
+cudaError_t one_pass_prepare(const OnePassKernel& which, int shared_limit) {
+  return prepare(kernel_for(which), shared_limit);
 }
 
-cudaError_t one_pass_clusters(int32_t dtype, bool entropy, const OnePassShape& shape, int& clusters) {
-  return active_clusters(kernel_for(dtype, entropy), launch_for(shape, 1, nullptr), clusters);
+cudaError_t one_pass_clusters(const OnePassKernel& which, const OnePassShape& shape, int& clusters) {
+  return active_clusters(kernel_for(which), launch_for(shape, 1, nullptr), clusters);
 }
 
 cudaError_t one_pass(const FastgrpoArgs& args, const OnePassShape& shape, cudaStream_t stream) {
   const int64_t rows = args.batch * args.tokens;
   const int64_t clusters = shape.clusters < rows ? shape.clusters : rows;
-  return launch(kernel_for(args.dtype, wants_entropy(args)), launch_for(shape, clusters, stream), {args, shape});
+  return launch(kernel_for(one_pass_kernel_for(args)), launch_for(shape, clusters, stream), {args, shape});
 }
 
 }  // namespace fastgrpo

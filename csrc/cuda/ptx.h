@@ -20,6 +20,11 @@ struct alignas(16) Vec {
   uint32_t w[4];
 };
 
+// What four elements of fp32 come to in a narrower format.
+struct alignas(8) HalfVec {
+  uint32_t w[2];
+};
+
 extern __shared__ __align__(128) char shared_buffer[];
 
 // ---- places
@@ -58,6 +63,10 @@ FASTGRPO_DEVICE Vec global_load_streaming(const Vec* p) {
 
 FASTGRPO_DEVICE void global_store_streaming(Vec* p, const Vec& v) {
   __stcs((uint4*)p, make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]));
+}
+
+FASTGRPO_DEVICE void global_store_streaming(HalfVec* p, const HalfVec& v) {
+  __stcs((uint2*)p, make_uint2(v.w[0], v.w[1]));
 }
 
 // ---- threads of a block
@@ -196,7 +205,7 @@ FASTGRPO_DEVICE void barrier_wait_cluster(uint32_t at, uint32_t parity) {
       : "memory");
 }
 
-// What the L2 cache does with the lines of a bulk copy: gives them up before others, or treats them as any.
+// What the L2 cache does with the lines of a copy or a store: gives them up before others, or treats them as any.
 FASTGRPO_DEVICE uint64_t cache_policy(bool evict_first) {
   uint64_t policy;
   if (evict_first) {
@@ -205,6 +214,12 @@ FASTGRPO_DEVICE uint64_t cache_policy(bool evict_first) {
     asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   }
   return policy;
+}
+
+FASTGRPO_DEVICE void global_store(HalfVec* p, const HalfVec& v, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v2.b32 [%0], {%1, %2}, %3;" ::"l"(__cvta_generic_to_global(p)), "r"(v.w[0]),
+               "r"(v.w[1]), "l"(policy)
+               : "memory");
 }
 
 // Copies between global and shared memory behind the threads' backs; addresses and sizes are multiples of 16 bytes.

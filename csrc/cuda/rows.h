@@ -7,7 +7,6 @@
 
 #include <math.h>
 
-#include "args.h"
 #include "elements.h"
 
 namespace fastgrpo {
@@ -192,7 +191,10 @@ struct alignas(16) Plan {
   // shared memory its first vector is
   int32_t vectors, position, owner;
   uint32_t at;
+  // and for a narrow gradient: its Span, and where in `out` its gradient is. A pointer would be one to any memory here
+  int32_t lead, count;
   int32_t unused;
+  int64_t out;
 };
 
 FASTGRPO_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
@@ -317,9 +319,10 @@ FASTGRPO_DEVICE void skip_row(const FastgrpoArgs& a, int64_t row) {
   global_store(a.g + row, 0.0f);
 }
 
-// The gradient of a vector of logits.
-template <class E, bool kNear, bool kSlope>
-FASTGRPO_DEVICE Vec gradient(const Vec& v, const Exponent& exponent, float constant, float slope) {
+// The gradient of a vector of logits, in elements of O.
+template <class E, class O, bool kNear, bool kSlope>
+FASTGRPO_DEVICE typename Packed<E, O>::Type gradient(const Vec& v, const Exponent& exponent, float constant,
+                                                     float slope) {
   float x[E::kCount];
   unpack<E>(v, x);
   FASTGRPO_UNROLL
@@ -327,7 +330,14 @@ FASTGRPO_DEVICE Vec gradient(const Vec& v, const Exponent& exponent, float const
     const float t = exponent.of<kNear>(x[k]);
     x[k] = fast_exp2(t) * (kSlope ? fmaf(slope, max_f32(t, kLowestExponent), constant) : constant);
   }
-  return pack<E>(x);
+  return pack<E, O>(x);
+}
+
+// The same of a logit, bit for bit.
+template <class O>
+FASTGRPO_DEVICE typename O::Bits gradient(float x, const Exponent& exponent, float constant, float slope) {
+  const float t = exponent.near ? exponent.of<true>(x) : exponent.of<false>(x);
+  return O::bits(fast_exp2(t) * (slope != 0.0f ? fmaf(slope, max_f32(t, kLowestExponent), constant) : constant));
 }
 
 // Calls f(near, slope), whose types (True or False) say which variant of a sweep this row takes.

@@ -4,8 +4,8 @@
 // Grid: one block of 256 threads a row; 3 blocks a multiprocessor (at most 80 registers a thread) for the statistics,
 // 4 (64) for the gradient and the scaling, whose blocks go on from row to row. Bytes moved per row: V in; for these
 // two V out as well. A tile of 8 vectors a thread stays in registers between its maximum and its sums. Accesses are
-// 128 bits wide, but at a row's ends and where gradients lie otherwise modulo 16 than their logits. Rows that do not
-// count are not read; they get zeroes.
+// 128 bits wide, stores of a gradient narrower than its logits 64, but at a row's ends and where gradients lie
+// otherwise modulo that than their logits. Rows that do not count are not read; they get zeroes.
 
 #include "kernels.h"
 #include "launch.h"
@@ -40,6 +40,29 @@ FASTGRPO_DEVICE void each_vector(const Vec* from, Vec* to, int first, int end, F
     for (int i = 0; i < 4; ++i) global_store_streaming(to + v + i * kWorkers, f(x[i]));
   }
   for (; v < end; v += kWorkers) global_store_streaming(to + v, f(global_load_streaming(from + v)));
+}
+
+// store(i, load(i)) for i from before `end` down to `first`, by the block, for a gradient that is narrower than its
+// logits and may lie in the second half of their row. What is stored for i then overwrites logits from i on alone.
+// Tiles of kAtOnce for a thread; several are whole tiles, and the end of what they left comes back.
+template <int kAtOnce, class L, class S>
+FASTGRPO_DEVICE int backwards(int first, int end, L load, S store) {
+#pragma unroll 1
+  for (; end - first >= (kAtOnce > 1 ? kAtOnce * kWorkers : 1); end -= kAtOnce * kWorkers) {
+    const int last = end - 1 - thread_index();
+    const bool within = kAtOnce > 1 || last >= first;
+    decltype(load(first)) x[kAtOnce] = {};
+    FASTGRPO_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (within) x[i] = load(last - i * kWorkers);
+    }
+    sync_threads(kWorkersBarrier, kWorkers);  // no store of a tile before all loads of it, in whose place it may come
+    FASTGRPO_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (within) store(last - i * kWorkers, x[i]);
+    }
+  }
+  return end;
 }
 
 // Where the vectors of the edges wait, filled up with -inf: that before the first whole one, and that after the last.
@@ -127,15 +150,78 @@ stats_kernel(const FastgrpoArgs a) {
   finish_row(a, plan, all, logit, thread == 0);
 }
 
+// The gradient of a row as it comes, in elements as wide as the logits.
 template <class E>
+FASTGRPO_DEVICE void store_gradient(const Span<E>& span, const Span<E>& out, const Exponent& exponent,
+                                    const RowGradient& r) {
+  using Bits = typename E::Bits;
+  const int thread = thread_index();
+  choose_gradient(exponent, r.slope, [&](auto near, auto slope) {
+    const Vec* const from = vectors_of(span);
+    if (span.lead == out.lead) {
+      each_vector(from, (Vec*)vectors_of(out), span.first_whole(), span.end_whole(), [&](const Vec& x) {
+        return gradient<E, E, near.value, slope.value>(x, exponent, r.constant, r.slope);
+      });
+    } else {
+      for (int v = span.first_whole() + thread; v < span.end_whole(); v += kWorkers) {
+        const Vec x = global_load_streaming(from + v);
+        const Vec y = gradient<E, E, near.value, slope.value>(x, exponent, r.constant, r.slope);
+        FASTGRPO_UNROLL
+        for (int k = 0; k < E::kCount; ++k) {
+          global_store((Bits*)out.at(v * E::kCount + k - span.lead + out.lead), element<E>(y, k));
+        }
+      }
+    }
+  });
+  each_edge(span, thread, [&](int position) {
+    if (!span.holds(position)) return;
+    const float x = E::number(global_load(span.at(position)));
+    global_store((Bits*)out.at(position - span.lead + out.lead), gradient<E>(x, exponent, r.constant, r.slope));
+  });
+}
+
+// The same in 16 bits an element. What is loaded of the row is loaded before it may be overwritten.
+template <class O>
+FASTGRPO_DEVICE void store_narrow(const Span<Float32>& span, const Span<O>& out, const Exponent& exponent,
+                                  const RowGradient& r) {
+  using Bits = typename O::Bits;
+  Bits* const to = (Bits*)out.from - span.lead;  // of the logit at position 0
+  const auto load = [&](int position) { return as_float(global_load(span.at(position))); };
+  const auto store = [&](int position, float x) {
+    global_store(to + position, gradient<O>(x, exponent, r.constant, r.slope));
+  };
+  if ((uintptr_t)to % sizeof(HalfVec) != 0) {
+    backwards<1>(span.lead, span.lead + span.count, load, store);
+    return;
+  }
+  float edge = 0.0f;  // a thread has one at most
+  each_edge(span, thread_index(), [&](int position) {
+    if (span.holds(position)) edge = load(position);
+  });
+  choose_gradient(exponent, r.slope, [&](auto near, auto slope) {
+    const auto load_vector = [&](int v) { return global_load_streaming(vectors_of(span) + v); };
+    const auto store_vector = [&](int v, const Vec& x) {
+      global_store_streaming((HalfVec*)to + v,
+                             gradient<Float32, O, near.value, slope.value>(x, exponent, r.constant, r.slope));
+    };
+    const int first = span.first_whole(), end = backwards<4>(first, span.end_whole(), load_vector, store_vector);
+    backwards<1>(first, end, load_vector, store_vector);
+  });
+  sync_threads(kWorkersBarrier, kWorkers);  // no edge is stored before all are loaded: a short row has nothing else
+  each_edge(span, thread_index(), [&](int position) {
+    if (span.holds(position)) store(position, edge);
+  });
+}
+
+template <class E, class O>
 FASTGRPO_KERNEL(kWorkers, 4)
 grad_kernel(const FastgrpoArgs a) {
-  using Bits = typename E::Bits;
+  using Bits = typename O::Bits;
   const int64_t row = block_index();
   const int thread = thread_index();
   const float g = global_load(a.g + row), h = or_else(a.h, row, 0.0f);
   const bool masked = a.mask != nullptr && global_load(a.mask + row) == 0;
-  const Span<E> out = row_of<E>(a.out, a.out_stride, a, row);
+  const Span<O> out = row_of<O>(a.out, a.out_stride, a, row);
   if (masked || (g == 0.0f && h == 0.0f)) {
     zero(out, thread, kWorkers);
     return;
@@ -156,32 +242,13 @@ grad_kernel(const FastgrpoArgs a) {
   const RowGradient r = row_gradient(logp, error, entropy, top, g, h, inv_t);
   const Exponent exponent(top, r.c);
   sync_threads(kWorkersBarrier, kWorkers);  // all have the target's logit before its gradient takes its place
-  choose_gradient(exponent, r.slope, [&](auto near, auto slope) {
-    const Vec* const from = vectors_of(span);
-    if (span.lead == out.lead) {
-      each_vector(from, (Vec*)vectors_of(out), span.first_whole(), span.end_whole(), [&](const Vec& x) {
-        return gradient<E, near.value, slope.value>(x, exponent, r.constant, r.slope);
-      });
-    } else {
-      for (int v = span.first_whole() + thread; v < span.end_whole(); v += kWorkers) {
-        const Vec x = global_load_streaming(from + v);
-        const Vec y = gradient<E, near.value, slope.value>(x, exponent, r.constant, r.slope);
-        FASTGRPO_UNROLL
-        for (int k = 0; k < E::kCount; ++k) {
-          global_store((Bits*)out.at(v * E::kCount + k - span.lead + out.lead), element<E>(y, k));
-        }
-      }
-    }
-    each_edge(span, thread, [&](int position) {
-      if (!span.holds(position)) return;
-      Vec v = {};
-      v.w[0] = global_load(span.at(position));
-      v = gradient<E, near.value, slope.value>(v, exponent, r.constant, r.slope);
-      global_store((Bits*)out.at(position - span.lead + out.lead), (Bits)v.w[0]);
-    });
-  });
+  if constexpr (kAsWide<E, O>) {
+    store_gradient<E>(span, out, exponent, r);
+  } else {
+    store_narrow<O>(span, out, exponent, r);
+  }
   sync_threads(kWorkersBarrier, kWorkers);  // the target's own gradient comes last
-  if (target >= 0 && thread == 0) global_store((Bits*)out.at(out.lead + target), E::bits(r.target));
+  if (target >= 0 && thread == 0) global_store((Bits*)out.at(out.lead + target), O::bits(r.target));
 }
 
 template <class E>
@@ -227,8 +294,9 @@ cudaError_t stats(const FastgrpoArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t grad(const FastgrpoArgs& args, cudaStream_t stream) {
-  void (*const kernels[3])(FastgrpoArgs) = {grad_kernel<Float32>, grad_kernel<BFloat16>, grad_kernel<Float16>};
-  return launch_blocks(kernels[args.dtype], args, args.batch * args.tokens, stream);
+  void (*const kernel)(FastgrpoArgs) = for_dtypes(
+      args.dtype, out_dtype(args), [](auto in, auto out) { return &grad_kernel<decltype(in), decltype(out)>; });
+  return launch_blocks(kernel, args, args.batch * args.tokens, stream);
 }
 
 cudaError_t loadable() {

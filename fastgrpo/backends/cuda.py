@@ -1,8 +1,9 @@
 """The CUDA backend: libfastgrpo_cuda (csrc/cuda), for NVIDIA GPUs of compute capability 8.0 and later, through ctypes.
 
 From 9.0 on, token_loss and row_stats hold each row in the shared memory of a cluster of blocks: one read of the logits
-and, in place, one write. Before, and for rows that no cluster holds, they sweep the row twice. A softcap is not for
-these kernels. Calls enqueue work on torch's current stream and wait for nothing, so that CUDA graphs can capture them.
+and, in place, one write. Before, and for rows that no cluster holds, they sweep the row twice. From fp32 logits the
+gradient may be written in bf16 or fp16, also in the second half of each row's own memory. A softcap is not for these
+kernels. Calls enqueue work on torch's current stream and wait for nothing, so that CUDA graphs can capture them.
 The driver is asked once what the device can do and how many clusters fit for a vocabulary; where it fails, the next
 call asks again.
 """
@@ -28,6 +29,9 @@ CLUSTERS = (1, 2, 4, 8, 16)
 _DEVICE_TYPE = "cuda"
 _REFUSED = -1  # FASTGRPO_REFUSED in csrc/cuda/api.h
 _INT, _POINTER = ctypes.c_int32, ctypes.c_void_p
+_HALVES = (torch.bfloat16, torch.float16)
+# (dtype of the logits, of the gradient)
+_PAIRS = (*((dtype, dtype) for dtype in (*_HALVES, torch.float32)), *((torch.float32, dtype) for dtype in _HALVES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,8 @@ class OnePass:
         buffers: rows on their way through a block at once, 1 to 4.
         blocks: blocks that share a multiprocessor, 1 or 2.
         evict_first: the L2 cache gives up the lines of logits and gradients before others.
+        multiprocessors: no more blocks at once than so many hold, and one cluster at least; 0: all. The others are
+            left to another stream (`engine.overlap`). Two passes take all.
 
     Raises:
         ValueError: a number that is none of these.
@@ -48,8 +54,11 @@ class OnePass:
     buffers: int = 0
     blocks: int = 0
     evict_first: bool = True
+    multiprocessors: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.multiprocessors, int) or self.multiprocessors < 0:
+            raise ValueError(f"multiprocessors: expected an integer from 0 on, got {self.multiprocessors!r}")
         allowed = dict(cluster=(-1, 0, *CLUSTERS), buffers=range(5), blocks=range(3), evict_first=(False, True))
         for name, values in allowed.items():
             if (value := getattr(self, name)) not in values:
@@ -161,15 +170,23 @@ def _ask(args: Args, device: int, choice: _Choice) -> Shape:
 
 
 @functools.cache  # of answers; what is raised is not kept
-def shape(vocab: int, dtype: torch.dtype, device: int, one_pass: OnePass = OnePass()) -> Shape:
+def shape(
+    vocab: int,
+    dtype: torch.dtype,
+    device: int,
+    one_pass: OnePass = OnePass(),
+    out_dtype: torch.dtype | None = None,
+) -> Shape:
     """How rows of `vocab` logits are held, with that choice; its cluster is 0 where they cannot be.
 
-    The cut is the same with and without the entropy. `clusters` are those without.
+    The cut is the same with and without the entropy, and for a gradient of any dtype (None: that of the logits).
+    `clusters` are those of such a gradient, without the entropy.
 
     Raises:
         RuntimeError: the driver failed to answer.
     """
-    return _ask(Args(vocab=vocab, dtype=DTYPES[dtype]), device, _as_choice(one_pass))
+    args = Args(vocab=vocab, dtype=DTYPES[dtype], out_dtype=DTYPES[out_dtype or dtype])
+    return _ask(args, device, _as_choice(one_pass))
 
 
 def _no_one_pass(vocab: int, dtype: torch.dtype, device: int) -> str | None:
@@ -181,32 +198,43 @@ def _no_one_pass(vocab: int, dtype: torch.dtype, device: int) -> str | None:
         return str(error)
 
 
-def active_clusters(dtype: torch.dtype, device: int, blocks: int) -> dict[int, int]:
+def active_clusters(
+    dtype: torch.dtype, device: int, blocks: int, out_dtype: torch.dtype | None = None
+) -> dict[int, int]:
     """{blocks of a cluster: such clusters at once}, where each block has three rows of 36 KiB, `blocks` of these on a
     multiprocessor."""
     vocab = 36 * 1024 // dtype.itemsize
     return {
-        size: shape(size * vocab, dtype, device, OnePass(cluster=size, buffers=3, blocks=blocks)).clusters
+        size: shape(size * vocab, dtype, device, OnePass(cluster=size, buffers=3, blocks=blocks), out_dtype).clusters
         for size in CLUSTERS
     }
 
 
 def describe(device: int) -> Iterator[str]:
     """Lines on how rows are held on this device: clusters at once by their blocks, and the shapes of usual rows."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        name = f"cuda:{device} {str(dtype).removeprefix('torch.')}"
+    for dtype, out_dtype in _PAIRS:
+        written = "" if out_dtype == dtype else f", gradients in {_name(out_dtype)}"
+        name = f"cuda:{device} {_name(dtype)}{written}"
         try:
             for blocks in (2, 1):
-                counts = active_clusters(dtype, device, blocks)
+                counts = active_clusters(dtype, device, blocks, out_dtype)
                 at_once = ", ".join(f"{count} of {size}" for size, count in counts.items())
                 yield f"{name}, {blocks} a multiprocessor: clusters at once by their blocks: {at_once}"
             for vocab in (32_000, 128_256, 151_936, 262_144):
-                found = shape(vocab, dtype, device)
+                found = shape(vocab, dtype, device, out_dtype=out_dtype)
                 held = f"{found.clusters} clusters of {found.cluster}, {found.blocks} a multiprocessor, "
                 held += f"{found.buffers} buffers"
                 yield f"{name}, rows of {vocab}: {held if found.cluster else f'two passes: {found.why}'}"
         except RuntimeError as error:
             yield f"{name}: {error}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(number: int) -> torch.dtype:
+    return next(dtype for dtype, known in DTYPES.items() if known == number)
 
 
 def _place(device: torch.device) -> tuple[int, int]:
@@ -216,7 +244,7 @@ def _place(device: torch.device) -> tuple[int, int]:
 
 def _refusal(args: Args, device: int) -> str:
     """Why the library refused the choice, and what it would take in its place."""
-    dtype = next(key for key, number in DTYPES.items() if number == args.dtype)
+    dtype = _dtype(args.dtype)
     why, fits = _ask(args, device, _as_choice(_choices.get())).why, []
     for size in CLUSTERS:
         for blocks in (1, 2):
@@ -231,6 +259,9 @@ def _refusal(args: Args, device: int) -> str:
 def _call(function: str, args: Args, device: torch.device) -> None:
     if args.softcap < math.inf:
         raise ValueError("softcap: expected None with backend 'cuda'; backend 'triton' takes one")
+    if args.out and args.dtype not in (args.out_dtype, DTYPES[torch.float32]):
+        dtype, got = _dtype(args.dtype), _dtype(args.out_dtype)
+        raise ValueError(f"out: expected the dtype of the logits, {dtype}, got {got}; fp32 alone may be narrowed")
     if args.batch * args.tokens == 0:
         return
     library = _library()

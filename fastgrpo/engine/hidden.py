@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastgrpo.backends import Rows, Scores, cpu
 from fastgrpo.engine.head import Head
-from fastgrpo.engine.logits import How
+from fastgrpo.engine.logits import Fused, How
+from fastgrpo.engine.overlap import Lanes
 from fastgrpo.engine.plan import Plan, Roles, plan_rows
 from fastgrpo.engine.projection import Gradients, Projection
 
@@ -63,7 +64,7 @@ def score(hidden: Tensor, head: Head, rows: Rows, plan: Plan, want_entropy: bool
 def _stats(projection: Projection, head: Head, rows: Rows, at: slice | Tensor, want_entropy: bool) -> Scores:
     """The scores of some rows; fp32 logits do not leave a CPU's caches for them, with the same bits."""
     if head.backend == "cpu" and head.logits_dtype == torch.float32:
-        h, weight, bias = projection.take(at), projection.weight, projection.bias
+        h, weight, bias = projection.gather(at), projection.weight, projection.bias
         return cpu.head_stats(h, weight, bias, rows, want_entropy=want_entropy, softcap=head.softcap)
     return head.sweeps.stats(projection.logits(at), rows, want_entropy)  # (1, n, V)
 
@@ -85,7 +86,7 @@ def gradients(
         for chunk, _ in plan.learn:
             at = plan.at(chunk)
             logits = projection.logits(at)  # (1, n, V), and then their gradient
-            per_row, out = Scores._make(None if x is None else x[at] for x in scores), projection.d_logits
+            per_row, out = Scores._make(None if x is None else x[at] for x in scores), projection.d_logits()
             head.sweeps.grad(logits, take_rows(rows, at), per_row, g[at], None if h is None else h[at], out)
             collected.add(at)
         logits = out = None
@@ -106,18 +107,23 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
     losses, bonuses = [], []
     logits: Tensor | None
     out: Tensor | None
-    with no_autocast(hidden):
+    with no_autocast(hidden), Lanes(hidden.device, alone=not isinstance(how, Fused)) as lanes:
         projection = Projection(hidden, head, plan.longest)
         collected = Gradients(projection, head, needs, plan, hold_dtype)
         for chunk, layout in plan.learn:
-            at = plan.at(chunk)
-            logits = projection.logits(at)  # (1, n, V), and then their gradient
-            out = projection.d_logits
-            scores, terms = how.part(chunk, layout).overwrite(logits, head.sweeps, want_entropy, out)
-            _put(table, at, [*columns(scores), *terms.columns()])
-            losses.append(terms.loss)
-            bonuses += [] if terms.bonus is None else [terms.bonus]
-            collected.add(at)
+            projection.take(plan.at(chunk))
+            for rows, part, lane in lanes.cut(chunk):  # all of it, unless parts are to overlap
+                with lane:
+                    at = plan.at(rows)
+                    logits = projection.project(part)  # (1, n, V), and then their gradient
+                    out = projection.d_logits(part)
+                    scores, terms = how.part(rows, layout).overwrite(logits, head.sweeps, want_entropy, out)
+                    _put(table, at, [*columns(scores), *terms.columns()])
+                    losses.append(terms.loss)
+                    bonuses += [] if terms.bonus is None else [terms.bonus]
+                    collected.add_hidden(at, part)
+            lanes.join(*losses, *bonuses)
+            collected.add_weight()
         for chunk in plan.score:
             at = plan.at(chunk)
             scores = _stats(projection, head, take_rows(how.rows, chunk), at, want_entropy)

@@ -56,13 +56,20 @@ class Projection:
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         """(1, n, V), valid until the next call; the caller writes their gradient to `d_logits`, over them."""
-        self.h = self.take(rows)
-        logits = self._buffer[: self.h.shape[0], : self.weight.shape[0]]
-        product(self.h, self.weight.t(), logits, bias=self.bias)
+        self.take(rows)
+        return self.project()
+
+    def take(self, rows: slice | Tensor) -> None:
+        """These rows are the chunk."""
+        self.h = self.gather(rows)
+
+    def project(self, part: slice = slice(None)) -> Tensor:
+        """(1, n, V) of some rows of the chunk, each in its own place of the buffer."""
+        logits = self._buffer[: self.h.shape[0], : self.weight.shape[0]][part]
+        product(self.h[part], self.weight.t(), logits, bias=self.bias)
         return logits[None]
 
-    @property
-    def d_logits(self) -> Tensor:
+    def d_logits(self, part: slice = slice(None)) -> Tensor:
         """(1, n, V): the gradient of the logits, in the GEMMs' dtype and in the memory of the logits.
 
         Under fp32 logits it is the second half of each row, so that a sweep from the end of a row to its start
@@ -71,9 +78,9 @@ class Projection:
         stride = self._buffer.shape[1]
         memory = self._buffer.view(self.dtype)  # (rows, stride), or twice that width
         start = memory.shape[1] - stride
-        return memory[None, : self.h.shape[0], start : start + self.weight.shape[0]]
+        return memory[: self.h.shape[0], start : start + self.weight.shape[0]][None, part]
 
-    def take(self, rows: slice | Tensor) -> Tensor:
+    def gather(self, rows: slice | Tensor) -> Tensor:
         """The hidden states of these rows, (n, H), in the GEMMs' dtype."""
         tokens = self.hidden.shape[1]
         if self.hidden.is_contiguous():
@@ -120,7 +127,12 @@ class Gradients:
 
     def add(self, rows: slice | Tensor) -> None:
         """Add the gradients of the chunk that the projection holds, whose logits have become their gradient."""
-        dz, h, weight = self.projection.d_logits[0], self.projection.h, self.projection.weight
+        self.add_hidden(rows)
+        self.add_weight()
+
+    def add_hidden(self, rows: slice | Tensor, part: slice = slice(None)) -> None:
+        """That of hidden alone, of a part of the chunk; `rows` of the batch."""
+        dz, h, weight = self.projection.d_logits(part)[0], self.projection.h[part], self.projection.weight
         if self.needs[0]:
             flat = self.d_hidden.view(-1, h.shape[1])
             written = flat.dtype if flat.dtype in (h.dtype, wide(h.dtype)) else wide(h.dtype)  # by a GEMM
@@ -130,6 +142,10 @@ class Gradients:
                 d_h = torch.empty_like(h, dtype=written)
                 product(dz, weight, d_h)
                 flat[rows] = d_h.to(flat.dtype)
+
+    def add_weight(self) -> None:
+        """Those of weight and bias, of the whole chunk."""
+        dz, h = self.projection.d_logits()[0], self.projection.h
         if self.needs[1]:
             product(dz.t(), h, self.sum[: self.vocab], add=self.started)
         if self.d_bias is not None:

@@ -12,6 +12,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <memory>
 #include <string>
@@ -42,8 +43,9 @@ class Memory {
   ~Memory() { (void)cudaFree(at_); }
   Memory(const Memory&) = delete;
   T* get() const { return at_; }
-  std::vector<T> values() const {
-    std::vector<T> copy(count_);
+  template <class U = T>  // what the bytes are as elements of U
+  std::vector<U> values() const {
+    std::vector<U> copy(count_ * sizeof(T) / sizeof(U));
     check(cudaMemcpy(copy.data(), at_, count_ * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
     return copy;
   }
@@ -87,8 +89,9 @@ struct Float16Traits {
 // ---- what is run
 
 enum Kernel { kStats, kToken, kGrad, kScale };
-enum Out { kNone, kInPlace, kApart, kOtherPhase };
-const char* const kOuts[] = {"", ", in place", ", apart", ", apart and otherwise modulo 16"};
+enum Out { kNone, kInPlace, kApart, kOtherPhase, kSecondHalf };
+const char* const kOuts[] = {"", ", in place", ", apart", ", apart and otherwise modulo 16",
+                             ", in the second half of the rows"};
 
 struct Case {
   Kernel kernel;
@@ -100,10 +103,10 @@ struct Case {
   bool groups = false;  // advantages are made of rewards
 };
 
-std::string name_of(const Case& c, const char* dtype) {
+std::string name_of(const Case& c, const std::string& dtype) {
   const char* const kernels[] = {"row_stats", "token_loss", "row_grad", "scale"};
   char name[256];
-  int n = snprintf(name, sizeof name, "%s %s V=%d", kernels[c.kernel], dtype, c.vocab);
+  int n = snprintf(name, sizeof name, "%s %s V=%d", kernels[c.kernel], dtype.c_str(), c.vocab);
   const auto add = [&](const char* format, auto value) { n += snprintf(name + n, sizeof name - n, format, value); };
   if (c.kernel == kStats || c.kernel == kToken) {
     if (c.choice.cluster < 0) add("%s", ", two passes");
@@ -178,37 +181,43 @@ Result clipped(double logp, double entropy, double old_logp, double ref_logp, do
 
 // ---- a case
 
-template <class Traits>
+template <class Traits, class OutTraits = Traits>  // of the logits, and of the gradient
 class Run {
  public:
   using Type = typename Traits::Type;
+  using OutType = typename OutTraits::Type;
 
   explicit Run(const Case& c) : case_(c), vocab_(c.vocab), offset_(c.vocab % 7), stride_(c.vocab + c.vocab % 5) {}
 
   // False: the choice cannot run here, and nothing did.
   bool run(Comparison& comparison) {
-    std::vector<Type> logits(size(), element(kUntouched));
-    each([&](int64_t row, int64_t j, int64_t at) {
-      logits[at] = element(4 * (spread(at, 1) + spread(at, 2) + spread(at, 3)) * (row == 2 ? 5 : 1));
+    std::vector<Type> logits(size(), element<Type>(kUntouched));
+    each([&](int64_t row, int64_t, int64_t at) {
+      logits[at] = element<Type>(4 * (spread(at, 1) + spread(at, 2) + spread(at, 3)) * (row == 2 ? 5 : 1));
     });
     return case_.kernel == kScale ? scale(logits, comparison) : sweep(logits, comparison);
   }
 
  private:
-  static Type element(double x) {
-    Type value;
+  template <class T>
+  static T element(double x) {
+    T value;
     from_float((float)x, &value);
     return value;
   }
 
   // Rows lie `stride` apart, the first one `offset` elements from the start.
-  int64_t size(int shift = 0) const { return offset_ + shift + (kRows - 1) * stride_ + vocab_; }
-  int64_t start(int64_t row, int shift = 0) const { return offset_ + shift + row * stride_; }
+  int64_t size() const { return offset_ + (kRows - 1) * stride_ + (case_.out == kSecondHalf ? stride_ : vocab_); }
+  int64_t start(int64_t row) const { return offset_ + row * stride_; }
+  int shift() const { return case_.out == kApart ? (int)(64 / sizeof(OutType)) : case_.out == kOtherPhase ? 1 : 0; }
+  int64_t start_out(int64_t row) const {
+    return case_.out == kSecondHalf ? 2 * start(row) + stride_ : start(row) + shift();
+  }
 
   template <class F>
-  void each(F f, int shift = 0) const {
+  void each(F f, bool out = false) const {
     for (int64_t row = 0; row < kRows; ++row) {
-      for (int64_t j = 0; j < vocab_; ++j) f(row, j, start(row, shift) + j);
+      for (int64_t j = 0; j < vocab_; ++j) f(row, j, (out ? start_out(row) : start(row)) + j);
     }
   }
 
@@ -216,17 +225,21 @@ class Run {
     FastgrpoArgs args = {};
     args.batch = kBatch, args.tokens = kTokens, args.vocab = vocab_;
     args.dtype = Traits::kDType;
+    args.out_dtype = OutTraits::kDType;
     args.logits = logits.get() + offset_;
-    args.logits_stride[0] = args.out_stride[0] = kTokens * stride_;
-    args.logits_stride[1] = args.out_stride[1] = stride_;
+    const int64_t wider = case_.out == kSecondHalf ? 2 : 1;
+    args.logits_stride[0] = kTokens * stride_, args.out_stride[0] = wider * args.logits_stride[0];
+    args.logits_stride[1] = stride_, args.out_stride[1] = wider * stride_;
     return args;
   }
 
-  void check_around(const std::vector<Type>& values, int shift, Comparison& comparison) const {
+  void check_around(const std::vector<OutType>& values, const std::vector<OutType>& before,
+                    Comparison& comparison) const {
     std::vector<char> inside(values.size());
-    each([&](int64_t, int64_t, int64_t at) { inside[at] = 1; }, shift);
+    each([&](int64_t, int64_t, int64_t at) { inside[at] = 1; }, true);
     for (size_t at = 0; at < values.size(); ++at) {
-      if (!inside[at]) comparison.near("what is around rows", 0, at, to_float(values[at]), kUntouched, 1e-30);
+      if (inside[at] || memcmp(&values[at], &before[at], sizeof(OutType)) == 0) continue;
+      comparison.near("what is around rows", 0, at, to_float(values[at]), to_float(before[at]), 1e-30);
     }
   }
 
@@ -238,10 +251,10 @@ class Run {
     check(fastgrpo_cuda_scale(&args, 0, nullptr, &case_.choice), "scale");
     const std::vector<Type> after = x.values();
     each([&](int64_t row, int64_t j, int64_t at) {
-      const Type want = element(to_float(before[at]) * case_.factor);  // rounded once, by both
+      const Type want = element<Type>(to_float(before[at]) * case_.factor);  // rounded once, by both
       comparison.near("product", row, j, to_float(after[at]), to_float(want), 1e-30);
     });
-    check_around(after, 0, comparison);
+    if constexpr (sizeof(Type) == sizeof(OutType)) check_around(after, before, comparison);
     return true;
   }
 
@@ -276,9 +289,10 @@ class Run {
     if (case_.kernel == kGrad) h[kWithoutAdvantage] = 0.0f;  // a row without any gradient
 
     const Memory<Type> logits(values);
-    const int shift = case_.out == kApart ? (int)(64 / sizeof(Type)) : case_.out == kOtherPhase ? 1 : 0;
-    const std::vector<Type> untouched(size(shift), element(kUntouched));
-    const Memory<Type> apart(case_.out == kNone ? std::vector<Type>(1) : untouched);
+    const bool within = case_.out == kInPlace || case_.out == kSecondHalf;
+    const std::vector<OutType> untouched(size() + shift(), element<OutType>(kUntouched));
+    const Memory<OutType> apart(case_.out == kNone ? std::vector<OutType>(1) : untouched);
+    const std::vector<OutType> before = within ? logits.template values<OutType>() : untouched;
     const Memory<int64_t> at_ids(ids);
     const Memory<uint8_t> at_mask(mask);
     const Memory<float> at_inv_temperature(inv_temperature), at_old(old_logps), at_ref(ref_logps);
@@ -293,7 +307,7 @@ class Run {
     FastgrpoArgs args = arguments(logits);
     args.ids = at_ids.get();
     args.inv_temperature = at_inv_temperature.get();
-    if (case_.out != kNone) args.out = (case_.out == kInPlace ? logits.get() : apart.get()) + offset_ + shift;
+    if (case_.out != kNone) args.out = (within ? (OutType*)logits.get() : apart.get()) + start_out(0);
     args.lse = lse->get();
     if (case_.entropy) args.entropy = entropy->get();
     if (case_.kernel == kGrad) {
@@ -348,14 +362,14 @@ class Run {
     }
 
     const std::vector<Type> seen = logits.values();
-    if (case_.out != kInPlace) {
+    if (!within) {
       for (size_t at = 0; at < seen.size(); ++at) {
         comparison.near("the logits", 0, at, to_float(seen[at]), to_float(values[at]), 1e-30);
       }
     }
     if (case_.out == kNone) return true;
-    const std::vector<Type> gradient = case_.out == kInPlace ? seen : apart.values();
-    check_around(gradient, shift, comparison);
+    const std::vector<OutType> gradient = within ? logits.template values<OutType>() : apart.values();
+    check_around(gradient, before, comparison);
     each(
         [&](int64_t r, int64_t j, int64_t at) {
           const double p = truth[r].p[j], log_p = truth[r].log_p[j];
@@ -364,10 +378,11 @@ class Run {
           if (slope != 0 && p > 0) want -= slope * p * (log_p + truth[r].entropy);
           want *= inv_temperature[r];
           // p of a given lse, and g of a logp in fp32, have their rounding; 2^-25 is half of fp16's smallest step.
-          const double size = sizes[r] + fabs(slope), allowed = Traits::kRounding * fabs(want) + 4e-6 * size + 0x1p-25;
+          const double size = sizes[r] + fabs(slope),
+                       allowed = OutTraits::kRounding * fabs(want) + 4e-6 * size + 0x1p-25;
           comparison.near("the gradient", r, j, to_float(gradient[at]), want, size == 0 ? 1e-30 : allowed);
         },
-        shift);
+        true);
     return true;
   }
 
@@ -405,13 +420,25 @@ std::vector<Case> cases(bool quick) {
   return all;
 }
 
-template <class Traits>
+// The cases that write a gradient, one in place in the second half of the rows' memory.
+std::vector<Case> narrow_cases(bool quick) {
+  std::vector<Case> some;
+  for (Case c : cases(quick)) {
+    if (c.out == kInPlace) c.out = kSecondHalf;
+    if (c.out != kNone && c.kernel != kScale) some.push_back(c);
+  }
+  return some;
+}
+
+template <class Traits, class OutTraits = Traits>
 void run_all(bool quick, const std::string& filter, int (&count)[3]) {
-  for (const Case& c : cases(quick)) {
-    const std::string name = name_of(c, Traits::kName);
+  const bool narrow = Traits::kDType != OutTraits::kDType;
+  const std::string dtype = Traits::kName + (narrow ? std::string(" to ") + OutTraits::kName : "");
+  for (const Case& c : narrow ? narrow_cases(quick) : cases(quick)) {
+    const std::string name = name_of(c, dtype);
     if (name.find(filter) == std::string::npos) continue;
     Comparison comparison;
-    const bool ran = Run<Traits>(c).run(comparison);
+    const bool ran = Run<Traits, OutTraits>(c).run(comparison);
     const bool right = comparison.first.empty();
     ++count[!ran ? 2 : !right];
     if (!ran) {
@@ -448,6 +475,8 @@ int main(int count, char** arguments) {
   run_all<Float32Traits>(quick, filter, found);
   run_all<BFloat16Traits>(quick, filter, found);
   run_all<Float16Traits>(quick, filter, found);
+  run_all<Float32Traits, BFloat16Traits>(quick, filter, found);
+  run_all<Float32Traits, Float16Traits>(quick, filter, found);
   printf("%d cases are right, %d wrong, %d skipped\n", found[0], found[1], found[2]);
   return found[0] > 0 && found[1] == 0 ? 0 : 1;
 }

@@ -16,6 +16,10 @@ struct alignas(16) Vec {
   uint32_t w[4];
 };
 
+struct alignas(8) HalfVec {
+  uint32_t w[2];
+};
+
 // ---- places
 
 int thread_index();
@@ -27,7 +31,8 @@ int block_count();
 // Check an access of this thread; the shared ones return where the bytes are.
 const void* shared_read(uint32_t at, uint32_t bytes);
 void* shared_write(uint32_t at, uint32_t bytes);
-void check_global(const void* p, uint32_t bytes, const char* operation);
+void global_read(const void* p, uint32_t bytes);
+void global_written(const void* p, uint32_t bytes);
 
 template <class T>
 inline T shared_load(uint32_t at) {
@@ -45,18 +50,19 @@ inline void shared_store(uint32_t at, const T& value) {
 
 template <class T>
 inline T global_load(const T* p) {
-  check_global(p, sizeof(T), "global_load");
+  global_read(p, sizeof(T));
   return *p;
 }
 
 template <class T>
 inline void global_store(T* p, const T& value) {
-  check_global(p, sizeof(T), "global_store");
+  global_written(p, sizeof(T));
   *p = value;
 }
 
 inline Vec global_load_streaming(const Vec* p) { return global_load(p); }
 inline void global_store_streaming(Vec* p, const Vec& v) { global_store(p, v); }
+inline void global_store_streaming(HalfVec* p, const HalfVec& v) { global_store(p, v); }
 
 // ---- threads of a block
 
@@ -106,6 +112,13 @@ void barrier_wait(uint32_t at, uint32_t parity);
 void barrier_wait_cluster(uint32_t at, uint32_t parity);
 
 uint64_t cache_policy(bool evict_first);
+void check_policy(const char* operation, uint64_t policy);
+
+inline void global_store(HalfVec* p, const HalfVec& v, uint64_t policy) {
+  check_policy("global_store", policy);
+  global_store(p, v);
+}
+
 void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy);
 void bulk_store(void* to, uint32_t from, uint32_t bytes, uint64_t policy);
 void bulk_wait_read();

@@ -417,4 +417,62 @@ CASE(remote_place_reused, 2) {
   cluster_sync();
 }
 
+// ---- global memory
+
+CASE(global_write_read_race, 1) {
+  output(a, input(a));
+  if (!fault) sync_threads(0, 64);
+  (void)global_load(a.out + (thread_index() ^ 33));
+}
+
+CASE(global_read_write_race, 1) {
+  (void)global_load(a.out + (thread_index() ^ 33));
+  if (!fault) sync_threads(0, 64);
+  output(a, input(a));
+}
+
+CASE(narrow_stores_race, 1) {  // in the same 16 bytes, and in the same 2
+  const float x = input(a);
+  uint16_t* const to = (uint16_t*)a.out + 2 * thread_index();
+  global_store(to, (uint16_t)as_bits(x));
+  global_store(to + 1, (uint16_t)(as_bits(x) >> 16));
+  if (fault && thread_index() == 40) global_store(to + 3, (uint16_t)0);
+}
+
+// Block 1's copy of what block 0 writes.
+template <bool fault, class F>
+FASTGRPO_DEVICE void overwrite_loaded(const Pair& a, F between) {
+  make_barrier(1);
+  if (block_index() + 1 == block_count()) {
+    if (thread_index() == 0) {
+      barrier_expect(kBarrierAt, 256);
+      bulk_load(0, a.out, 256, kBarrierAt, cache_policy(true));
+    }
+    if (!fault) barrier_wait(kBarrierAt, 0);
+  }
+  between();
+  output(a, input(a));
+  if (fault && block_index() + 1 == block_count()) barrier_wait(kBarrierAt, 0);
+}
+
+CASE(store_over_load, 1) {
+  overwrite_loaded<fault>(a, [] {});
+}
+
+CASE(store_over_load_of_another_block, 2) {
+  overwrite_loaded<fault>(a, [] { cluster_sync(); });
+}
+
+CASE(store_after_bulk_store, 1) {
+  put(input(a));
+  fence_async();
+  sync_threads(0, 64);
+  if (thread_index() == 0) {
+    bulk_store(a.out, 0, 128, cache_policy(true));
+    bulk_wait_read();  // the source is read; nobody knows when the last byte is written
+  }
+  sync_threads(0, 64);
+  if (fault || thread_index() >= 32) output(a, input(a));
+}
+
 }  // namespace fastgrpo

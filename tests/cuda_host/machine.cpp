@@ -230,6 +230,7 @@ void complete(const Copy& copy) {
   copy.block->in_flight--;
   Barrier& barrier = *copy.barrier;
   finish_copy(*copy.block, copy.range, barrier);
+  if (copy.kind == Copy::kLoad) end_load(copy.global, copy.range.bytes, barrier);
   if (copy.kind == Copy::kRemote) {
     publish(barrier, copy.known, copy.thread->actor, copy.epoch);
     barrier.remote |= copy.block != &m.blocks[copy.thread->rank];
@@ -264,11 +265,11 @@ void begin(Copy copy) {
 constexpr uint64_t kPolicy = 0x12f0000000000000;  // and 0 or 1
 
 void check_bulk(const char* operation, uint32_t shared, const void* global, uint32_t bytes, uint64_t policy) {
-  if ((policy | 1) != (kPolicy | 1)) violate("policy", "%s: %#llx", operation, (unsigned long long)policy);
+  fastgrpo::check_policy(operation, policy);
   ((shared - (uintptr_t)global) % 128 == 0 ? m.bulk_copies.in_phase : m.bulk_copies.out_of_phase)++;
   m.bulk_copies.evict_first += policy & 1;
   if (!bytes || bytes % 16) violate("misaligned", "%s of %u bytes: not a multiple of 16", operation, bytes);
-  fastgrpo::check_global(global, bytes, operation);
+  check_global(operation, global, bytes);
 }
 
 // ---- launches
@@ -279,12 +280,13 @@ void start_cluster(int first_block, size_t shared_bytes) {
   m.cluster_waiting.clear();
   m.copies.clear();
   m.lists = {};
+  m.pages.clear();
   for (int rank = 0; rank < m.cluster; rank++) {
     Block& block = m.blocks[rank] = Block();
     block.index = first_block + rank;
     block.live = m.threads;
     block.memory.assign(shared_bytes, (char)0xff);  // NaN, in every format
-    block.cells.resize((shared_bytes + 15) / 16);
+    block.shadow.cells.resize((shared_bytes + 15) / 16);
     block.warps.resize(m.threads / kLanes);
     block.barriers.reserve(kMaxBarriers);  // copies point to them
     for (int i = 0; i < m.threads; i++) {
@@ -445,10 +447,15 @@ void barrier_wait_cluster(uint32_t at, uint32_t parity) { await(at, parity, true
 
 uint64_t cache_policy(bool evict_first) { return kPolicy | evict_first; }
 
+void check_policy(const char* operation, uint64_t policy) {
+  if ((policy | 1) != (kPolicy | 1)) violate("policy", "%s: %#llx", operation, (unsigned long long)policy);
+}
+
 void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {
   Block& block = my_block();
   Barrier& on = barrier_at("bulk_load", block, barrier);
   check_bulk("bulk_load", to, from, bytes, policy);
+  begin_load(from, bytes);
   write("bulk_load", block, {to, bytes}, kInFlight, true);
   begin({Copy::kLoad, me, &block, {to, bytes}, (char*)from, &on});
 }
@@ -456,6 +463,7 @@ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, 
 void bulk_store(void* to, uint32_t from, uint32_t bytes, uint64_t policy) {
   check_bulk("bulk_store", from, to, bytes, policy);
   begin_store({from, bytes});
+  write_global("bulk_store", to, bytes, kInFlight);
   me->stores.push_back({from, bytes});
   begin({Copy::kStore, me, &my_block(), {from, bytes}, (char*)to});
 }

@@ -3,7 +3,9 @@
 // Order between threads is kept as vector clocks. A thread's knowledge is a shared, immutable clock (all who left a
 // rendezvous together hold the same one) and an epoch of its own, which moves on with everything it publishes.
 // Every mbarrier has an entry too: the asynchronous copies that complete on it write in its name, at its phase.
-// Shared memory has a shadow cell for every 16 bytes, split into cells of 2 bytes once an access is narrower.
+// Shared memory has a shadow cell for every 16 bytes, split into cells of 2 bytes once an access is narrower, and so
+// has the global memory that a cluster touches. A bulk load reads global memory in its barrier's name; what a bulk
+// store writes there stays in flight until the cluster has ended.
 
 #pragma once
 
@@ -13,6 +15,7 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -57,7 +60,7 @@ struct Cell {
   uint32_t read_time = 0;  // of several readers: the list of them
   uint16_t writer = kNobody;
   uint16_t reader = kNobody;
-  uint16_t sources = 0;  // bulk stores that read here and were not waited for
+  uint16_t sources = 0;  // bulk copies that read here and were not waited for
   State state = kUnwritten;
   int32_t parts = -1;  // of a split cell: the narrow ones
 };
@@ -103,12 +106,18 @@ struct Barrier {
   Threads waiting = {};
 };
 
+struct Shadow {
+  std::vector<Cell> cells;
+  Pool<std::array<Cell, 8>> parts = {};
+};
+
+constexpr uintptr_t kPage = 4096;  // bytes of global memory with a shadow of their own
+
 struct Block {
   int index, live;
   int in_flight = 0;  // copies into its shared memory
   std::vector<char> memory;
-  std::vector<Cell> cells;
-  Pool<std::array<Cell, 8>> parts = {};
+  Shadow shadow;
   std::vector<Threads> warps;               // who waits for the rest of its warp
   std::array<Threads, 16> rendezvous = {};  // and at sync_threads
   std::vector<Barrier> barriers = {};
@@ -141,12 +150,14 @@ struct Machine {
   Threads ready, round, cluster_waiting;
   std::vector<Copy> copies;
   Pool<std::vector<Read>> lists;
+  std::unordered_map<uintptr_t, Shadow> pages;  // of global memory
   struct {
     int64_t in_phase, out_of_phase;  // modulo 128 bytes
     int64_t evict_first;
   } bulk_copies;  // of this launch
   const char* operation;
-  Range range;
+  Range range;  // of the access, and its address in global memory; null: it is to shared memory
+  const void* address;
   jmp_buf scheduler, abandon;
 };
 
@@ -181,5 +192,10 @@ void write(const char* operation, Block& block, const Range& range, State state,
 void finish_copy(Block& block, const Range& range, const Barrier& barrier);
 void begin_store(const Range& range);
 void end_store(const Range& range);
+// The same of a bulk load, and of what it reads.
+void begin_load(const void* from, uint32_t bytes);
+void end_load(const void* from, uint32_t bytes, const Barrier& barrier);
+void write_global(const char* operation, const void* p, uint32_t bytes, State state);
+void check_global(const char* operation, const void* p, uint32_t bytes);
 
 }  // namespace fastgrpo_host
