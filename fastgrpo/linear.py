@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from fastgrpo.batch.batch import wide
@@ -34,6 +35,7 @@ def linear_grpo_loss(
     objective: Objective = Objective(),  # noqa: B008 (frozen)
     return_stats: bool = True,
     backend: str = "auto",
+    logits_dtype: torch.dtype | Literal["auto"] = "auto",
     **inputs: Unpack[Inputs],
 ) -> GRPOOutput:
     """The GRPO loss of a batch of completions from their hidden states, a chunk of logits at a time.
@@ -47,9 +49,10 @@ def linear_grpo_loss(
 
     Each chunk of rows is projected, its logits become their gradient in place, and from that come dL/dhidden and
     dL/dweight. For N rows that is 6NHV FLOPs (4NHV if the weight is frozen, 2NHV without gradients). Memory holds one
-    chunk of logits, and the gradients until the backward pass. dL/dweight adds up in fp32 over several chunks; for an
-    fp16 weight it stays fp32 until the backward pass. Masked rows enter no GEMM. Rows of advantage 0, with beta and
-    entropy_coef 0, cost one forward GEMM, or none with `return_stats=False`.
+    chunk of logits, and the gradients until the backward pass. dL/dweight adds up in fp32 over several chunks.
+    Gradients of fp32 tensors leave their GEMMs in fp32; those of fp16 tensors, too, and stay fp32 until the backward
+    pass. Masked rows enter no GEMM. Rows of advantage 0, with beta and entropy_coef 0, cost one forward GEMM, or none
+    with `return_stats=False`.
 
     Objectives beyond token level keep sequences whole. If a sequence does not fit into a chunk (with
     top_entropy_quantile < 1, or in a compiled graph: if the batch does not), the gradient is made in the backward pass
@@ -70,6 +73,10 @@ def linear_grpo_loss(
             None: all are tokens.
         chunk_size: rows of logits that exist at once. None: as many as take 512 MiB on a CPU; on a GPU as many as take
             1/32 of its memory, at most 8192.
+        logits_dtype: what the GEMM writes. torch.float32: its fp32 sums as they are, on which bias, scale, softcap and
+            temperature act; from bf16 or fp16, whose products are exact in fp32, that is the precision of an fp32
+            head. hidden's dtype (under autocast, autocast's): the sums rounded to it. "auto": fp32 where a GEMM writes
+            it at the speed of hidden's dtype, which is on NVIDIA GPUs; hidden's dtype elsewhere.
         The rest: as in `grpo_loss`.
 
     Returns:
@@ -81,14 +88,14 @@ def linear_grpo_loss(
         RuntimeError: the named backend cannot run here; a second backward call where one is allowed; a double
             backward.
 
-    Equivalent to: `grpo_loss` of the logits above, in hidden's dtype (under autocast, in autocast's). The loss is
-    DAPO's (arXiv:2503.14476) by default; `Objective` names the papers of the others.
+    Equivalent to: `grpo_loss` of the logits above, in `logits_dtype`. The loss is DAPO's (arXiv:2503.14476) by
+    default; `Objective` names the papers of the others.
     """
     check_names(inputs, Inputs, "linear_grpo_loss")
     check_rows(hidden, completion_ids, "hidden", "H")
     check_objective(objective, inputs)
     head = make_head(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size,
-                     chunk_size=chunk_size, backend=backend)  # fmt: skip
+                     chunk_size=chunk_size, backend=backend, logits_dtype=logits_dtype)  # fmt: skip
     batch = make_batch(completion_ids, advantages, inputs, dtype=wide(head.dtype), vocab_size=head.vocab)
     hidden = hidden if hidden.dim() == 3 else hidden[None]
     logps, entropies, terms = autograd.hidden_loss(hidden, head, objective, batch, return_stats)
@@ -105,6 +112,7 @@ class Options(Inputs, total=False):
     chunk_size: int | None
     return_stats: bool
     backend: str
+    logits_dtype: torch.dtype | Literal["auto"]
 
 
 class LinearGRPOLoss(GRPOLoss):

@@ -31,6 +31,7 @@ class _LinearOptions(_Options, total=False):
     softcap: float | None
     vocab_size: int | None
     chunk_size: int | None
+    logits_dtype: torch.dtype | Literal["auto"]
 
 
 @overload
@@ -122,6 +123,7 @@ def linear_logps(
     return_entropy: bool = False,
     chunk_size: int | None = None,
     backend: str = "auto",
+    logits_dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_logps` from hidden states, a chunk of logits at a time; for old and reference policies, too.
 
@@ -129,7 +131,7 @@ def linear_logps(
 
     The forward pass takes 2NHV FLOPs for N rows. The backward pass projects only the rows whose upstream gradient is
     not 0, and takes 6HV for each. The logps may differ in the last bits from those inside `linear_grpo_loss`, because
-    the GEMM may sum in another order for another number of rows.
+    the GEMM may sum in another order for another number of rows. With fp32 logits those are the last bits of fp32.
 
     Args:
         hidden (B, T, H) or (N, H), fp32, bf16 or fp16: row t predicts completion_ids[:, t]. Any strides.
@@ -138,7 +140,7 @@ def linear_logps(
         mask like completion_ids: nonzero for the tokens to score; the others enter no GEMM and give 0. None: all.
         temperature: number > 0, or a tensor per sequence (B,) or per token (B, T) / (N,).
         return_entropy: also return the entropies, in nats.
-        bias, logit_scale, softcap, vocab_size, chunk_size: as in `linear_grpo_loss`.
+        bias, logit_scale, softcap, vocab_size, chunk_size, logits_dtype: as in `linear_grpo_loss`.
         backend: "auto" (see `fastgrpo.backends.select`), "cpu", "cuda", "triton" or "torch".
 
     Returns:
@@ -148,11 +150,11 @@ def linear_logps(
         ValueError: names the argument, what was expected and what came.
         RuntimeError: the named backend cannot run here.
 
-    Equivalent to: `selective_logps` of softcap(logit_scale · (hidden @ weightᵀ + bias)) in hidden's dtype.
+    Equivalent to: `selective_logps` of softcap(logit_scale · (hidden @ weightᵀ + bias)) in `logits_dtype`.
     """
     check_rows(hidden, completion_ids, "hidden", "H")
     head = make_head(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size,
-                     chunk_size=chunk_size, backend=backend)  # fmt: skip
+                     chunk_size=chunk_size, backend=backend, logits_dtype=logits_dtype)  # fmt: skip
     ids, scored, inv_temperature = _rows(completion_ids, mask, temperature, wide(head.dtype), head.vocab)
     rows, roles = Rows(ids, scored, head.scaled(inv_temperature)), Roles(None if mask is None else scored, None)
     hidden = hidden if hidden.dim() == 3 else hidden[None]

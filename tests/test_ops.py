@@ -104,7 +104,7 @@ def test_opcheck_linear(softcap, dtype, backend, device):
     objective = objective_for("grpo", "token", dict(beta=0.1, entropy_coef=0.1))
     batch = make_batch(ids, kwargs.pop("advantages"), kwargs, dtype=torch.float32)
     head = [x.clone().requires_grad_() for x in (hidden, weight, torch.randn(37, device=device).to(dtype))]
-    options = ([37, 4], softcap_on(backend, softcap), dtype, backend)
+    options = ([37, 4], softcap_on(backend, softcap), dtype, dtype, backend)
     for mask, want_entropy in ((None, False), (batch.mask, True)):
         rows = [batch.ids, mask, batch.inv_temperature]
         opcheck(hidden_ops.linear_stats, (*head, rows, want_entropy, *options))

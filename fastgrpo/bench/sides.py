@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgrpo import backends
 from fastgrpo.bench.operation import DTYPES, EPSILON, Case, Inputs, Operation, Results, needs
-from fastgrpo.engine.head import default_chunk
+from fastgrpo.engine.head import choose_logits_dtype, default_chunk
 from fastgrpo.engine.plan import cut
 
 Step = Callable[..., Results]
@@ -54,7 +54,7 @@ def fastgrpo_options(inputs: Inputs, backend: str) -> dict:
 
 def chunk_rows(case: Case, device: torch.device) -> int:
     """The most rows that fastgrpo projects at a time."""
-    return default_chunk(case.V, DTYPES[case.dtype], device)
+    return default_chunk(case.V, choose_logits_dtype("auto", DTYPES[case.dtype], device), device)
 
 
 def chunks(case: Case, device: torch.device) -> list[slice]:

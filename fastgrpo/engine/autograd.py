@@ -153,7 +153,7 @@ class _InPlace(torch.autograd.Function):
             result = ops.fused_loss(buffer, sweeps, how, want_entropy, inplace=True)
             scores, terms = Scores(result.logp, result.lse, result.entropy), how.terms(result)
         else:
-            scores, terms = how.overwrite(buffer, sweeps, want_entropy)
+            scores, terms = how.overwrite(buffer, sweeps, want_entropy, buffer)
             # an operation that saved these logits for its own backward pass gets autograd's error about an in-place
             # change, and does not read a gradient as logits
             increment_version(buffer)  # which detach() shares with the logits
@@ -250,7 +250,7 @@ def hidden_loss(
     rows = Rows(batch.ids, batch.mask, head.scaled(batch.inv_temperature))
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, head.weight, head.bias)]
     want_entropy = objective.wants_entropy(statistics)
-    fused = fuses(objective, head.backend, hidden, head.dtype, head.softcap)
+    fused = fuses(objective, head.backend, hidden, head.logits_dtype, head.softcap)
     compiling = torch.compiler.is_compiling()
     plan = plan_loss(objective, batch, who, head.chunk) if any(needs) and not compiling else None
     # whether gradients can be made with the logits; a graph does not know the lengths of sequences

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastgrpo import backends
+from fastgrpo.batch.batch import wide
 from fastgrpo.batch.checks import FLOATS, check, check_tensor, wrong
+from fastgrpo.engine.gemm import writes_fp32
 from fastgrpo.engine.logits import Sweeps
 
 CPU_BYTES = 512 << 20  # of a chunk's logits; chunks are few and large, because each adds its dW to a sum in memory
@@ -31,7 +34,8 @@ class Head:
     vocab: int  # V: the first rows of the weight are tokens, the others padding
     scale: float
     softcap: float | None  # of logits / scale
-    dtype: torch.dtype  # of the GEMMs
+    dtype: torch.dtype  # of hidden states, weight and dL/dlogits in the GEMMs
+    logits_dtype: torch.dtype  # fp32, or that of the GEMMs
     chunk: int
     backend: str  # whose kernels sweep the logits
 
@@ -61,6 +65,7 @@ def make_head(
     vocab_size: int | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
+    logits_dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> Head:
     """The head of hidden states that have been checked; the arguments are those of `linear_grpo_loss`.
 
@@ -88,6 +93,7 @@ def make_head(
         dtype = torch.get_autocast_dtype(device.type)
     elif weight.dtype != dtype:
         raise wrong("weight", f"hidden's dtype, {dtype}, outside autocast", weight)
+    of_logits = choose_logits_dtype(logits_dtype, dtype, device)
     vocab = rows if vocab_size is None else vocab_size
     return Head(
         weight=weight,
@@ -96,9 +102,26 @@ def make_head(
         scale=logit_scale,
         softcap=cap,
         dtype=dtype,
-        chunk=chunk_size or default_chunk(vocab, dtype, device),
-        backend=backends.select(hidden, backend, dtype, vocab=vocab, softcap=cap),
+        logits_dtype=of_logits,
+        chunk=chunk_size or default_chunk(vocab, of_logits, device),
+        backend=backends.select(hidden, backend, of_logits, vocab=vocab, softcap=cap),
     )
+
+
+def choose_logits_dtype(
+    logits_dtype: torch.dtype | Literal["auto"], dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """The dtype of the logits of a head whose GEMMs take operands of `dtype`.
+
+    Raises:
+        ValueError: it is none of "auto", the operands' dtype and torch.float32.
+    """
+    if isinstance(logits_dtype, str) and logits_dtype == "auto":
+        return wide(dtype) if writes_fp32(device.type) else dtype
+    possible = dict.fromkeys((wide(dtype), dtype))
+    if not isinstance(logits_dtype, torch.dtype) or logits_dtype not in possible:
+        raise wrong("logits_dtype", " or ".join(["'auto'", *map(str, possible)]), logits_dtype)
+    return logits_dtype
 
 
 def _is_count(value: object) -> bool:
@@ -107,7 +130,7 @@ def _is_count(value: object) -> bool:
 
 @torch.compiler.assume_constant_result
 def default_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The number of rows in a chunk, by the memory that their logits take."""
+    """The number of rows in a chunk, by the memory that their logits of this dtype take."""
     row = vocab * dtype.itemsize
     if device.type == "cpu":
         return max(LEAST_ROWS, CPU_BYTES // row)

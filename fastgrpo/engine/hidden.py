@@ -71,16 +71,17 @@ def gradients(
     learn = g != 0 if h is None else (g != 0) | (h != 0)
     plan = plan_rows(g.shape[0], Roles(learn, None), head.chunk)
     logits: Tensor | None
+    out: Tensor | None
     with no_autocast(hidden):
         projection = Projection(hidden, head, plan.longest)
         collected = Gradients(projection, head, needs, plan)
         for chunk, _ in plan.learn:
             at = plan.at(chunk)
             logits = projection.logits(at)  # (1, n, V), and then their gradient
-            per_row = Scores._make(None if x is None else x[at] for x in scores)
-            head.sweeps.grad(logits, take_rows(rows, at), per_row, g[at], None if h is None else h[at], logits)
+            per_row, out = Scores._make(None if x is None else x[at] for x in scores), projection.d_logits
+            head.sweeps.grad(logits, take_rows(rows, at), per_row, g[at], None if h is None else h[at], out)
             collected.add(at)
-        logits = None
+        logits = out = None
         del projection  # and with both the buffer, before the weight's gradient is rounded
         return collected.result()
 
@@ -97,13 +98,15 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
         how = how.take(plan.order)
     losses, bonuses = [], []
     logits: Tensor | None
+    out: Tensor | None
     with no_autocast(hidden):
         projection = Projection(hidden, head, plan.longest)
         collected = Gradients(projection, head, needs, plan, hold_dtype)
         for chunk, layout in plan.learn:
             at = plan.at(chunk)
             logits = projection.logits(at)  # (1, n, V), and then their gradient
-            scores, terms = how.part(chunk, layout).overwrite(logits, head.sweeps, want_entropy)
+            out = projection.d_logits
+            scores, terms = how.part(chunk, layout).overwrite(logits, head.sweeps, want_entropy, out)
             _put(table, at, [*columns(scores), *terms.columns()])
             losses.append(terms.loss)
             bonuses += [] if terms.bonus is None else [terms.bonus]
@@ -113,7 +116,7 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
             logits = projection.logits(at)
             scores = head.sweeps.stats(logits, take_rows(how.rows, chunk), want_entropy)
             _put(table[:of_scores], at, columns(scores))
-        logits = None
+        logits = out = None
         del projection  # and with both the buffer, before the weight's gradient is rounded
         made = collected.result()
     if plan.rest is not None:

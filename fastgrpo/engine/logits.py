@@ -27,7 +27,7 @@ class Sweeps(NamedTuple):
         return kernels.row_stats(logits, rows, want_entropy=want_entropy, softcap=self.softcap)
 
     def grad(self, logits: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, out: Tensor) -> None:
-        """Writes dL/dlogits from g = dL/dlogp and h = dL/dentropy into `out`, which may be the logits."""
+        """Writes dL/dlogits from g = dL/dlogp and h = dL/dentropy into `out`, which may be the logits, or narrower."""
         backends.get(self.backend).row_grad(logits, rows, scores, g, h, out, softcap=self.softcap)
 
     def token_loss(self, logits: Tensor, how: Fused, want_entropy: bool, out: Tensor | None) -> TokenLoss:
@@ -75,9 +75,9 @@ class Fused(NamedTuple):
         """That on some of the rows; their layout is of no account."""
         return self.take(at)
 
-    def overwrite(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool) -> tuple[Scores, Terms]:
-        """Scores and terms of logits that become their gradient, in one pass."""
-        result = sweeps.token_loss(logits, self, want_entropy, out=logits)
+    def overwrite(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool, out: Tensor) -> tuple[Scores, Terms]:
+        """Scores and terms of logits whose gradient is written over them, to `out`, in one pass."""
+        result = sweeps.token_loss(logits, self, want_entropy, out)
         return Scores(result.logp, result.lse, result.entropy), self.terms(result)
 
     def terms(self, result: TokenLoss) -> Terms:
@@ -148,11 +148,11 @@ class Apart(NamedTuple):
         weights = Weights._make(take(self.weights, at))
         return self._replace(rows=rows, batch=self.batch.take(at, layout), weights=weights, scored=None)
 
-    def overwrite(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool) -> tuple[Scores, Terms]:
-        """Scores and terms of logits that become their gradient, in two sweeps."""
+    def overwrite(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool, out: Tensor) -> tuple[Scores, Terms]:
+        """Scores and terms of logits whose gradient is written over them, to `out`, in two sweeps."""
         scores = sweeps.stats(logits, self.rows, want_entropy)
         terms, g, h = self.coefficients(scores)
-        sweeps.grad(logits, self.rows, scores, g, h, out=logits)
+        sweeps.grad(logits, self.rows, scores, g, h, out)
         return scores, terms
 
     def terms(self, logps: Tensor, entropies: Tensor | None) -> Terms:

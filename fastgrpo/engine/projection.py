@@ -13,20 +13,20 @@ from torch import Tensor
 
 from fastgrpo.backends import cpu
 from fastgrpo.batch.batch import wide
+from fastgrpo.engine.gemm import product
 from fastgrpo.engine.head import Head
-from fastgrpo.engine.plan import Plan, cut
+from fastgrpo.engine.plan import Plan
 
 LARGE = 4 << 20  # bytes; less lies in small pages
-SLICE = 4096  # so many rows of dW stay in a CPU's cache between their GEMM and their sum
 
 
-def _large(rows: int, width: int, dtype: torch.dtype, device: torch.device, stride: int | None = None) -> Tensor:
+def _large(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised (rows, width); on a CPU in large pages, because page faults on small ones can take as long as
     a GEMM."""
-    x = torch.empty(rows, stride or width, dtype=dtype, device=device)
+    x = torch.empty(rows, width, dtype=dtype, device=device)
     if device.type == "cpu" and x.nbytes >= LARGE:
         cpu.prefer_large_pages(x)
-    return x[:, :width]
+    return x
 
 
 class Projection:
@@ -44,20 +44,28 @@ class Projection:
         self.weight = head.weight[:vocab]
         if head.weight.dtype != dtype:
             self.weight = _large(vocab, head.weight.shape[1], dtype, device).copy_(self.weight)
-        self.bias = None if head.bias is None else head.bias[:vocab].to(dtype)
-        # on a GPU rows begin at multiples of 128 bytes, as the fast GEMMs require, whatever V is
-        stride = vocab if device.type == "cpu" else -(-vocab // 64) * 64
-        self._buffer = _large(rows, vocab, dtype, device, stride)
+        self.bias = None if head.bias is None else head.bias[:vocab].to(wide(dtype))
+        # rows begin at multiples of 128 bytes, as the fast GEMMs of a GPU require, whatever V is
+        self._buffer = _large(rows, -(-vocab // 64) * 64, head.logits_dtype, device)
 
     def logits(self, rows: slice | Tensor) -> Tensor:
-        """(1, n, V), valid until the next call; the caller writes their gradient over them."""
+        """(1, n, V), valid until the next call; the caller writes their gradient to `d_logits`, over them."""
         self.h = self._take(rows)
-        self.z = self._buffer[: self.h.shape[0]]
-        if self.bias is None:
-            torch.mm(self.h, self.weight.t(), out=self.z)
-        else:
-            torch.addmm(self.bias, self.h, self.weight.t(), out=self.z)
-        return self.z[None]
+        logits = self._buffer[: self.h.shape[0], : self.weight.shape[0]]
+        product(self.h, self.weight.t(), logits, bias=self.bias)
+        return logits[None]
+
+    @property
+    def d_logits(self) -> Tensor:
+        """(1, n, V): the gradient of the logits, in the GEMMs' dtype and in the memory of the logits.
+
+        Under fp32 logits it is the second half of each row, so that a sweep from the end of a row to its start
+        overwrites nothing that it still has to read.
+        """
+        stride = self._buffer.shape[1]
+        memory = self._buffer.view(self.dtype)  # (rows, stride), or twice that width
+        start = memory.shape[1] - stride
+        return memory[None, : self.h.shape[0], start : start + self.weight.shape[0]]
 
     def _take(self, rows: slice | Tensor) -> Tensor:
         """The hidden states of these rows, (n, H), in the GEMMs' dtype."""
@@ -106,15 +114,18 @@ class Gradients:
 
     def add(self, rows: slice | Tensor) -> None:
         """Add the gradients of the chunk that the projection holds, whose logits have become their gradient."""
-        dz, h = self.projection.z, self.projection.h
+        dz, h, weight = self.projection.d_logits[0], self.projection.h, self.projection.weight
         if self.needs[0]:
             flat = self.d_hidden.view(-1, h.shape[1])
-            if isinstance(rows, slice) and flat.dtype == h.dtype:
-                torch.mm(dz, self.projection.weight, out=flat[rows])
+            written = flat.dtype if flat.dtype in (h.dtype, wide(h.dtype)) else wide(h.dtype)  # by a GEMM
+            if isinstance(rows, slice) and flat.dtype == written:
+                product(dz, weight, flat[rows])
             else:
-                flat[rows] = torch.mm(dz, self.projection.weight).to(flat.dtype)
+                d_h = torch.empty_like(h, dtype=written)
+                product(dz, weight, d_h)
+                flat[rows] = d_h.to(flat.dtype)
         if self.needs[1]:
-            _add_product(self.sum[: self.vocab], dz, h, first=not self.started)
+            product(dz.t(), h, self.sum[: self.vocab], add=self.started)
         if self.d_bias is not None:
             self.d_bias[: dz.shape[1]] += dz.sum(0, dtype=self.d_bias.dtype)
         self.started = True
@@ -131,27 +142,3 @@ class Gradients:
             d_weight if of_weight else None,
             None if self.d_bias is None else self.d_bias.to(self.bias_dtype),
         )
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """out (V, H) = aᵀ @ b if `first`, else +=; summed in the dtype of `out`, even if a and b are narrower."""
-    if out.dtype == a.dtype:
-        if first:
-            torch.mm(a.t(), b, out=out)
-        else:
-            out.addmm_(a.t(), b)
-    elif a.device.type == "cuda" and torch.version.hip is None:
-        if first:
-            torch.mm(a.t(), b, out_dtype=out.dtype, out=out)
-        else:
-            torch.addmm(out, a.t(), b, out_dtype=out.dtype, out=out)  # torch 2.9 to 2.11 take an fp32 sum here
-    else:  # a GEMM here writes the dtype that it reads
-        for part in cut(0, len(out), SLICE):
-            if a.dtype == torch.float16:  # a product may leave its range
-                product = torch.mm(a[:, part].t().float(), b.float())
-            else:
-                product = torch.mm(a[:, part].t(), b)
-            if first:
-                out[part].copy_(product)
-            else:
-                out[part].add_(product)

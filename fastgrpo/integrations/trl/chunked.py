@@ -21,7 +21,7 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, sof
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
     cap, chunk = None if softcap is None else softcap / scale, default_chunk(vocab, dtype, device)
     backend = backends.select(hidden, "auto", dtype, vocab=vocab, softcap=cap)
-    return Head(weight, bias, vocab, scale, cap, dtype, chunk, backend)
+    return Head(weight, bias, vocab, scale, cap, dtype, dtype, chunk, backend)
 
 
 class ChunkedLogProb(torch.autograd.Function):
