@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgrpo import backends
 from fastgrpo.backends import Rows, Scores
 from fastgrpo.batch.batch import wide
-from fastgrpo.engine.head import Head, default_chunk
+from fastgrpo.engine.head import Head, choose_logits_dtype, default_chunk
 from fastgrpo.engine.hidden import gradients, no_autocast
 from fastgrpo.engine.plan import cut
 from fastgrpo.engine.projection import Projection
@@ -19,9 +19,10 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, sof
     """What makes logits of hidden states (1, N, H), in their dtype or autocast's, whatever the weight's is."""
     device, vocab = hidden.device, len(weight)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
-    cap, chunk = None if softcap is None else softcap / scale, default_chunk(vocab, dtype, device)
-    backend = backends.select(hidden, "auto", dtype, vocab=vocab, softcap=cap)
-    return Head(weight, bias, vocab, scale, cap, dtype, dtype, chunk, backend)
+    logits_dtype = choose_logits_dtype("auto", dtype, device)
+    cap, chunk = None if softcap is None else softcap / scale, default_chunk(vocab, logits_dtype, device)
+    backend = backends.select(hidden, "auto", logits_dtype, vocab=vocab, softcap=cap)
+    return Head(weight, bias, vocab, scale, cap, dtype, logits_dtype, chunk, backend)
 
 
 class ChunkedLogProb(torch.autograd.Function):
