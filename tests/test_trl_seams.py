@@ -1,7 +1,7 @@
 """Where fastgrpo stands in for TRL: errors against float64 of both, on the same inputs."""
 
 import contextlib
-import math
+from collections import defaultdict
 from typing import NamedTuple
 
 import pytest
@@ -12,14 +12,15 @@ pytest.importorskip("fastgrpo.integrations.trl")
 if not hasattr(trl_utils, "_ChunkedLogProbFunction"):
     pytest.skip("TRL scores through full logits before 1.15", allow_module_level=True)
 
-from fastgrpo import Objective  # noqa: E402
+from fastgrpo import Objective, policy_loss  # noqa: E402
+from fastgrpo.engine import head  # noqa: E402
 from fastgrpo.integrations.trl import chunked  # noqa: E402
 from fastgrpo.integrations.trl.at_head import LossAtHead  # noqa: E402
 from fastgrpo.integrations.trl.chunked import ChunkedLogProb  # noqa: E402
 
-OURS, THEIRS = ChunkedLogProb.apply, trl_utils._ChunkedLogProbFunction.apply
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-BATCH, LENGTH, VOCAB, WIDTH = 6, 32, 1999, 96
+BATCH, LENGTH, VOCAB, WIDTH, SEEDS = 6, 32, 1999, 96, 3
+OBJECTIVE = Objective(entropy_coef=0.1)
 
 
 class Mode(NamedTuple):
@@ -67,28 +68,30 @@ class Inputs(NamedTuple):
     weight: torch.Tensor  # (V, H)
     bias: torch.Tensor | None
     ids: torch.Tensor  # (N,) sampled from the head
-    g: torch.Tensor  # (N,)
-    h: torch.Tensor  # (N,)
+    advantages: torch.Tensor  # (B,)
 
 
-def make_inputs(mode, kind):
-    generator = torch.Generator().manual_seed(0)
+def make_inputs(mode, kind, seed):
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    n = BATCH * LENGTH
-    hidden, weight = normal(n, WIDTH), normal(VOCAB, WIDTH) * kind.size / WIDTH**0.5
-    hidden = hidden.to(mode.of_hidden or mode.hidden).to(mode.hidden)
+    hidden = normal(BATCH * LENGTH, WIDTH).to(mode.of_hidden or mode.hidden).to(mode.hidden)
+    weight = (normal(VOCAB, WIDTH) * kind.size / WIDTH**0.5).to(mode.weight)
     bias = normal(VOCAB).to(mode.weight) if kind.bias else None
-    made = Inputs(hidden, weight.to(mode.weight), bias, None, normal(n), 0.1 * normal(n))
-    p = logits_of(made, mode, kind).softmax(-1).float()
-    return made._replace(ids=torch.multinomial(p, 1, generator=generator)[:, 0])
+    p = logits_of(*operands(hidden, weight, bias, mode), kind).softmax(-1)
+    ids = torch.multinomial(p, 1, generator=generator)[:, 0]
+    return Inputs(hidden, weight, bias, ids, normal(BATCH))
 
 
-def logits_of(inputs, mode, kind):
-    """In float64, of the operands as the GEMM takes them; differentiable."""
-    hidden, weight, bias = (None if x is None else x.to(mode.operands).double() for x in inputs[:3])
+def operands(hidden, weight, bias, mode):
+    """In float64, after the casts that the GEMM needs."""
+    hidden, weight = (x.to(mode.operands).double() for x in (hidden, weight))
+    return hidden, weight, None if bias is None else bias.double()
+
+
+def logits_of(hidden, weight, bias, kind):
     logits = hidden @ weight.t()
     logits = kind.scale * (logits if bias is None else logits + bias)
     if kind.softcap is not None:
@@ -96,36 +99,70 @@ def logits_of(inputs, mode, kind):
     return logits / kind.temperature
 
 
-def in_float64(hidden, weight, bias, ids, mode, kind):
-    """What `apply` gives, with gradients of the operands."""
-    every = logits_of(Inputs(hidden, weight, bias, ids, None, None), mode, kind).log_softmax(-1)
-    return every.gather(-1, ids[:, None])[:, 0], -(every.exp() * every).sum(-1)
+# ---- the sides: (leaves, inputs, mode, kind) to logp (N,), entropy (N,) and loss
 
 
-def scored(apply, inputs, mode, kind, loss_of):
-    """{name: value} of logp, entropy, loss and the gradients of a loss."""
-    wide = apply is in_float64
-    leaves = [None if x is None else (x.double() if wide else x).detach().requires_grad_() for x in inputs[:3]]
-    under = torch.autocast("cpu", dtype=mode.autocast) if mode.autocast and not wide else contextlib.nullcontext()
-    with under:
-        if wide:
-            logp, entropy = in_float64(*leaves, inputs.ids, mode._replace(hidden=torch.float64, autocast=None), kind)
-        else:
-            arguments = (kind.temperature, 32_768, kind.softcap, kind.scale, ("entropy",))
-            logp, entropy, *_ = apply(*leaves, inputs.ids, *arguments)
-    loss = loss_of(logp, entropy)
+def exact(leaves, inputs, mode, kind):
+    every = logits_of(*leaves, kind).log_softmax(-1)
+    logp, entropy = every.gather(-1, inputs.ids[:, None])[:, 0], -(every.exp() * every).sum(-1)
+    return logp, entropy, loss_of(logp, entropy, inputs)
+
+
+def at_seam(apply):
+    def scored(leaves, inputs, mode, kind):
+        with under(mode):
+            logp, entropy, *_ = apply(
+                *leaves, inputs.ids, kind.temperature, 32_768, kind.softcap, kind.scale, ("entropy",)
+            )
+        return logp, entropy, loss_of(logp, entropy, inputs)
+
+    return scored
+
+
+def subclass(leaves, inputs, mode, kind):
+    """What our GRPOTrainer has at the same seam."""
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    ids = inputs.ids.view(BATCH, LENGTH)
+    call = dict(completion_ids=ids, completion_mask=mask, advantages=inputs.advantages, objective=OBJECTIVE)
+    at_head = LossAtHead(mask, call)
+    with under(mode):
+        logp, entropy, *_ = at_head.apply(*leaves, inputs.ids, kind.temperature, 32_768, kind.softcap, kind.scale)
+    return logp, entropy, at_head.output.loss
+
+
+def under(mode):
+    return torch.autocast("cpu", dtype=mode.autocast) if mode.autocast else contextlib.nullcontext()
+
+
+def loss_of(logp, entropy, inputs):
+    logp, entropy = (x.view(BATCH, LENGTH) for x in (logp, entropy))
+    return policy_loss(logp, inputs.advantages.to(logp.dtype), entropies=entropy, objective=OBJECTIVE).loss
+
+
+SIDES = {"patch": at_seam(ChunkedLogProb.apply), "subclass": subclass}
+THEIRS = at_seam(trl_utils._ChunkedLogProbFunction.apply)
+
+
+def results(side, inputs, mode, kind):
+    """{name: values} of logp, entropy and the gradients of the loss."""
+    given = inputs[:3]
+    if side is exact:
+        given = operands(*given, mode)
+    leaves = [None if x is None else x.detach().requires_grad_() for x in given]
+    logp, entropy, loss = side(leaves, inputs, mode, kind)
     loss.backward()
-    gradients = {f"d_{n}": x.grad for n, x in zip(("hidden", "weight", "bias"), leaves, strict=True) if x is not None}
-    return dict(logp=logp, entropy=entropy, **gradients)
+    found = dict(logp=logp.detach(), entropy=entropy.detach())
+    return found | {name: x.grad for name, x in zip(("dH", "dW", "db"), leaves, strict=True) if x is not None}
 
 
-def truth(inputs, mode, kind, loss_of):
-    operands = [None if x is None else x.to(mode.operands).double() for x in inputs[:3]]
-    return scored(in_float64, Inputs(*operands, *inputs[3:]), mode, kind, loss_of)
-
-
-def errors(got, want):
-    return {
-        name: float((got[name].detach().double() - exact).norm() / exact.norm())
-        for name, exact in want.items()
-    }
+def errors(side, mode, kind):
+    """{name: error relative by norm}, over some seeds; logp in nats: its largest."""
+    squares, norms, largest = defaultdict(float), defaultdict(float), 0.0
+    for seed in range(SEEDS):
+        inputs = make_inputs(mode, kind, seed)
+        got, want = results(side, inputs, mode, kind), results(exact, inputs, mode, kind)
+        for name, truth in want.items():
+            squares[name] += float((got[name].double() - truth).square().sum())
+            norms[name] += float(truth.square().sum())
+        largest = max(largest, float((got["logp"].double() - want["logp"]).abs().max()))
+    return {name: (squares[name] / norms[name]) ** 0.5 for name in norms}, largest
