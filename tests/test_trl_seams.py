@@ -21,7 +21,9 @@ from fastgrpo.integrations.trl.chunked import ChunkedLogProb  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BATCH, LENGTH, VOCAB, WIDTH, SEEDS = 6, 32, 1999, 96, 3
-NOISE = 1.02  # where both round alike, such as gradients that are kept in bf16
+# Where both round alike (gradients that are kept in bf16), a ratio of errors is 1 to a few thousandths. In fp32 both
+# are what the last bits of logits near 40 cost, and other sums, or another tanh under a cap, are 8 % better or worse.
+NOISE = {FP32: 1.1, BF16: 1.02, FP16: 1.02}
 OBJECTIVE = Objective(entropy_coef=0.1)
 
 
@@ -170,12 +172,15 @@ def errors(side, mode, kind):
     return {name: (squares[name] / norms[name]) ** 0.5 for name in norms}, largest
 
 
-@pytest.fixture(params=["auto", "fp32"])
+@pytest.fixture(params=["auto", "fp32", "fp32, in chunks"])
 def logits_dtype(request, monkeypatch):
     """What users have here, and what they have where the device writes fp32 logits at the operands' speed."""
-    if request.param == "fp32":
+    if "fp32" in request.param:
         for module in (chunked, head):
             monkeypatch.setattr(module, "choose_logits_dtype", lambda *_: FP32)
+    if "chunks" in request.param:
+        for name, value in dict(CPU_BYTES=1, LEAST_ROWS=80).items():
+            monkeypatch.setattr(head, name, value)
     return request.param
 
 
@@ -192,8 +197,8 @@ def test_errors_are_not_above_those_of_trl(side, mode_name, head_kind, logits_dt
     theirs, _ = of_trl(mode, kind)
     ours, largest = errors(SIDES[side], mode, kind)
     for name, error in theirs.items():
-        assert ours[name] <= NOISE * error, (name, ours, theirs)
-    if logits_dtype == "fp32" or mode.operands == FP32:
+        assert ours[name] <= NOISE[mode.operands] * error, (name, ours, theirs)
+    if logits_dtype != "auto" or mode.operands == FP32:
         assert largest < 4e-5, "in nats, of logits to 70"
         for name, kept in (("dH", mode.hidden), ("dW", mode.weight)):
             limit = 1e-5 if mode.operands == FP32 else 2.5e-3 if kept == FP32 else 3e-3
