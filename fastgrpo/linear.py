@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fastgrpo.batch.batch import wide
-from fastgrpo.batch.inputs import Inputs, check_names, check_rows, make_batch, takes
+from fastgrpo.batch.inputs import LinearInputs, check_names, check_rows, head_options, make_batch, takes
 from fastgrpo.engine import autograd
 from fastgrpo.engine.head import make_head
 from fastgrpo.loss import GRPOLoss
@@ -20,23 +19,17 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@takes(Inputs)
+@takes(LinearInputs)
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
     completion_ids: Tensor,
     advantages: Tensor | None = None,
     *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    chunk_size: int | None = None,
     objective: Objective = Objective(),  # noqa: B008 (frozen)
     return_stats: bool = True,
     backend: str = "auto",
-    logits_dtype: torch.dtype | Literal["auto"] = "auto",
-    **inputs: Unpack[Inputs],
+    **inputs: Unpack[LinearInputs],
 ) -> GRPOOutput:
     """The GRPO loss of a batch of completions from their hidden states, a chunk of logits at a time.
 
@@ -91,28 +84,21 @@ def linear_grpo_loss(
     Equivalent to: `grpo_loss` of the logits above, in `logits_dtype`. The loss is DAPO's (arXiv:2503.14476) by
     default; `Objective` names the papers of the others.
     """
-    check_names(inputs, Inputs, "linear_grpo_loss")
+    check_names(inputs, LinearInputs, "linear_grpo_loss")
     check_rows(hidden, completion_ids, "hidden", "H")
     check_objective(objective, inputs)
-    head = make_head(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size,
-                     chunk_size=chunk_size, backend=backend, logits_dtype=logits_dtype)  # fmt: skip
+    head = make_head(hidden, weight, backend=backend, **head_options(inputs))
     batch = make_batch(completion_ids, advantages, inputs, dtype=wide(head.dtype), vocab_size=head.vocab)
     hidden = hidden if hidden.dim() == 3 else hidden[None]
     logps, entropies, terms = autograd.hidden_loss(hidden, head, objective, batch, return_stats)
     return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats)
 
 
-class Options(Inputs, total=False):
+class Options(LinearInputs, total=False):
     """What a `LinearGRPOLoss` may hold: the keyword arguments of `linear_grpo_loss` without the objective."""
 
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    vocab_size: int | None
-    chunk_size: int | None
     return_stats: bool
     backend: str
-    logits_dtype: torch.dtype | Literal["auto"]
 
 
 class LinearGRPOLoss(GRPOLoss):

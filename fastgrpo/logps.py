@@ -11,7 +11,15 @@ from typing_extensions import Unpack
 from fastgrpo import backends
 from fastgrpo.backends import Rows
 from fastgrpo.batch.batch import wide
-from fastgrpo.batch.inputs import check_ids, check_rows, make_inv_temperature, make_mask
+from fastgrpo.batch.inputs import (
+    HeadOptions,
+    check_ids,
+    check_names,
+    check_rows,
+    make_inv_temperature,
+    make_mask,
+    takes,
+)
 from fastgrpo.batch.layout import Padded
 from fastgrpo.engine import autograd
 from fastgrpo.engine.head import make_head
@@ -25,13 +33,8 @@ class _Options(TypedDict, total=False):
     backend: str
 
 
-class _LinearOptions(_Options, total=False):
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    vocab_size: int | None
-    chunk_size: int | None
-    logits_dtype: torch.dtype | Literal["auto"]
+class _LinearOptions(HeadOptions, _Options, total=False):
+    pass
 
 
 @overload
@@ -109,21 +112,17 @@ def linear_logps(
 def linear_logps(
     hidden: Tensor, weight: Tensor, completion_ids: Tensor, *, return_entropy: bool, **options: Unpack[_LinearOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@takes(HeadOptions)
 def linear_logps(
     hidden: Tensor,
     weight: Tensor,
     completion_ids: Tensor,
     *,
-    bias: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
     return_entropy: bool = False,
-    chunk_size: int | None = None,
     backend: str = "auto",
-    logits_dtype: torch.dtype | Literal["auto"] = "auto",
+    **options: Unpack[HeadOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_logps` from hidden states, a chunk of logits at a time; for old and reference policies, too.
 
@@ -152,9 +151,9 @@ def linear_logps(
 
     Equivalent to: `selective_logps` of softcap(logit_scale · (hidden @ weightᵀ + bias)) in `logits_dtype`.
     """
+    check_names(options, HeadOptions, "linear_logps")
     check_rows(hidden, completion_ids, "hidden", "H")
-    head = make_head(hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, vocab_size=vocab_size,
-                     chunk_size=chunk_size, backend=backend, logits_dtype=logits_dtype)  # fmt: skip
+    head = make_head(hidden, weight, backend=backend, **options)
     ids, scored, inv_temperature = _rows(completion_ids, mask, temperature, wide(head.dtype), head.vocab)
     rows, roles = Rows(ids, scored, head.scaled(inv_temperature)), Roles(None if mask is None else scored, None)
     hidden = hidden if hidden.dim() == 3 else hidden[None]

@@ -6,7 +6,8 @@ import torch
 from cases import assert_close
 
 from fastgrpo import grpo_loss, linear_grpo_loss, linear_logps, policy_loss, selective_logps
-from fastgrpo.batch.inputs import Inputs, PolicyInputs, make_layout
+from fastgrpo.batch.inputs import HeadOptions, Inputs, PolicyInputs, make_layout
+from fastgrpo.engine.head import make_head
 
 
 def test_every_default_is_the_same_wherever_it_stands():
@@ -39,8 +40,9 @@ def test_every_default_is_the_same_wherever_it_stands():
         assert shared == set(of_logits) & set(of_hidden)
         assert all(of_logits[name].default == of_hidden[name].default for name in shared)
     head = set(linear) - set(signatures[0])
-    assert head - {"hidden", "weight"} == {"bias", "logit_scale", "softcap", "vocab_size", "chunk_size"}
-    assert all(linear[name].default == linear_rows[name].default for name in head)
+    assert head - {"hidden", "weight"} == set(HeadOptions.__annotations__)
+    for others in (linear_rows, inspect.signature(make_head).parameters):
+        assert all(linear[name].default == others[name].default for name in (*head, "backend"))
 
 
 def test_packed_reductions_equal_padded_ones():

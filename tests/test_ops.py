@@ -104,7 +104,7 @@ def test_opcheck_linear(softcap, dtype, backend, device):
     objective = objective_for("grpo", "token", dict(beta=0.1, entropy_coef=0.1))
     batch = make_batch(ids, kwargs.pop("advantages"), kwargs, dtype=torch.float32)
     head = [x.clone().requires_grad_() for x in (hidden, weight, torch.randn(37, device=device).to(dtype))]
-    options = ([37, 4], softcap_on(backend, softcap), dtype, dtype, backend)
+    options = ([37, 4, dtype.itemsize], softcap_on(backend, softcap), dtype, backend)
     for mask, want_entropy in ((None, False), (batch.mask, True)):
         rows = [batch.ids, mask, batch.inv_temperature]
         opcheck(hidden_ops.linear_stats, (*head, rows, want_entropy, *options))
@@ -118,7 +118,10 @@ def test_opcheck_linear(softcap, dtype, backend, device):
     hows += [fuse(rows, objective, batch, weights)] if backend != "torch" else []  # which has no fused objective
     (_, *options), rows = options, [batch.ids, batch.mask, None, batch.inv_temperature]
     for how in hows:
-        opcheck(hidden_ops.linear_loss, (*head, rows, *hidden_ops.taken_apart(how), [True] * 4, [37, 50], *options))
+        opcheck(
+            hidden_ops.linear_loss,
+            (*head, rows, *hidden_ops.taken_apart(how), [True] * 4, [37, 50, dtype.itemsize], *options),
+        )
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5])

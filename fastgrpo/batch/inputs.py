@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,17 +45,35 @@ class Inputs(_Inputs, total=False):
     cu_seqlens: Tensor | None
 
 
-DEFAULTS: dict[str, Any] = dict(scale_rewards="group", loss_scale=1.0, temperature=1.0)  # of the others: None
+class HeadOptions(TypedDict, total=False):
+    """What makes logits of hidden states, beside the weight; `linear_grpo_loss` says what each of them is."""
+
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    vocab_size: int | None
+    chunk_size: int | None
+    logits_dtype: torch.dtype | Literal["auto"]
+
+
+class LinearInputs(HeadOptions, Inputs, total=False):
+    """Those of a loss that makes its logps from hidden states."""
+
+
+# of the others: None
+DEFAULTS: dict[str, Any] = dict(
+    scale_rewards="group", loss_scale=1.0, temperature=1.0, logit_scale=1.0, logits_dtype="auto"
+)
 
 
 def takes(declared: type) -> Callable[[F], F]:
     """Shows the arguments that `declared` names, with their defaults, in the signature of a function which takes them
-    as **inputs; a call of it is not wrapped."""
+    as keywords that it does not name itself; a call of it is not wrapped."""
 
     def show(function: F) -> F:
         signature = inspect.signature(function)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        at = next(i for i, p in enumerate(own) if p.name in ("objective", "return_stats"))
+        *own, rest = signature.parameters.values()
+        at = next(i for i, p in enumerate(own) if p.name in ("objective", "return_stats", "return_entropy"))
         inputs = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS.get(name), annotation=kind)
             for name, kind in ((name, x.__forward_arg__) for name, x in declared.__annotations__.items())
@@ -63,17 +81,22 @@ def takes(declared: type) -> Callable[[F], F]:
         shown = signature.replace(parameters=[*own[:at], *inputs, *own[at:]])
         function.__signature__ = shown  # type: ignore[attr-defined]  # what inspect looks for; no callable declares it
         function.__annotations__ = {p.name: p.annotation for p in inputs} | function.__annotations__
-        del function.__annotations__["inputs"]
+        del function.__annotations__[rest.name]
         return function
 
     return show
 
 
-def check_names(inputs: PolicyInputs, declared: type, function: str) -> None:
+def check_names(inputs: PolicyInputs | HeadOptions, declared: type, function: str) -> None:
     """Raise Python's TypeError for an argument that a function does not have."""
     for name in inputs:
         if name not in declared.__annotations__:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+def head_options(inputs: LinearInputs) -> HeadOptions:
+    """Those of them that make logits."""
+    return {name: value for name, value in inputs.items() if name in HeadOptions.__annotations__}  # type: ignore[return-value]  # by their names
 
 
 def check_rows(rows: Tensor, completion_ids: Tensor, name: str, width: str) -> None:

@@ -37,20 +37,15 @@ from fastgrpo.objective.terms import Terms, Weights, term_columns
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _numbers(head: Head) -> tuple[list[int], float | None, torch.dtype, torch.dtype, str]:
-    return [head.vocab, head.chunk], head.softcap, head.dtype, head.logits_dtype, head.backend
+def _numbers(head: Head) -> tuple[list[int], float | None, torch.dtype, str]:
+    return [head.vocab, head.chunk, head.logits_dtype.itemsize], head.softcap, head.dtype, head.backend
 
 
 def _head(
-    weight: Tensor,
-    bias: Tensor | None,
-    sizes: Sequence[int],
-    softcap: float | None,
-    dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    backend: str,
+    weight: Tensor, bias: Tensor | None, sizes: Sequence[int], softcap: float | None, dtype: torch.dtype, backend: str
 ) -> Head:
-    vocab, chunk = sizes
+    vocab, chunk, of_logit = sizes
+    logits_dtype = dtype if of_logit == dtype.itemsize else torch.float32
     scale = 1.0  # it is in the temperature already
     return Head(weight, bias, vocab, scale, softcap, dtype, logits_dtype, chunk, backend)
 
@@ -71,17 +66,16 @@ def linear_stats(
     sizes: Sequence[int],
     softcap: float | None,
     dtype: torch.dtype,
-    logits_dtype: torch.dtype,
     backend: str,
 ) -> Three:
     """row_stats of the logits of a head, with 2NHV FLOPs; rows that are not scored enter no GEMM.
 
-    `rows` are ids, scored (or None) and inv_temperature, `sizes` V and the rows of a chunk; `dtype` is that of the
-    GEMMs' operands.
+    `rows` are ids, scored (or None) and inv_temperature, `sizes` V, the rows of a chunk and the bytes of a logit;
+    `dtype` is that of the GEMMs' operands.
     """
     ids, scored, inv_temperature = rows
     assert ids is not None and inv_temperature is not None
-    head = _head(weight, bias, sizes, softcap, dtype, logits_dtype, backend)
+    head = _head(weight, bias, sizes, softcap, dtype, backend)
     plan = plan_rows(ids.numel(), Roles(scored, None), head.chunk, learn=False)
     found = chunks.score(hidden, head, _every(ids, inv_temperature), plan, want_entropy)
     return found.logp, found.lse, given(found.entropy, inv_temperature)
@@ -108,7 +102,6 @@ def linear_grad(
     sizes: Sequence[int],
     softcap: float | None,
     dtype: torch.dtype,
-    logits_dtype: torch.dtype,
     backend: str,
 ) -> Three:
     """The gradients of hidden, weight and bias (empty unless `needs` says so) from g = dL/dlogp and h = dL/dentropy.
@@ -119,7 +112,7 @@ def linear_grad(
     ids, inv_temperature, lse, entropy, g, h = rows
     assert ids is not None and inv_temperature is not None
     assert lse is not None and entropy is not None and g is not None
-    head = _head(weight, bias, sizes, softcap, dtype, logits_dtype, backend)
+    head = _head(weight, bias, sizes, softcap, dtype, backend)
     found = Scores(lse, lse, taken(entropy))
     made = chunks.gradients(hidden, head, Rows(ids, None, inv_temperature), found, g, h, needs)
     d_hidden, d_weight, d_bias = (given(x, inv_temperature) for x in made)
@@ -262,7 +255,6 @@ def linear_loss(
     sizes: Sequence[int],
     softcap: float | None,
     dtype: torch.dtype,
-    logits_dtype: torch.dtype,
     backend: str,
 ) -> Six:
     """(loss, its entropy bonus, statistics (K, N), and the gradients of hidden, weight and bias for dL = 1).
@@ -276,7 +268,7 @@ def linear_loss(
     assert ids is not None and inv_temperature is not None
     *needs, want_entropy = flags
     head, how = (
-        _head(weight, bias, sizes, softcap, dtype, logits_dtype, backend),
+        _head(weight, bias, sizes, softcap, dtype, backend),
         _how(ids, scored, inv_temperature, vectors, numbers, objective),
     )
     if isinstance(how, Apart):
