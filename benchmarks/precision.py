@@ -14,6 +14,7 @@ which rounding the error comes from, the second how far the frameworks' own func
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -171,10 +172,10 @@ Function = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden, weight, ids) t
 
 def functions() -> dict[tuple[str, str], Function | str]:
     """(who, mode) to a function, or why it is not here."""
-    found: dict[tuple[str, str], Function | str] = {
-        ("fastgrpo", ""): lambda hidden, weight, ids: linear_logps(hidden, weight, ids, temperature=TEMPERATURE),
-        ("eager", ""): _eager,
-    }
+    found: dict[tuple[str, str], Function | str] = {}
+    for mode, dtype in (("", "auto"), ("fp32 logits", torch.float32), ("bf16 logits", torch.bfloat16)):
+        found["fastgrpo", mode] = functools.partial(linear_logps, temperature=TEMPERATURE, logits_dtype=dtype)
+    found["eager", ""] = _eager
     names = {"trl": "trl.trainer.utils", "verl": "verl.utils.experimental.torch_functional"}
     modules, why = {}, {}
     for name, path in names.items():

@@ -38,7 +38,11 @@ def check(rows):
     for name in ("logp_rms", "dH", "dW"):
         assert eager[name] == pytest.approx(of["trl", ""][name], rel=0.1), name
         assert eager[name] > 8 * of["trl", "cast_lm_head_to_fp32"][name], name
-    assert of["trl", "cast_lm_head_to_fp32"]["logp_max"] < 1e-4
+        assert of["fastgrpo", "bf16 logits"][name] == pytest.approx(eager[name], rel=0.1), name
+        assert eager[name] > 8 * of["fastgrpo", "fp32 logits"][name], name
+    for side in (("trl", "cast_lm_head_to_fp32"), ("fastgrpo", "fp32 logits")):
+        assert of[side]["logp_max"] < 1e-4, side
+    assert max(of["fastgrpo", "fp32 logits"][name] for name in ("dH", "dW")) < 3e-3
 
 
 def made_up(precision, n=96, vocab=3000, width=64):
