@@ -257,6 +257,65 @@ def test_in_place(isa, dtype, with_entropy):
     assert torch.equal(out[:, ::2], logits)
 
 
+def second_half(logits, stride, dtype):
+    """fp32 logits (B, T, V) in a buffer of rows of `stride`, and the place of their narrower gradient there."""
+    batch, tokens, vocab = logits.shape
+    buffer = torch.full((batch, tokens, 2 * stride), math.nan, dtype=dtype)
+    wide = buffer.view(torch.float32)[..., :vocab]
+    wide.copy_(logits)
+    return wide, buffer[..., stride : stride + vocab], buffer[..., stride + vocab :]
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("vocab", [1, 7, 4097, 32001])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_narrow_gradients_of_fp32_logits(isa, narrow, vocab, softcap):
+    generator = torch.Generator().manual_seed(vocab)
+    raw = torch.randn(2, 3, vocab, generator=generator).mul_(torch.tensor([1.0, 6.0, 3e6])[:, None])
+    raw[1, 1] = math.nan  # a row without a gradient is not read
+    ids = torch.randint(vocab, (6,), generator=generator)
+    ids[3] = raw[1, 0].argmax()
+    scale = 1e-6 if softcap is None else 1.0
+    inv_temperature = torch.tensor([1.0, 1 / 0.7, scale, 1.0, 1.0, scale])
+    mask = torch.tensor([True, True, True, True, False, True])
+    rows = Rows(ids, mask, inv_temperature)
+    g, h = torch.randn(6, generator=generator), torch.randn(6, generator=generator)
+    g[4], h[4] = 0.0, 0.0
+    z = raw.double().reshape(6, -1)
+    z[4] = 0.0
+    slope = 1.0
+    if softcap is not None:
+        slope = 1 - torch.tanh(z / softcap).square()
+        z = softcap * torch.tanh(z / softcap)
+    _, _, entropy, p, log_p = reference(z, ids, inv_temperature)
+    stats = cpu.row_stats(raw, rows, want_entropy=True, softcap=softcap)
+    for bonus in (None, h):
+        want = slope * reference_grad(ids, g, bonus, inv_temperature, entropy, p, log_p)
+        apart = torch.full(raw.shape, math.nan, dtype=narrow)
+        cpu.row_grad(raw, rows, stats, g, bonus, apart, softcap=softcap)
+        error = (apart.double().reshape(6, -1) - want).abs()
+        slack = HALF_ULP[narrow] * want.abs() + 1e-5 * want.abs().amax(1, keepdim=True) + 2.0**-25
+        assert (error <= slack).all(), (error / slack).max()
+        assert (apart.view(6, -1)[4] == 0).all()
+        logits, out, behind = second_half(raw, vocab + 5, narrow)
+        cpu.row_grad(logits, rows, stats, g, bonus, out, softcap=softcap)
+        assert torch.equal(out, apart) and behind.isnan().all()
+        large = torch.nan_to_num(raw) * 1e4  # which no fast sweep takes
+        cpu.row_grad(large, rows, stats, g, bonus, apart, softcap=softcap)
+        logits, out, _ = second_half(large, vocab, narrow)
+        cpu.row_grad(logits, rows, stats, g, bonus, out, softcap=softcap)
+        assert torch.equal(out.nan_to_num(), apart.nan_to_num())
+
+    token = clip_rows(6, generator, h=h * mask)
+    fused = torch.full(raw.shape, math.nan, dtype=narrow)
+    made = cpu.token_loss(raw, rows, token, TokenSpec(), fused, want_entropy=True, softcap=softcap)
+    cpu.row_grad(raw, rows, stats, made.g, token.h, apart, softcap=softcap)
+    assert torch.allclose(fused.float(), apart.float(), rtol=2 * HALF_ULP[narrow], atol=1e-6)
+    logits, out, _ = second_half(raw, vocab + 63, narrow)
+    cpu.token_loss(logits, rows, token, TokenSpec(), out, want_entropy=True, softcap=softcap)
+    assert torch.equal(out, fused)
+
+
 @pytest.mark.parametrize("kind", [0, 1, 2])
 @pytest.mark.parametrize("bias_correction", [0, 1])
 def test_objective(kind, bias_correction):

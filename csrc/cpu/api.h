@@ -20,6 +20,23 @@ FASTGRPO_API void fastgrpo_cpu_row_stats(const FastgrpoArgs* args, int32_t isa, 
 FASTGRPO_API void fastgrpo_cpu_row_grad(const FastgrpoArgs* args, int32_t isa, int32_t threads);
 FASTGRPO_API void fastgrpo_cpu_token_loss(const FastgrpoArgs* args, int32_t isa, int32_t threads);
 
+// out (M, N) = a (M, K) @ b (K, N) (+ bias (N), fp32), or += with `add`.
+struct FastgrpoMatmul {
+  int64_t M, N, K;
+  int64_t a_stride[2], b_stride[2], out_stride;  // in elements; one of a's two is 1, one of b's, and out's second
+  int32_t dtype, out_dtype;                      // of a and b; of out: fp32, or that of a and b
+  int32_t add;                                   // only where out is fp32
+  const void *a, *b;
+  const float* bias;
+  void* out;
+};
+FASTGRPO_API void fastgrpo_cpu_matmul(const FastgrpoMatmul* args, int32_t isa, int32_t threads);
+
+// row_stats of the rows of a product in fp32 (its `out` is not used), which is never written to memory: `rows` names
+// softcap, ids, mask and inv_temperature.
+FASTGRPO_API void fastgrpo_cpu_head_stats(const FastgrpoMatmul* product, const FastgrpoArgs* rows, int32_t isa,
+                                          int32_t threads);
+
 // Asks for large pages where a new buffer is about to be written: mapped page by page, small ones cost several times
 // as much as the writing. Does nothing where the system has no such thing.
 FASTGRPO_API void fastgrpo_cpu_prefer_large_pages(void* buffer, int64_t bytes);

@@ -1,11 +1,16 @@
 // Which instruction sets this library holds, and which of them this CPU runs.
 
+#include "dispatch.h"
+
 #include <string.h>
 
 #include <string>
 
 #include "api.h"
-#include "sweeps.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace fastgrpo {
 namespace {
@@ -13,40 +18,74 @@ namespace {
 struct Candidate {
   Isa isa;
   const char* name;
-  const Sweeps* table;
+  const Sweeps* sweeps;
+  const Products* products;
   bool runs;
 };
+
+#ifdef FASTGRPO_HAS_NEONBF16
+bool multiplies_bf16() {
+#ifdef __linux__
+  return getauxval(AT_HWCAP2) >> 14 & 1;  // HWCAP2_BF16
+#else
+  return false;
+#endif
+}
+#endif
+
+#ifdef FASTGRPO_HAS_AVX512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+#endif
 
 // Best first. FASTGRPO_HAS_* come from CMakeLists.txt, beside the files compiled for them.
 const Candidate* candidates(int* count) {
   static const Candidate all[] = {
+#ifdef FASTGRPO_HAS_AVX512BF16
+      {kAvx512Bf16, "avx512bf16", avx512::kSweeps, &avx512bf16::kProducts,
+       has_avx512() && __builtin_cpu_supports("avx512bf16")},
+#endif
 #ifdef FASTGRPO_HAS_AVX512
-      {kAvx512, "avx512", avx512::kSweeps,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
+      {kAvx512, "avx512", avx512::kSweeps, &avx512::kProducts, has_avx512()},
 #endif
 #ifdef FASTGRPO_HAS_AVX2
       // F16C, which older compilers cannot ask for, came before AVX2.
-      {kAvx2, "avx2", avx2::kSweeps, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {kAvx2, "avx2", avx2::kSweeps, &avx2::kProducts,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+#ifdef FASTGRPO_HAS_NEONBF16
+      {kNeonBf16, "neonbf16", neon::kSweeps, &neonbf16::kProducts, multiplies_bf16()},
 #endif
 #ifdef FASTGRPO_HAS_NEON
-      {kNeon, "neon", neon::kSweeps, true},
+      {kNeon, "neon", neon::kSweeps, &neon::kProducts, true},
 #endif
-      {kPortable, "portable", portable::kSweeps, true},
+      {kPortable, "portable", portable::kSweeps, &portable::kProducts, true},
   };
   *count = sizeof all / sizeof all[0];
   return all;
 }
 
-}  // namespace
-
-const Sweeps* sweeps_for(Isa isa) {
+const Candidate* candidate(Isa isa) {
   int count;
   const Candidate* all = candidates(&count);
   for (int i = 0; i < count; ++i) {
-    if (all[i].isa == isa && all[i].runs) return all[i].table;
+    if (all[i].isa == isa && all[i].runs) return all + i;
   }
   return nullptr;
+}
+
+}  // namespace
+
+const Sweeps* sweeps_for(Isa isa) {
+  const Candidate* found = candidate(isa);
+  return found == nullptr ? nullptr : found->sweeps;
+}
+
+const Products* products_for(Isa isa) {
+  const Candidate* found = candidate(isa);
+  return found == nullptr ? nullptr : found->products;
 }
 
 }  // namespace fastgrpo

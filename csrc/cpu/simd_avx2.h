@@ -13,7 +13,7 @@ namespace {
 
 struct Simd {
   using Vec = __m256;
-  static constexpr int kWidth = 8;
+  static constexpr int kWidth = 8, kRegisters = 16;
 
   static Vec set(float x) { return _mm256_set1_ps(x); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
@@ -59,6 +59,12 @@ struct Simd {
     _mm256_storeu_si256((__m256i*)p, _mm256_blend_epi16(even, round_up_bits(b), 0xaa));
   }
 
+  // a first, then b, as fp32 comes from memory.
+  static void store2_in_order(BFloat16* p, Vec a, Vec b) {
+    const __m256i low = _mm256_srli_epi32(round_up_bits(a), 16), high = _mm256_srli_epi32(round_up_bits(b), 16);
+    _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8));
+  }
+
   static void load2(const Float16* p, Vec& a, Vec& b) {
     a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
     b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
@@ -67,6 +73,7 @@ struct Simd {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
   }
+  static void store2_in_order(Float16* p, Vec a, Vec b) { store2(p, a, b); }
 
  private:
   // Adds what makes the upper 16 bits the value rounded to nearest even: 0x7fff, and 1 more if they are odd.

@@ -7,13 +7,18 @@
 #include "elements.h"
 
 #define FASTGRPO_ISA avx512
+#define FASTGRPO_TRANSPOSE
+#define FASTGRPO_STREAM
+#ifdef __AVX512BF16__
+#define FASTGRPO_PAIRS
+#endif
 
 namespace fastgrpo {
 namespace {
 
 struct Simd {
   using Vec = __m512;
-  static constexpr int kWidth = 16;
+  static constexpr int kWidth = 16, kRegisters = 32;
 
   static Vec set(float x) { return _mm512_set1_ps(x); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
@@ -23,6 +28,41 @@ struct Simd {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   static Vec low_bits_to_exponent(Vec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
+
+#ifdef __AVX512BF16__
+  static Vec dot(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+#endif
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }
+
+  // 16 x 16 lanes: pairs of rows, then of pairs, then the quarters of 128 bits, twice.
+  static void transpose(const float* x, int64_t stride, float* out, int64_t width) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(x + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // a[i + j]: lane j of every quarter
+      for (int j = 0; j < 2; ++j) {
+        const __m512d p = _mm512_castps_pd(b[i + j]), q = _mm512_castps_pd(b[i + j + 2]);
+        a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(p, q));
+        a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(p, q));
+      }
+    }
+    for (int j = 0; j < 4; ++j) {
+      b[j] = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x88);
+      b[j + 4] = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xdd);
+      b[j + 8] = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x88);
+      b[j + 12] = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xdd);
+    }
+    for (int j = 0; j < 4; ++j) {
+      _mm512_storeu_ps(out + j * width, _mm512_shuffle_f32x4(b[j], b[j + 8], 0x88));
+      _mm512_storeu_ps(out + (j + 4) * width, _mm512_shuffle_f32x4(b[j + 4], b[j + 12], 0x88));
+      _mm512_storeu_ps(out + (j + 8) * width, _mm512_shuffle_f32x4(b[j], b[j + 8], 0xdd));
+      _mm512_storeu_ps(out + (j + 12) * width, _mm512_shuffle_f32x4(b[j + 4], b[j + 12], 0xdd));
+    }
+  }
 
   static float max_lane(Vec x) { return _mm512_reduce_max_ps(x); }
   static double sum_lanes(const Vec (&x)[4]) {
@@ -54,6 +94,12 @@ struct Simd {
     _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, round_up_bits(b)));
   }
 
+  // a first, then b, as fp32 comes from memory.
+  static void store2_in_order(BFloat16* p, Vec a, Vec b) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_up_bits(a), 16)));
+    _mm256_storeu_si256((__m256i*)(p + 16), _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_up_bits(b), 16)));
+  }
+
   static void load2(const Float16* p, Vec& a, Vec& b) {
     a = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
     b = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + 16)));
@@ -62,6 +108,7 @@ struct Simd {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     _mm256_storeu_si256((__m256i*)(p + 16), _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+  static void store2_in_order(Float16* p, Vec a, Vec b) { store2(p, a, b); }
 
  private:
   // Adds what makes the upper 16 bits the value rounded to nearest even: 0x7fff, and 1 more if they are odd.

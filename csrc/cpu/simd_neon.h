@@ -7,13 +7,16 @@
 #include "elements.h"
 
 #define FASTGRPO_ISA neon
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#define FASTGRPO_PAIRS
+#endif
 
 namespace fastgrpo {
 namespace {
 
 struct Simd {
   using Vec = float32x4_t;
-  static constexpr int kWidth = 4;
+  static constexpr int kWidth = 4, kRegisters = 32;
 
   static Vec set(float x) { return vdupq_n_f32(x); }
   static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
@@ -23,6 +26,10 @@ struct Simd {
   static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
   static Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
   static Vec low_bits_to_exponent(Vec x) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 23)); }
+
+#ifdef FASTGRPO_PAIRS
+  static Vec dot(Vec a, Vec b, Vec c) { return vbfdotq_f32(c, (bfloat16x8_t)a, (bfloat16x8_t)b); }
+#endif
 
   static float max_lane(Vec x) { return vmaxvq_f32(x); }
   static double sum_lanes(const Vec (&x)[4]) {
@@ -51,6 +58,11 @@ struct Simd {
     vst1q_u16((uint16_t*)p, vreinterpretq_u16_u32(u));
   }
 
+  // a first, then b, as fp32 comes from memory.
+  static void store2_in_order(BFloat16* p, Vec a, Vec b) {
+    vst1q_u16((uint16_t*)p, vshrn_high_n_u32(vshrn_n_u32(round_up_bits(a), 16), round_up_bits(b), 16));
+  }
+
   static void load2(const Float16* p, Vec& a, Vec& b) {
     const float16x8_t u = vreinterpretq_f16_u16(vld1q_u16((const uint16_t*)p));
     a = vcvt_f32_f16(vget_low_f16(u));
@@ -59,6 +71,7 @@ struct Simd {
   static void store2(Float16* p, Vec a, Vec b) {
     vst1q_u16((uint16_t*)p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(a), b)));
   }
+  static void store2_in_order(Float16* p, Vec a, Vec b) { store2(p, a, b); }
 
  private:
   // Adds what makes the upper 16 bits the value rounded to nearest even: 0x7fff, and 1 more if they are odd.

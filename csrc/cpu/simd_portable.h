@@ -13,7 +13,7 @@ namespace fastgrpo {
 namespace {
 
 struct Simd {
-  static constexpr int kWidth = 8;
+  static constexpr int kWidth = 8, kRegisters = 16;
   struct Vec {
     float lane[kWidth];
   };
@@ -72,6 +72,10 @@ struct Simd {
   static void store2(T* p, const Vec& a, const Vec& b) {
     for (int i = 0; i < kWidth; ++i) from_float(a.lane[i], p + i);
     for (int i = 0; i < kWidth; ++i) from_float(b.lane[i], p + kWidth + i);
+  }
+  template <class T>
+  static void store2_in_order(T* p, const Vec& a, const Vec& b) {
+    store2(p, a, b);
   }
 };
 

@@ -1,9 +1,9 @@
 // The two sweeps over a row, compiled once per instruction set on top of the vector layer in FASTGRPO_SIMD.
 //
-// stats reads the row once; gradient reads it once (from L2, when it follows) and writes it once, in place or not.
-// A row's result depends on its values alone: blocks are counted from its start, whatever its address.
-// Every function here is in an unnamed namespace, and none comes inline from a shared header: of an inline function
-// the linker would keep one copy for all, perhaps the one that only the newest CPUs can run.
+// sums reads a block of the row once; gradient reads it once (from L2, when it follows) and writes it once, in place
+// or not. A row's result depends on its values alone: blocks are counted from its start, whatever its address. Every
+// function here is in an unnamed namespace, and none comes inline from a shared header: of an inline function the
+// linker would keep one copy for all, perhaps the one that only the newest CPUs can run.
 
 #include "sweeps.h"
 
@@ -13,7 +13,8 @@
 
 // What a layer provides: Vec of kWidth floats and on it set, add, sub, mul, div, fma(a, b, c) = a*b + c rounded once,
 // max(a, b) (b or NaN, if one is NaN), low_bits_to_exponent (integer shift left by 23), max_lane, sum_lanes (of four
-// Vec, in double); load2 and store2: 2*kWidth elements as two Vec, in an order of its own, rounded to nearest even.
+// Vec, in double); load2 and store2: 2*kWidth elements as two Vec, in an order of its own, rounded to nearest even;
+// store2_in_order.
 #include FASTGRPO_SIMD
 
 namespace fastgrpo {
@@ -22,7 +23,6 @@ namespace {
 using Vec = Simd::Vec;
 
 constexpr int kStep = 4 * Simd::kWidth;  // elements per iteration: two load2
-constexpr int kBlock = 4096;             // elements between two visits to the running sums in double
 
 // Where the exponential is exact: exponents t = x*c in [base - 127, base + 127], |base| small beside 2^23.
 //
@@ -142,19 +142,19 @@ BlockSums block_sums(const T* x, int count, const Range& range) {
   return {Simd::max_lane(top), Simd::sum_lanes(sum), kEntropy ? Simd::sum_lanes(weighted) : 0.0};
 }
 
-// For rows that no Range covers (|logit| beyond a million, NaN, +inf): two passes in double, one element at a time.
+// For blocks that no Range covers (|logit| beyond a million, NaN, +inf): two passes in double, one element at a time.
 template <class T>
-RowSums careful_stats(const T* x, int64_t V, int64_t target, float c) {
+RowSums careful_sums(const T* x, int count, float c) {
   double ref = -INFINITY;
-  for (int64_t j = 0; j < V; ++j) {
+  for (int j = 0; j < count; ++j) {
     const double t = (double)to_float(x[j]) * c;
     if (!(t <= ref)) ref = t;
     if (ref != ref) break;
   }
   RowSums sums = {ref, 0.0, 0.0};
-  for (int64_t j = 0; j < V; ++j) {
+  for (int j = 0; j < count; ++j) {
     const double d = (double)to_float(x[j]) * c - ref;
-    if (j == target || d == -INFINITY) continue;
+    if (d == -INFINITY) continue;
     const double e = exp2(d);
     sums.sum += e;
     sums.weighted += e * d;
@@ -163,39 +163,29 @@ RowSums careful_stats(const T* x, int64_t V, int64_t target, float c) {
 }
 
 template <class T, bool kEntropy>
-RowSums stats(const T* x, int64_t V, int64_t target, float c) {
-  const float target_logit = target < 0 ? -INFINITY : to_float(x[target]);
+RowSums sums_of_block(const T* x, int64_t begin, int64_t V, int64_t target, float target_logit, float c) {
   const FlushSubnormals guard;
+  const Block<T> block(x, begin, V, target);
   Range range;
-  bool started = false;
-  RowSums row = {0.0, 0.0, 0.0};
-  for (int64_t begin = 0; begin < V; begin += kBlock) {
-    const Block<T> block(x, begin, V, target);
-    if (!started) {
-      const float first = block_max(block.data, block.padded);
-      const float top = first > target_logit ? first : target_logit;
-      if (top == -INFINITY) continue;
-      if (!range.around((double)top * c, c)) return careful_stats(x, V, target, c);
-      row.ref = range.base;
-      started = true;
-    }
-    BlockSums sums = block_sums<T, kEntropy>(block.data, block.padded, range);
-    // Seldom: the block towers so far above what came before that it has to be summed again.
-    if (!((double)sums.top * c - range.base <= kHeadroom) && sums.top != -INFINITY) {
-      if (!range.around((double)sums.top * c, c)) return careful_stats(x, V, target, c);
-      const double drop = row.ref - range.base, factor = exp2(drop);
-      row = {range.base, row.sum * factor, (row.weighted + row.sum * drop) * factor};
-      sums = block_sums<T, kEntropy>(block.data, block.padded, range);
-    }
-    row.sum += sums.sum;
-    row.weighted += sums.weighted;
+  BlockSums sums;
+  if (range.around((double)target_logit * c, c)) {
+    sums = block_sums<T, kEntropy>(block.data, block.padded, range);
+    if ((double)sums.top * c - range.base <= kHeadroom) return {range.base, sums.sum, sums.weighted};
+  } else {
+    sums.top = block_max(block.data, block.padded);
   }
-  return row;
+  // Seldom: the block towers too far above the target, or there is none. It stands for itself.
+  if (sums.top == -INFINITY) return {-INFINITY, 0.0, 0.0};
+  if (!range.around((double)sums.top * c, c)) return careful_sums(block.data, block.count, c);
+  sums = block_sums<T, kEntropy>(block.data, block.padded, range);
+  return {range.base, sums.sum, sums.weighted};
 }
 
 template <class T>
-RowSums stats_entry(const void* x, int64_t V, int64_t target, float c, bool want_entropy) {
-  return want_entropy ? stats<T, true>((const T*)x, V, target, c) : stats<T, false>((const T*)x, V, target, c);
+RowSums sums_entry(const void* x, int64_t begin, int64_t V, int64_t target, float target_logit, float c,
+                   bool want_entropy) {
+  return want_entropy ? sums_of_block<T, true>((const T*)x, begin, V, target, target_logit, c)
+                      : sums_of_block<T, false>((const T*)x, begin, V, target, target_logit, c);
 }
 
 // Asks for `bytes` bytes (a multiple of a cache line, or less than one) to come to L2.
@@ -212,11 +202,22 @@ const float (&gradient_coefficients(float))[6] { return kExp2Fine; }
 const float (&gradient_coefficients(BFloat16))[5] { return kExp2Coarse; }
 const float (&gradient_coefficients(Float16))[5] { return kExp2Coarse; }
 
-template <class T, bool kEntropy, int kCoefficients>
-void gradient_steps(const T* x, T* out, int64_t count, int64_t ahead, const Exponential<kCoefficients>& exponential,
+// Stores what load2 gave from elements of type T in the order that they had there.
+template <class T, class Out>
+void store_as_loaded(Out* p, Vec a, Vec b) {
+  if constexpr (sizeof(T) == sizeof(Out)) {
+    Simd::store2(p, a, b);
+  } else {
+    Simd::store2_in_order(p, a, b);
+  }
+}
+
+// From the last element to the first: a narrower out over the second half of x overwrites only what has been read.
+template <class T, class Out, bool kEntropy, int kCoefficients>
+void gradient_steps(const T* x, Out* out, int64_t count, int64_t ahead, const Exponential<kCoefficients>& exponential,
                     float constant, float slope) {
   const Vec offset = Simd::set(constant), factor = Simd::set(slope);
-  for (int64_t j = 0; j < count; j += kStep) {
+  for (int64_t j = count - kStep; j >= 0; j -= kStep) {
     Vec v[4];
     prefetch((const char*)(x + j) + ahead, kStep * sizeof(T));
     Simd::load2(x + j, v[0], v[1]);
@@ -228,37 +229,38 @@ void gradient_steps(const T* x, T* out, int64_t count, int64_t ahead, const Expo
       v[k] = Simd::mul(significand, power);
       if (kEntropy) v[k] = Simd::mul(v[k], Simd::fma(exponential.exponent(clamped), factor, offset));
     }
-    Simd::store2(out + j, v[0], v[1]);
-    Simd::store2(out + j + kStep / 2, v[2], v[3]);
+    store_as_loaded<T>(out + j, v[0], v[1]);
+    store_as_loaded<T>(out + j + kStep / 2, v[2], v[3]);
   }
 }
 
-template <class T, bool kEntropy>
-void gradient(const T* x, T* out, int64_t V, const Range& range, const RowGradient& g, const void* next) {
+template <class T, class Out, bool kEntropy>
+void gradient(const T* x, Out* out, int64_t V, const Range& range, const RowGradient& g, const void* next) {
   const FlushSubnormals guard;
   // p_j = 2^(t_j - base) * 2^-rest; without an entropy term the polynomial itself carries all factors.
   const double rest = g.lse2 - range.base;
   const double scale = exp2(-rest) * (kEntropy ? 1.0 : (double)g.constant);
   const float constant = (float)(g.constant - g.slope * rest);
-  const Exponential<sizeof(gradient_coefficients(T())) / sizeof(float)> exponential(range, gradient_coefficients(T()),
-                                                                                    (float)scale);
+  const Exponential<sizeof(gradient_coefficients(Out())) / sizeof(float)> exponential(
+      range, gradient_coefficients(Out()), (float)scale);
   const int64_t whole = V / kStep * kStep;
   // Without a row to fetch, the row's own lines are named, which costs next to nothing.
   const int64_t ahead = next == nullptr ? 0 : (const char*)next - (const char*)x;
-  gradient_steps<T, kEntropy>(x, out, whole, ahead, exponential, constant, g.slope);
   if (whole < V) {
     T tail[kStep];
+    Out made[kStep];
     for (int j = 0; j < kStep; ++j) tail[j] = minus_infinity<T>();
     memcpy(tail, x + whole, (V - whole) * sizeof(T));
-    gradient_steps<T, kEntropy>(tail, tail, kStep, 0, exponential, constant, g.slope);
-    memcpy(out + whole, tail, (V - whole) * sizeof(T));
+    gradient_steps<T, Out, kEntropy>(tail, made, kStep, 0, exponential, constant, g.slope);
+    memcpy(out + whole, made, (V - whole) * sizeof(Out));
   }
+  gradient_steps<T, Out, kEntropy>(x, out, whole, ahead, exponential, constant, g.slope);
 }
 
 // For rows that no Range covers, and for gradients that are not finite.
-template <class T>
-void careful_gradient(const T* x, T* out, int64_t V, float c, const RowGradient& g) {
-  for (int64_t j = 0; j < V; ++j) {
+template <class T, class Out>
+void careful_gradient(const T* x, Out* out, int64_t V, float c, const RowGradient& g) {
+  for (int64_t j = V - 1; j >= 0; --j) {
     const double d = (double)to_float(x[j]) * c - g.lse2;
     const double p = exp2(d);
     const double factor = g.slope == 0 ? g.constant : g.constant + g.slope * d;
@@ -266,17 +268,17 @@ void careful_gradient(const T* x, T* out, int64_t V, float c, const RowGradient&
   }
 }
 
-template <class T>
+template <class T, class Out>
 void gradient_entry(const void* x, void* out, int64_t V, float c, const RowGradient& g, const void* next) {
   Range range;
   // The difference of a finite number with itself is 0, of anything else NaN.
   const bool finite = g.constant - g.constant == 0 && g.slope - g.slope == 0;
   if (!finite || !range.around(g.lse2, c)) {
-    careful_gradient((const T*)x, (T*)out, V, c, g);
+    careful_gradient((const T*)x, (Out*)out, V, c, g);
   } else if (g.slope != 0) {
-    gradient<T, true>((const T*)x, (T*)out, V, range, g, next);
+    gradient<T, Out, true>((const T*)x, (Out*)out, V, range, g, next);
   } else {
-    gradient<T, false>((const T*)x, (T*)out, V, range, g, next);
+    gradient<T, Out, false>((const T*)x, (Out*)out, V, range, g, next);
   }
 }
 
@@ -328,12 +330,12 @@ void cap_entry(const void* x, float* z, int64_t V, float softcap) {
   each_vector(z, V, [&](Vec v, int64_t) { return Simd::mul(factor, tanh(v)); });
 }
 
-template <class T>
+template <class T, class Out>
 void uncap_entry(const void* x, float* dz, void* out, int64_t V, float softcap) {
   const Tanh tanh(softcap);
   const Vec one = Simd::set(1.0f);
   float raw[kBlock + kCapPadding] = {};
-  for (int64_t begin = 0; begin < V; begin += kBlock) {
+  for (int64_t begin = (V - 1) / kBlock * kBlock; begin >= 0; begin -= kBlock) {
     const int64_t count = V - begin < kBlock ? V - begin : kBlock;
     for (int64_t j = 0; j < count; ++j) raw[j] = to_float(((const T*)x)[begin + j]);
     each_vector(dz + begin, count, [&](Vec d, int64_t j) {
@@ -342,7 +344,7 @@ void uncap_entry(const void* x, float* dz, void* out, int64_t V, float softcap) 
       const Vec t = tanh(v);
       return Simd::mul(d, Simd::sub(one, Simd::mul(t, t)));
     });
-    for (int64_t j = 0; j < count; ++j) from_float(dz[begin + j], (T*)out + begin + j);
+    for (int64_t j = 0; j < count; ++j) from_float(dz[begin + j], (Out*)out + begin + j);
   }
 }
 
@@ -351,9 +353,18 @@ void uncap_entry(const void* x, float* dz, void* out, int64_t V, float softcap) 
 namespace FASTGRPO_ISA {
 
 extern const Sweeps kSweeps[3] = {
-    {stats_entry<float>, gradient_entry<float>, cap_entry<float>, uncap_entry<float>},
-    {stats_entry<BFloat16>, gradient_entry<BFloat16>, cap_entry<BFloat16>, uncap_entry<BFloat16>},
-    {stats_entry<Float16>, gradient_entry<Float16>, cap_entry<Float16>, uncap_entry<Float16>},
+    {sums_entry<float>,
+     {gradient_entry<float, float>, gradient_entry<float, BFloat16>, gradient_entry<float, Float16>},
+     cap_entry<float>,
+     {uncap_entry<float, float>, uncap_entry<float, BFloat16>, uncap_entry<float, Float16>}},
+    {sums_entry<BFloat16>,
+     {nullptr, gradient_entry<BFloat16, BFloat16>, nullptr},
+     cap_entry<BFloat16>,
+     {nullptr, uncap_entry<BFloat16, BFloat16>, nullptr}},
+    {sums_entry<Float16>,
+     {nullptr, nullptr, gradient_entry<Float16, Float16>},
+     cap_entry<Float16>,
+     {nullptr, nullptr, uncap_entry<Float16, Float16>}},
 };
 
 }  // namespace FASTGRPO_ISA

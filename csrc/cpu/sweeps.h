@@ -8,11 +8,14 @@
 
 namespace fastgrpo {
 
-// Sums over a row without its target, so that a target with p near 1 loses no digits to 1 + small:
+// Elements whose sums are taken at a time; those of a row are added in their order.
+constexpr int kBlock = 4096;
+
+// Sums over a block or a row without its target, so that a target with p near 1 loses no digits to 1 + small:
 //   sum = sum_j 2^(t_j - ref),  weighted = sum_j 2^(t_j - ref) * (t_j - ref)
 struct RowSums {
-  double ref;       // near the largest t_j of the row, the target's included
-  double sum;       // NaN when the row holds NaN or +inf
+  double ref;       // no t_j lies above it by more than 2^7; -inf: all of them are
+  double sum;       // NaN when there is a NaN or +inf
   double weighted;  // of no meaning unless the entropy was asked for
 };
 
@@ -26,20 +29,17 @@ struct RowGradient {
 constexpr int64_t kCapPadding = 64;
 
 struct Sweeps {
-  // x: V elements; target in [0, V), or -1 when there is none.
-  RowSums (*stats)(const void* x, int64_t V, int64_t target, float c, bool want_entropy);
-  // out may be x itself. next: null, or a row to bring into L2 meanwhile, while memory is idle.
-  void (*gradient)(const void* x, void* out, int64_t V, float c, const RowGradient& gradient, const void* next);
-  // z = softcap * tanh(x / softcap), and back from dL/dz to out = dL/dx; z has kCapPadding elements more than V, and
-  // out may be x.
+  // The block that begins at `begin` in a row x of V elements; target in [0, V) and its logit, or -1 and -inf.
+  RowSums (*sums)(const void* x, int64_t begin, int64_t V, int64_t target, float target_logit, float c,
+                  bool want_entropy);
+  // By the DType of out; null where out is neither of x's type nor narrower. out may be x itself; a narrower one may
+  // lie over the second half of x. next: null, or a row to bring into L2 meanwhile, while memory is idle.
+  void (*gradient[3])(const void* x, void* out, int64_t V, float c, const RowGradient& gradient, const void* next);
+  // z = softcap * tanh(x / softcap), and back from dL/dz to out = dL/dx, by the DType of out and placed as above; z
+  // has kCapPadding elements more than V.
   void (*cap)(const void* x, float* z, int64_t V, float softcap);
-  void (*uncap)(const void* x, float* dz, void* out, int64_t V, float softcap);
+  void (*uncap[3])(const void* x, float* dz, void* out, int64_t V, float softcap);
 };
-
-enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
-
-// The table of an instruction set; null when this library holds none or this CPU cannot run it.
-const Sweeps* sweeps_for(Isa isa);
 
 // One table per instruction set, indexed by DType (../args.h, whose inline functions sweeps.cpp must not see); defined
 // where CMakeLists.txt compiles sweeps.cpp for it.

@@ -2,7 +2,7 @@
 
 The library is loaded at the first use. Calls release the GIL and use up to `torch.get_num_threads()` threads of their
 own; results depend neither on that number nor on how rows are batched. The instruction set is the best that the CPU
-has; the environment variable FASTGRPO_CPU_ISA (avx512, avx2, neon, portable) names another.
+has; the environment variable FASTGRPO_CPU_ISA (avx512bf16, avx512, avx2, neonbf16, neon, portable) names another.
 """
 
 from __future__ import annotations
@@ -14,8 +14,21 @@ import os
 import torch
 from torch import Tensor
 
-from .contract import Call
-from .native import DTYPES, Args, RowCalls, load
+from .contract import Call, Rows, Scores
+from .native import DTYPES, Args, RowCalls, load, make_args
+
+
+class _Matmul(ctypes.Structure):
+    """FastgrpoMatmul in csrc/cpu/api.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("M", "N", "K")),
+        *((name, ctypes.c_int64 * 2) for name in ("a_stride", "b_stride")),
+        ("out_stride", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("dtype", "out_dtype", "add")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "bias", "out")),
+    ]
+
 
 _ROWS = (None, ctypes.POINTER(Args), ctypes.c_int32, ctypes.c_int32)  # args, isa, threads
 
@@ -30,6 +43,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         row_stats=_ROWS,
         row_grad=_ROWS,
         token_loss=_ROWS,
+        matmul=(None, ctypes.POINTER(_Matmul), ctypes.c_int32, ctypes.c_int32),
+        head_stats=(None, ctypes.POINTER(_Matmul), *_ROWS[1:]),
         prefer_large_pages=(None, ctypes.c_void_p, ctypes.c_int64),
     )
 
@@ -78,6 +93,63 @@ def _call(function: str, args: Args, _: torch.device) -> None:
 
 _calls = RowCalls(_call)
 row_stats, row_grad, token_loss = _calls.row_stats, _calls.row_grad, _calls.token_loss
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, bias: Tensor | None = None) -> None:
+    """out = a @ b (+ bias), or out += a @ b with `add`, summed in fp32.
+
+    An element has the same bits whatever the other rows and columns and the number of threads are.
+
+    Args:
+        a (M, K), b (K, N): fp32, bf16 or fp16, both of one dtype; each with unit stride in one dimension.
+        out (M, N): fp32, or of the dtype of a and b, but fp32 with `add`; unit stride in N. It overlaps neither.
+        bias (N,) fp32, contiguous.
+    """
+    isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
+    _library().fastgrpo_cpu_matmul(_product(a, b, bias, out, add), isa, torch.get_num_threads())
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None, add: bool = False) -> _Matmul:
+    like = a if out is None else out
+    return _Matmul(
+        *(a.shape[0], b.shape[1], a.shape[1]),
+        *(_strides(a), _strides(b), like.stride(0)),
+        *(DTYPES[a.dtype], DTYPES[like.dtype], add),
+        *(a.data_ptr(), b.data_ptr(), None if bias is None else bias.data_ptr(), like.data_ptr()),
+    )
+
+
+def _strides(x: Tensor) -> tuple[int, int]:
+    """Those of a matrix; a dimension of one element has whatever stride suits the other."""
+    rows, columns = x.stride()
+    if 1 not in (rows, columns):
+        rows, columns = (rows, 1) if x.shape[1] <= 1 else (1, columns)
+    return rows, columns
+
+
+def head_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Rows,
+    *,
+    want_entropy: bool,
+    softcap: float | None = None,
+) -> Scores:
+    """`row_stats` of the fp32 logits hidden @ weightᵀ (+ bias), which are not written to memory.
+
+    The same bits as from logits made by `matmul`.
+
+    Args:
+        hidden (N, H), weight (V, H), bias (V,) fp32: as in `matmul`.
+    """
+    logp, lse = (torch.empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
+    scores = Scores(logp, lse, torch.empty_like(logp) if want_entropy else None)
+    logits = logp.new_empty(()).expand(1, hidden.shape[0], weight.shape[0])  # of their shape
+    args = make_args(logits, None, softcap, rows, scores)
+    isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
+    _library().fastgrpo_cpu_head_stats(_product(hidden, weight.t(), bias), args, isa, torch.get_num_threads())
+    return scores
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

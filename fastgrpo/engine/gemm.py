@@ -19,7 +19,7 @@ SLICE_BYTES = 1 << 20  # of an fp32 copy, which stays in a CPU's cache between i
 def writes_fp32(device_type: str) -> bool:
     """Whether a GEMM of narrow operands on such a device writes its fp32 sums at the speed of those operands."""
     if device_type == "cpu":
-        return False  # MERGE: cpu.unavailable() is None, once `cpu.matmul` is there
+        return cpu.unavailable() is None
     return device_type == "cuda" and torch.version.hip is None
 
 
@@ -33,7 +33,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, bias: Tenso
     """
     assert not add or bias is None
     if a.device.type == "cpu" and a.dtype != torch.float64 and writes_fp32("cpu"):
-        cpu.matmul(a, b, out, add=add, bias=bias)  # type: ignore[attr-defined]  # MERGE: the ignore goes
+        cpu.matmul(a, b, out, add=add, bias=bias)
     elif out.dtype == a.dtype:
         if add:
             out.addmm_(a, b)

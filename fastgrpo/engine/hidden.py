@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.backends import Rows, Scores
+from fastgrpo.backends import Rows, Scores, cpu
 from fastgrpo.engine.head import Head
 from fastgrpo.engine.logits import How
 from fastgrpo.engine.plan import Plan, Roles, plan_rows
@@ -53,12 +53,19 @@ def score(hidden: Tensor, head: Head, rows: Rows, plan: Plan, want_entropy: bool
         projection = Projection(hidden, head, plan.longest)
         for chunk in plan.score:
             at = plan.at(chunk)
-            logits = projection.logits(at)  # (1, n, V)
-            scores = head.sweeps.stats(logits, take_rows(rows, at), want_entropy)
+            scores = _stats(projection, head, take_rows(rows, at), at, want_entropy)
             for result, values in zip(results, columns(scores, with_lse=True), strict=True):
                 result[at] = values
     logp, lse, *entropy = results
     return Scores(logp, lse, entropy[0] if entropy else None)
+
+
+def _stats(projection: Projection, head: Head, rows: Rows, at: slice | Tensor, want_entropy: bool) -> Scores:
+    """The scores of some rows; fp32 logits do not leave a CPU's caches for them, with the same bits."""
+    if head.backend == "cpu" and head.logits_dtype == torch.float32:
+        h, weight, bias = projection.take(at), projection.weight, projection.bias
+        return cpu.head_stats(h, weight, bias, rows, want_entropy=want_entropy, softcap=head.softcap)
+    return head.sweeps.stats(projection.logits(at), rows, want_entropy)  # (1, n, V)
 
 
 def gradients(
@@ -113,8 +120,7 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
             collected.add(at)
         for chunk in plan.score:
             at = plan.at(chunk)
-            logits = projection.logits(at)
-            scores = head.sweeps.stats(logits, take_rows(how.rows, chunk), want_entropy)
+            scores = _stats(projection, head, take_rows(how.rows, chunk), at, want_entropy)
             _put(table[:of_scores], at, columns(scores))
         logits = out = None
         del projection  # and with both the buffer, before the weight's gradient is rounded

@@ -6,6 +6,7 @@ GEMMs make the gradients of hidden states and weight from them (4NHV). This file
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -45,12 +46,17 @@ class Projection:
         if head.weight.dtype != dtype:
             self.weight = _large(vocab, head.weight.shape[1], dtype, device).copy_(self.weight)
         self.bias = None if head.bias is None else head.bias[:vocab].to(wide(dtype))
+        self._rows, self._logits_dtype = rows, head.logits_dtype
+
+    @functools.cached_property
+    def _buffer(self) -> Tensor:
         # rows begin at multiples of 128 bytes, as the fast GEMMs of a GPU require, whatever V is
-        self._buffer = _large(rows, -(-vocab // 64) * 64, head.logits_dtype, device)
+        stride = -(-self.weight.shape[0] // 64) * 64
+        return _large(self._rows, stride, self._logits_dtype, self.hidden.device)
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         """(1, n, V), valid until the next call; the caller writes their gradient to `d_logits`, over them."""
-        self.h = self._take(rows)
+        self.h = self.take(rows)
         logits = self._buffer[: self.h.shape[0], : self.weight.shape[0]]
         product(self.h, self.weight.t(), logits, bias=self.bias)
         return logits[None]
@@ -67,7 +73,7 @@ class Projection:
         start = memory.shape[1] - stride
         return memory[None, : self.h.shape[0], start : start + self.weight.shape[0]]
 
-    def _take(self, rows: slice | Tensor) -> Tensor:
+    def take(self, rows: slice | Tensor) -> Tensor:
         """The hidden states of these rows, (n, H), in the GEMMs' dtype."""
         tokens = self.hidden.shape[1]
         if self.hidden.is_contiguous():
