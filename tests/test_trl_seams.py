@@ -20,7 +20,7 @@ from fastgrpo.integrations.trl.at_head import LossAtHead  # noqa: E402
 from fastgrpo.integrations.trl.chunked import ChunkedLogProb  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-BATCH, LENGTH, VOCAB, WIDTH, SEEDS = 6, 32, 1999, 96, 3
+BATCH, LENGTH, VOCAB, WIDTH, SEEDS = 6, 32, 1999, 576, 3
 # Where both round alike (gradients that are kept in bf16), a ratio of errors is 1 to a few thousandths. In fp32 both
 # are what the last bits of logits near 40 cost, and other sums, or another tanh under a cap, are 8 % better or worse.
 NOISE = {FP32: 1.1, BF16: 1.02, FP16: 1.02}
@@ -203,3 +203,25 @@ def test_errors_are_not_above_those_of_trl(side, mode_name, head_kind, logits_dt
         for name, kept in (("dH", mode.hidden), ("dW", mode.weight)):
             limit = 1e-5 if mode.operands == FP32 else 2.5e-3 if kept == FP32 else 3e-3
             assert ours[name] < limit, (name, ours)
+
+
+ALL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+@pytest.mark.parametrize("n", [0, 7, 200])
+@pytest.mark.parametrize("outputs", [(), ("entropy",), ("mean_logits",), ("is_top1", "entropy"), ALL], ids=str)
+def test_every_output_is_that_of_trl(outputs, n, logits_dtype):
+    """In fp32; without rows, too, as a micro-batch without labels has none on a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((n, 16), (50, 16)))
+    ids = torch.where(torch.arange(n) % 3 == 0, 0, (hidden @ weight.t()).argmax(-1))
+    found = []
+    for apply in (ChunkedLogProb.apply, trl_utils._ChunkedLogProbFunction.apply):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        results = apply(*leaves, None, ids, 0.7, 32_768, 9.0, 1.3, outputs)
+        results[0].sum().backward()
+        found.append([*results, *(x.grad for x in leaves)])
+    for got, want in zip(*found, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
