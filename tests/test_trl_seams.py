@@ -15,6 +15,7 @@ if not hasattr(trl_utils, "_ChunkedLogProbFunction"):
 
 from fastgrpo import Objective, policy_loss  # noqa: E402
 from fastgrpo.engine import head  # noqa: E402
+from fastgrpo.engine.gemm import writes_fp32  # noqa: E402
 from fastgrpo.integrations.trl import chunked  # noqa: E402
 from fastgrpo.integrations.trl.at_head import LossAtHead  # noqa: E402
 from fastgrpo.integrations.trl.chunked import ChunkedLogProb  # noqa: E402
@@ -172,16 +173,16 @@ def errors(side, mode, kind):
     return {name: (squares[name] / norms[name]) ** 0.5 for name in norms}, largest
 
 
-@pytest.fixture(params=["auto", "fp32", "fp32, in chunks"])
-def logits_dtype(request, monkeypatch):
-    """What users have here, and what they have where the device writes fp32 logits at the operands' speed."""
-    if "fp32" in request.param:
-        for module in (chunked, head):
-            monkeypatch.setattr(module, "choose_logits_dtype", lambda *_: FP32)
-    if "chunks" in request.param:
-        for name, value in dict(CPU_BYTES=1, LEAST_ROWS=80).items():
-            monkeypatch.setattr(head, name, value)
-    return request.param
+@pytest.fixture(params=["auto", "fp32, in chunks"])
+def wide_logits(request, monkeypatch):
+    """Whether logits are fp32 whatever the operands are: where "auto" says so, and where all are made to be."""
+    if request.param == "auto":
+        return writes_fp32("cpu")
+    for module in (chunked, head):
+        monkeypatch.setattr(module, "choose_logits_dtype", lambda *_: FP32)
+    for name, value in dict(CPU_BYTES=1, LEAST_ROWS=80).items():
+        monkeypatch.setattr(head, name, value)
+    return True
 
 
 @functools.cache
@@ -192,13 +193,13 @@ def of_trl(mode, kind):
 @pytest.mark.parametrize("head_kind", HEADS)
 @pytest.mark.parametrize("mode_name", MODES)
 @pytest.mark.parametrize("side", SIDES)
-def test_errors_are_not_above_those_of_trl(side, mode_name, head_kind, logits_dtype):
+def test_errors_are_not_above_those_of_trl(side, mode_name, head_kind, wide_logits):
     mode, kind = MODES[mode_name], HEADS[head_kind]
     theirs, _ = of_trl(mode, kind)
     ours, largest = errors(SIDES[side], mode, kind)
     for name, error in theirs.items():
         assert ours[name] <= NOISE[mode.operands] * error, (name, ours, theirs)
-    if logits_dtype != "auto" or mode.operands == FP32:
+    if wide_logits or mode.operands == FP32:
         assert largest < 4e-5, "in nats, of logits to 70"
         for name, kept in (("dH", mode.hidden), ("dW", mode.weight)):
             limit = 1e-5 if mode.operands == FP32 else 2.5e-3 if kept == FP32 else 3e-3
@@ -210,7 +211,7 @@ ALL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 @pytest.mark.parametrize("n", [0, 7, 200])
 @pytest.mark.parametrize("outputs", [(), ("entropy",), ("mean_logits",), ("is_top1", "entropy"), ALL], ids=str)
-def test_every_output_is_that_of_trl(outputs, n, logits_dtype):
+def test_every_output_is_that_of_trl(outputs, n, wide_logits):
     """In fp32; without rows, too, as a micro-batch without labels has none on a GPU."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((n, 16), (50, 16)))
