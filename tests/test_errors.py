@@ -121,6 +121,20 @@ BAD_HEADS = {
     "chunk_size-float": (dict(chunk_size=2.0), "chunk_size: .*2.0"),
     "backend-name": (dict(backend="cuda9"), "backend: .*'cuda9'"),
     "temperature": (dict(temperature=0.0), "temperature: .*0.0"),
+    "logits_dtype-name": (
+        dict(logits_dtype="float32"),
+        "logits_dtype: expected 'auto' or torch.float32, got 'float32'",
+    ),
+    "logits_dtype-none": (dict(logits_dtype=None), "logits_dtype: .*None"),
+    "logits_dtype-narrow": (dict(logits_dtype=torch.bfloat16), "logits_dtype: .*'auto' or torch.float32, .*bfloat16"),
+    "logits_dtype-other": (
+        dict(hidden=torch.randn(B, T, H).bfloat16(), weight=torch.randn(V, H).bfloat16(), logits_dtype=torch.float16),
+        "logits_dtype: expected 'auto' or torch.float32 or torch.bfloat16, got torch.float16",
+    ),
+    "logits_dtype-float64": (
+        dict(hidden=torch.randn(B, T, H).double(), weight=torch.randn(V, H).double(), logits_dtype=torch.float32),
+        "logits_dtype: expected 'auto' or torch.float64, got torch.float32",
+    ),
 }
 
 

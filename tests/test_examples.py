@@ -54,6 +54,7 @@ def make_model(folder):
 
 
 RUNS = {  # script: (arguments, what it prints)
+    "maze": (["--steps", "1500", "--seeds", "2", "--plot", "maze.svg"], "GRPO          2 of 2"),
     "raw_loop": ([], "accuracy 0."),
     "ppo": (["--beta", "0.04"], "ppo accuracy 0."),
     "r1": (["--documents", "6400"], "all scenarios: accuracy 0."),

@@ -6,7 +6,8 @@ from cases import assert_close, loss_and_grad, make_inputs, make_linear_inputs, 
 
 from fastgrpo import Objective, grpo_loss, linear_logps, selective_logps
 from fastgrpo.backends import Rows
-from fastgrpo.engine import projection
+from fastgrpo.engine import gemm, projection
+from fastgrpo.engine.head import choose_logits_dtype
 from fastgrpo.engine.logits import Sweeps
 from fastgrpo.reference import project
 
@@ -366,8 +367,15 @@ def test_linear_logps_may_be_differentiated_again(backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_logps_agree_with_selective_logps(dtype, backend, device):
-    """To the last bit where the GEMM's shape is the same; so a first update's ratio is 1."""
+    """To the last bit where the GEMM's shape is the same, in both dtypes of logits; so a first update's ratio is 1."""
     hidden, weight, ids, kwargs = make_linear_inputs(dtype=dtype, device=device, backend=backend)
-    logits = hidden.flatten(0, 1) @ weight.T
-    want = selective_logps(logits, ids.flatten(), backend=backend)
-    assert torch.equal(linear_logps(hidden, weight, ids, backend=backend).flatten(), want)
+    found = {}
+    for logits_dtype in (torch.float32, dtype):
+        logits = torch.empty(ids.numel(), len(weight), dtype=logits_dtype, device=device)
+        gemm.product(hidden.flatten(0, 1), weight.t(), logits)
+        want = selective_logps(logits, ids.flatten(), backend=backend)
+        found[logits_dtype] = linear_logps(hidden, weight, ids, backend=backend, logits_dtype=logits_dtype).flatten()
+        assert torch.equal(found[logits_dtype], want)
+    chosen = choose_logits_dtype("auto", dtype, hidden.device)
+    assert chosen == (torch.float32 if gemm.writes_fp32(hidden.device.type) else dtype)
+    assert torch.equal(linear_logps(hidden, weight, ids, backend=backend).flatten(), found[chosen])

@@ -10,7 +10,7 @@ import torch
 
 trl_utils = pytest.importorskip("trl.trainer.utils", reason="TRL is what is replaced (pip install '.[test]')")
 pytest.importorskip("fastgrpo.integrations.trl")
-if not hasattr(trl_utils, "_ChunkedLogProbFunction"):
+if not hasattr(trl_utils, "add_fused_lm_head"):
     pytest.skip("TRL scores through full logits before 1.15", allow_module_level=True)
 
 from fastgrpo import Objective, policy_loss  # noqa: E402

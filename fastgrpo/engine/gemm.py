@@ -43,9 +43,15 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, bias: Tenso
             torch.addmm(bias.to(out.dtype), a, b, out=out)
     elif bias is not None:
         product(a, b, out.copy_(bias), add=True)
-    elif not writes_fp32(a.device.type):
+    elif writes_fp32(a.device.type):
+        _to_fp32(a, b, out, add)
+    else:
         _through_fp32(a, b, out, add)
-    elif not add:
+
+
+def _to_fp32(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """`product` by cuBLAS, which reads bf16 or fp16 and writes fp32."""
+    if not add:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:  # torch 2.9 takes a sum that is wider than the operands here, and only later versions in addmm
         batch = out[None]
