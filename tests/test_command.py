@@ -115,10 +115,12 @@ MISTAKES = [
             ("--sft-learning-rate", "x", "a number of at least 0"),
         )
     ),
+    (["train", "--logits-dtype", "float64"], "argument --logits-dtype: invalid choice: 'float64'"),
     (["train", "--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
     (["train", "--recipe", "r2"], "argument --recipe: invalid choice: 'r2'"),
     (["train", "--loss-type", "ppo"], "loss_type: expected one of .*got 'ppo'"),
     (["train", "--num-generations", "3"], "num_generations: expected a divisor"),
+    (["train", "--logits-dtype", "bfloat16"], "logits_dtype: .*, because hidden states are float32, got 'bfloat16'"),
     (["train", "--backend", "cuda"], "--backend: cuda cannot be used here: "),
     (["train", "--batch-size", "10000"], "--batch-size: expected no more completions in a round than 800 training"),
     (["train", "--held-out", "501"], "--held-out: expected between 1 and 500"),
@@ -350,7 +352,7 @@ def test_defaults_are_those_of_the_config(monkeypatch, tmp_path):
     """Those that the trainer has too; the others are the command's own."""
     actions = {action.dest: action.default for action in parser_of("train", monkeypatch)._actions}
     config = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    for name in ("beta", "loss_type", "num_iterations", "num_generations", "temperature", "backend"):
+    for name in ("beta", "loss_type", "num_iterations", "num_generations", "temperature", "backend", "logits_dtype"):
         assert actions[name] == getattr(config, name), name
     source = (ROOT / "fastgrpo" / "commands" / "train" / "__init__.py").read_text()
     assert not re.search(r"\(default: [^{]", source.replace('(default: "\n', "")), "a default typed by hand"

@@ -127,7 +127,7 @@ def test_folder_is_no_package(tmp_path, monkeypatch):
 def test_what_the_project_requires(project):
     assert names_of(project["project"]["dependencies"]) == {"torch", "triton"}
     assert not names_of(project["build-system"]["requires"]) & {"torch", "triton"}
-    assert set(project["project"]["optional-dependencies"]) == {"train", "trl", "rewards", "bench", "test"}
+    assert set(project["project"]["optional-dependencies"]) == {"train", "trl", "rewards", "smollm2", "bench", "test"}
 
 
 def test_extras_bring_what_the_code_says(project):

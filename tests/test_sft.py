@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from fastgrpo.recipes import word_problems
 from fastgrpo.recipes.template import R1_ZERO_CHAT_TEMPLATE, r1_zero_prompt
+from fastgrpo.trainer import sft
 from fastgrpo.trainer.sft import SFTTrainer, collate
 
 ROWS = [
@@ -30,12 +31,12 @@ def with_added_end(tokenizer):
     return tokenizer
 
 
-def make_trainer(tokenizer, folder, rows=ROWS, **options):
+def make_trainer(tokenizer, folder, rows=ROWS, arguments={}, **options):  # noqa: B006 (read)
     model = word_problems.make_model(tokenizer, seed=0)
     settings = dict(remove_unused_columns=False, report_to="none", use_cpu=True, save_strategy="no")
     settings |= dict(dataloader_pin_memory=False, disable_tqdm=True, max_grad_norm=0.0)
     args = TrainingArguments(str(folder), **{**settings, **options})
-    return SFTTrainer(model, args, Dataset.from_list(rows), tokenizer)
+    return SFTTrainer(model, args, Dataset.from_list(rows), tokenizer, **arguments)
 
 
 def float64_loss(model, tokenizer, rows):
@@ -61,6 +62,19 @@ def test_loss_and_gradients(tokenizer, tmp_path):
     for (name, ours), theirs in zip(model.named_parameters(), truth.parameters(), strict=True):
         error = (ours.grad - theirs.grad).norm() / theirs.grad.norm().clamp(min=1e-3)
         assert error < 1e-5, f"{name}: {error}"
+
+
+def test_logits_dtype_reaches_the_head(tokenizer, tmp_path, monkeypatch):
+    seen, original = [], sft.linear_logps
+    monkeypatch.setattr(sft, "linear_logps", lambda *a, **k: seen.append(k["logits_dtype"]) or original(*a, **k))
+    for given, options, expected in (
+        ("auto", {}, "auto"), ("float32", {}, torch.float32), ("bfloat16", dict(bf16=True), torch.bfloat16)
+    ):  # fmt: skip
+        trainer = make_trainer(tokenizer, tmp_path, arguments=dict(logits_dtype=given), max_steps=1, **options)
+        trainer.train()
+        assert seen.pop() == expected and not seen
+    with pytest.raises(ValueError, match="logits_dtype: .* because hidden states are float32, got 'bfloat16'"):
+        make_trainer(tokenizer, tmp_path, arguments=dict(logits_dtype="bfloat16"))
 
 
 def test_step_is_over_tokens_not_micro_batches(tokenizer, tmp_path):

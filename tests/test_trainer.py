@@ -1,5 +1,6 @@
 """GRPOTrainer: the same numbers as TRL's, the fused kernels underneath, accumulation, resuming, rewards, heads."""
 
+import json
 import math
 
 import pytest
@@ -210,8 +211,10 @@ def test_logits_are_never_formed(level, tokenizer, dataset, tmp_path, monkeypatc
     largest, logits = largest_allocation(tokenizer, dataset, tmp_path, **options)
     assert 16 * 4096 * 4 <= largest <= logits / 2  # the buffer of a chunk, and weights, are seen
 
-    def with_all_logits(hidden, weight, ids, advantages, *, bias, logit_scale, softcap, chunk_size, **rest):
-        return grpo_loss(project(hidden, weight, bias, logit_scale, softcap), ids, advantages, **rest)
+    def with_all_logits(hidden, weight, ids, advantages, **options):
+        of_head = [options.pop(name) for name in ("bias", "logit_scale", "softcap")]
+        del options["chunk_size"], options["logits_dtype"]
+        return grpo_loss(project(hidden, weight, *of_head), ids, advantages, **options)
 
     monkeypatch.setattr(completion, "linear_grpo_loss", with_all_logits)
     assert largest_allocation(tokenizer, dataset, tmp_path, **options)[0] >= logits
@@ -441,6 +444,15 @@ def test_built_in_rewards(function, completion, answer, expected):
         (dict(scale_rewards="x"), "scale_rewards"),
         (dict(loss_type="x"), "loss_type"),
         (dict(temperature=0.0), "temperature"),
+        (
+            dict(logits_dtype="float64"),
+            "logits_dtype: expected one of auto, float32, bfloat16, float16, got 'float64'",
+        ),
+        (dict(logits_dtype=torch.int8), "logits_dtype: expected one of auto, .*, got torch.int8"),
+        (
+            dict(bf16=True, logits_dtype="float16"),
+            "logits_dtype: expected one of auto, float32, bfloat16, because hidden states are bfloat16, got 'float16'",
+        ),
     ],
 )
 def test_bad_options(options, message, tmp_path):
@@ -456,6 +468,45 @@ def test_bad_arguments(model, tokenizer, dataset, tmp_path):
         make_trainer(model, tokenizer, dataset, tmp_path, reward_weights=[1.0, 2.0])
     with pytest.raises(TypeError, match="reward_funcs: expected functions"):
         GRPOTrainer(model, "a/reward-model", args, dataset, processing_class=tokenizer)
+
+
+OPERANDS = {  # training options: what logits may be
+    "fp32": (dict(), ["auto", "float32", torch.float32], ["bfloat16", "float16"]),
+    "bf16 autocast": (dict(bf16=True), ["auto", "float32", "bfloat16", torch.bfloat16], []),
+    "bf16 weights": (
+        dict(model_init_kwargs={"dtype": "bfloat16"}),
+        ["auto", torch.float32, "bfloat16"],
+        ["float16"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_logits_dtype_is_that_of_every_pass(name, tokenizer, dataset, tmp_path, monkeypatch):
+    """Policy, old and reference logps; a dtype that hidden states do not have is refused before a model is loaded."""
+    options, possible, refused = OPERANDS[name]
+    small_model(tokenizer).save_pretrained(tmp_path)
+    sizes = dict(num_iterations=2, beta=0.1, max_steps=1)
+    seen = []
+
+    def seeing(function):
+        original = getattr(completion, function)
+        monkeypatch.setattr(completion, function, lambda *a, **k: seen.append(k["logits_dtype"]) or original(*a, **k))
+
+    for function in ("linear_grpo_loss", "linear_logps"):
+        seeing(function)
+    for given in possible:
+        args = make_config(tmp_path / "out", logits_dtype=given, **options, **sizes)
+        GRPOTrainer(str(tmp_path), even_digits, args, dataset, processing_class=tokenizer).train()
+        expected = given if isinstance(given, torch.dtype) or given == "auto" else getattr(torch, given)
+        assert seen == [expected] * 3
+        seen.clear()
+        json.dumps(args.to_dict())
+    for given in refused:
+        args = make_config(tmp_path / "out", logits_dtype=given, **options)
+        hidden = options.get("model_init_kwargs", {}).get("dtype", "float32")
+        with pytest.raises(ValueError, match=f"logits_dtype: .* because hidden states are {hidden}, got '{given}'"):
+            GRPOTrainer("nowhere/at-all", even_digits, args, dataset, processing_class=tokenizer)
 
 
 # Heads and samplers

@@ -20,8 +20,8 @@ namespace {
 
 using Args = FastgrpoMatmul;
 
-constexpr int64_t kDeep = 16384;        // more of K is cut into segments, and these go over the threads
-constexpr int64_t kSegment = 4096;      // a multiple of kDepth
+constexpr int64_t kDeep = 16384;  // more of K is cut into segments, and these go over the threads
+constexpr int64_t kSegment = 21 * kDepth;
 constexpr int64_t kGroup = 96;          // rows whose sums wait in a cache for the next kDepth of K
 constexpr int64_t kPartial = 4 << 20;   // bytes of a segment's sums, for each thread
 constexpr int64_t kWorth = 4 << 20;     // multiplications that are worth a thread

@@ -49,6 +49,7 @@ def supervised(
     backend: str = "auto",
     log: TrainerCallback | None = None,
     resume: bool = False,
+    logits_dtype: str = "auto",
 ) -> None:
     """Supervised fine-tuning: the cold start on long-form examples, and the stage after rejection sampling.
 
@@ -58,8 +59,10 @@ def supervised(
         backend: the backend of the loss.
         log: a callback, used in place of transformers' progress bar and prints.
         resume: continue from the last checkpoint in args.output_dir.
+        logits_dtype: as in `GRPOConfig`.
     """
-    _train(SFTTrainer(model, args, examples, tokenizer, backend=backend), log, resume)
+    trainer = SFTTrainer(model, args, examples, tokenizer, backend=backend, logits_dtype=logits_dtype)
+    _train(trainer, log, resume)
 
 
 def reasoning_rl(

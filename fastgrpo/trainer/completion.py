@@ -41,8 +41,7 @@ def completion_loss(
             loss_scale=loss_scale,
             temperature=args.temperature,
             objective=objective,
-            chunk_size=args.chunk_size,
-            backend=args.backend,
+            **args.head_options,
             **head.options,
         )
         outputs.append(output)
@@ -62,8 +61,7 @@ def frozen_logps(model: nn.Module, batch: dict[str, Tensor], args: GRPOConfig, s
                 part["completion_ids"],
                 mask=part["completion_mask"],
                 temperature=args.temperature,
-                chunk_size=args.chunk_size,
-                backend=args.backend,
+                **args.head_options,
                 **head.options,
             )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from transformers import TrainingArguments
 
 from fastgrpo import _defaults
@@ -36,6 +37,32 @@ def as_dict(options: dict[str, Any] | str | None) -> dict[str, Any]:
     """Options of a training argument, of which `__post_init__` makes a dict where they are JSON."""
     assert not isinstance(options, str)
     return options or {}
+
+
+def name_of_logits_dtype(
+    given: str | torch.dtype, args: TrainingArguments, of_model: torch.dtype | str | None = None
+) -> str:
+    """`logits_dtype` as a configuration holds it, after a check against the dtype that the GEMMs take.
+
+    Args:
+        of_model: the model's dtype, which counts unless training is mixed; None or "auto": not known.
+
+    Raises:
+        ValueError: no dtype of logits, or one that hidden states do not have.
+    """
+    name = str(given).removeprefix("torch.")
+    operands = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(of_model).removeprefix("torch.")
+    known = operands in _defaults.LOGITS_DTYPES[1:]
+    possible = tuple(dict.fromkeys(("auto", "float32", operands))) if known else _defaults.LOGITS_DTYPES
+    if name not in possible:
+        because = f", because hidden states are {operands}" if known and name in _defaults.LOGITS_DTYPES else ""
+        raise ValueError(f"logits_dtype: expected one of {', '.join(possible)}{because}, got {given!r}")
+    return name
+
+
+def as_logits_dtype(name: str) -> torch.dtype | Literal["auto"]:
+    """As `linear_grpo_loss` takes it."""
+    return "auto" if name == "auto" else getattr(torch, name)
 
 
 @dataclass
@@ -74,6 +101,8 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
             `output_dir/completions/completions_<step>.parquet`.
         chunk_size: rows of logits that exist at once; None: as the device's memory allows, see `linear_grpo_loss`.
         backend: the backend of the loss, "auto" or one of `fastgrpo.backends.NAMES`.
+        logits_dtype: the dtype of the logits in the loss and in old and reference logps: "auto", "float32", or that of
+            hidden states in training, "bfloat16" or "float16"; see `linear_grpo_loss`.
 
     The remaining options are those of `fastgrpo.Objective`, which explains them, holds their defaults and checks them.
 
@@ -120,6 +149,7 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
     mask_truncated_completions: bool = False
     chunk_size: int | None = None
     backend: str = _defaults.BACKEND
+    logits_dtype: str = _defaults.LOGITS_DTYPE
 
     # training arguments with another default
     learning_rate: float = 1e-6
@@ -141,6 +171,7 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
             self.gradient_checkpointing_kwargs = {"use_reentrant": False, **given}
         older: dict[Any, str] = {True: "group", False: "none"}
         self.scale_rewards = older.get(self.scale_rewards, self.scale_rewards)
+        self.logits_dtype = name_of_logits_dtype(self.logits_dtype, self)
         self._check_choices()
         self._size_generation()
         self.objective()  # so that a bad option is refused here rather than at the first step
@@ -149,6 +180,12 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
     def checkpoints_activations(self) -> bool:
         """Whether activations are recomputed in the backward pass, under whichever name transformers has for it."""
         return bool(getattr(self, CHECKPOINTING))
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """The keyword arguments of `linear_grpo_loss` and `linear_logps` that these options hold."""
+        dtype = as_logits_dtype(self.logits_dtype)
+        return {"chunk_size": self.chunk_size, "backend": self.backend, "logits_dtype": dtype}
 
     def objective(self) -> Objective:
         """The `Objective` of these options."""

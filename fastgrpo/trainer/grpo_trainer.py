@@ -45,6 +45,7 @@ from fastgrpo.trainer.rollout import (
 from fastgrpo.trainer.setup import (
     as_list,
     check_dataset,
+    check_logits_dtype,
     end_tokens,
     load_policy,
     prepare_policy,
@@ -90,7 +91,8 @@ class GRPOTrainer(GroupTrainer):
 
     Raises:
         ValueError: a dataset without a "prompt" column, a number of reward weights that is not that of the functions,
-            a tokenizer without a pad and an end token, a head that is not supported, several GPUs in one process.
+            a tokenizer without a pad and an end token, a head that is not supported, a `logits_dtype` that the model
+            does not have, several GPUs in one process.
     """
 
     _tag_names = ["grpo", "fastgrpo"]
@@ -114,6 +116,7 @@ class GRPOTrainer(GroupTrainer):
             given: str | AnyModel = model
             name = given if isinstance(given, str) else given.config._name_or_path
             args = GRPOConfig(f"{os.path.basename(name.rstrip('/')) or 'model'}-GRPO")
+        check_logits_dtype(args.logits_dtype, args, model)
         check_dataset("train_dataset", train_dataset)
         eval_datasets = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in eval_datasets:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from fastgrpo.models.adapters import add_reference
 from fastgrpo.models.calls import AnyModel
 from fastgrpo.models.head import is_peft
-from fastgrpo.trainer.config import GRPOConfig, as_dict
+from fastgrpo.trainer.config import GRPOConfig, as_dict, name_of_logits_dtype
 
 
 def only_iterates(dataset: Any) -> bool:
@@ -54,6 +54,14 @@ def prepare_to_iterate(args: TrainingArguments, datasets: Sequence[Any]) -> None
             stacklevel=3,
         )
         args.dataloader_num_workers = 0
+
+
+def check_logits_dtype(given: str | torch.dtype, args: TrainingArguments, model: str | AnyModel) -> str:
+    """`name_of_logits_dtype` for a model that is loaded, or is to be loaded from a path."""
+    if isinstance(model, str):
+        options = args.model_init_kwargs if isinstance(args, GRPOConfig) else None
+        return name_of_logits_dtype(given, args, as_dict(options).get("dtype", torch.float32))
+    return name_of_logits_dtype(given, args, getattr(model, "dtype", None))
 
 
 def load_policy(model: str | AnyModel, args: GRPOConfig, peft_config: Any) -> tuple[nn.Module, list[str]]:

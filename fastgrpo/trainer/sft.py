@@ -13,9 +13,16 @@ from fastgrpo.models.calls import pad
 from fastgrpo.models.head import run_completion_head
 from fastgrpo.rewards.text import is_conversation
 from fastgrpo.trainer.base import HeadTrainer
+from fastgrpo.trainer.config import as_logits_dtype
 from fastgrpo.trainer.groups import RepeatedRows
 from fastgrpo.trainer.rollout import without_added_end
-from fastgrpo.trainer.setup import check_dataset, only_iterates, prepare_to_iterate, prepare_tokenizer
+from fastgrpo.trainer.setup import (
+    check_dataset,
+    check_logits_dtype,
+    only_iterates,
+    prepare_to_iterate,
+    prepare_tokenizer,
+)
 
 
 class SFTTrainer(HeadTrainer):
@@ -36,6 +43,7 @@ class SFTTrainer(HeadTrainer):
         processing_class: the tokenizer (None: the one at the model's path).
         callbacks: as in transformers' Trainer.
         backend: "auto", or one of `fastgrpo.backends.NAMES`.
+        logits_dtype: as in `GRPOConfig`.
 
     Raises:
         ValueError: a missing column, an empty dataset, a row that is not text or messages, a template under which the
@@ -52,7 +60,12 @@ class SFTTrainer(HeadTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         backend: str = "auto",
+        logits_dtype: str | torch.dtype = "auto",
     ):
+        self._head_options: dict[str, Any] = {
+            "backend": backend,
+            "logits_dtype": as_logits_dtype(check_logits_dtype(logits_dtype, args, model)),
+        }
         check_dataset("train_dataset", train_dataset, ("prompt", "completion"))
         if args.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, since the collator reads texts, got True")
@@ -61,7 +74,6 @@ class SFTTrainer(HeadTrainer):
             train_dataset = RepeatedRows(train_dataset, group_size=1)
         tokenizer = prepare_tokenizer(model, processing_class, trust_remote_code=False)
         self._check_head_early(model)
-        self.backend = backend
         super().__init__(
             model=model,
             args=args,
@@ -85,7 +97,7 @@ class SFTTrainer(HeadTrainer):
             inputs["attention_mask"],
             mask.shape[1],
             lambda hidden, head: linear_logps(
-                hidden, head.weight, inputs["completion_ids"], mask=mask, backend=self.backend, **head.options
+                hidden, head.weight, inputs["completion_ids"], mask=mask, **self._head_options, **head.options
             ),
         )
         if num_items_in_batch is None:

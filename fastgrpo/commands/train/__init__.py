@@ -41,6 +41,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--beta", type=number(least=0), default=Objective.beta, help="coefficient of the KL to the first model")
     add("--num-iterations", type=whole(1), default=defaults.NUM_ITERATIONS, help="passes over each batch")
     add("--backend", choices=("auto", *backends.NAMES), default=defaults.BACKEND, help="of the loss")
+    add("--logits-dtype", choices=defaults.LOGITS_DTYPES, default=defaults.LOGITS_DTYPE, help="of the loss")
 
     add = train.add_argument_group("sampling").add_argument
     add("--num-generations", type=whole(2), default=defaults.NUM_GENERATIONS, help="completions per prompt")

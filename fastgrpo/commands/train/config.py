@@ -9,16 +9,21 @@ import torch
 
 from fastgrpo import _defaults, backends
 from fastgrpo.commands.errors import UsageError
-from fastgrpo.trainer.config import CHECKPOINTING, GRPOConfig
+from fastgrpo.engine.head import choose_logits_dtype
+from fastgrpo.trainer.config import CHECKPOINTING, GRPOConfig, as_logits_dtype, name_of_logits_dtype
 
 
 def make_config(options: argparse.Namespace, output_dir: Path, defaults: _defaults.Sizes, is_tiny: bool) -> GRPOConfig:
-    """The options, and where they are None the defaults; a tiny model gains nothing from saving memory."""
+    """The options, and where they are None the defaults; a tiny model gains nothing from saving memory.
+
+    Raises:
+        ValueError: names the option, what was expected and what came.
+    """
     on_gpu = torch.cuda.is_available()
     names = ("max_completion_length", "steps", "learning_rate", "batch_size")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     sizes = defaults._replace(**given)
-    return GRPOConfig(
+    args = GRPOConfig(
         output_dir=str(output_dir),
         use_cpu=not on_gpu,
         bf16=on_gpu and not is_tiny,
@@ -35,6 +40,7 @@ def make_config(options: argparse.Namespace, output_dir: Path, defaults: _defaul
         save_total_limit=1,
         seed=options.seed,
         backend=options.backend,
+        logits_dtype=options.logits_dtype,
         dataloader_pin_memory=on_gpu,
         **{CHECKPOINTING: on_gpu and not is_tiny},
         max_completion_length=sizes.max_completion_length,
@@ -43,6 +49,8 @@ def make_config(options: argparse.Namespace, output_dir: Path, defaults: _defaul
         warmup_steps=sizes.warmup_steps,
         per_device_train_batch_size=sizes.batch_size,
     )
+    name_of_logits_dtype(args.logits_dtype, args, torch.float32)  # as the models here are loaded and made
+    return args
 
 
 def check_backend(args: GRPOConfig) -> None:
@@ -51,6 +59,7 @@ def check_backend(args: GRPOConfig) -> None:
         return
     backend = backends.get(args.backend)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
+    dtype = choose_logits_dtype(as_logits_dtype(args.logits_dtype), dtype, args.device)
     why = backend.unavailable() or backend.refuses(backends.Call(args.device.type, args.device.index, dtype, 1))
     if why is not None:
         raise UsageError(f"--backend: {args.backend} cannot be used here: {why}")

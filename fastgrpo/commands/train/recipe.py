@@ -171,7 +171,8 @@ class Recipe:
             **{CHECKPOINTING: rl.checkpoints_activations},
             **(of_embedded if self.task.is_embedded else of_files),
         )
-        r1.supervised(self.model, self.tokenizer, examples, args, backend=options.backend, log=log, resume=resume)
+        head = {"backend": options.backend, "logits_dtype": options.logits_dtype}
+        r1.supervised(self.model, self.tokenizer, examples, args, log=log, resume=resume, **head)
 
     def _rl_args(self, folder: Path) -> GRPOConfig:
         return make_config(self.options, folder, self.defaults, self.task.is_embedded)

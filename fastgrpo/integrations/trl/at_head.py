@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -38,10 +40,14 @@ class LossAtHead:
                 if isinstance(value, Tensor) and value.shape == self._mask.shape:
                     call[name] = value[self._mask]
         head = dict(bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-        device = hidden.device.type
-        if not torch.is_autocast_enabled(device):
-            weight, head["bias"] = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        self.output = output = linear_grpo_loss(rows, weight, **call, **head)
+        device, under = hidden.device.type, contextlib.nullcontext()
+        if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(device):
+            if hidden.dtype in (torch.bfloat16, torch.float16):  # a cast of the weight would round its gradient, too
+                under = torch.autocast(device, dtype=hidden.dtype)
+            else:
+                weight = weight.to(hidden.dtype)
+        with under:
+            self.output = output = linear_grpo_loss(rows, weight, **call, **head)
         results = []
         for values in (output.per_token_logps, output.entropies):
             if every:
