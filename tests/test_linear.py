@@ -572,7 +572,7 @@ print(peak() - before)
 """
 
 
-PEAKS = [("bfloat16", "cpu"), ("float32", "torch")]  # logits, and a backend that takes them
+PEAKS = [("bfloat16", "cpu"), ("float32", "cpu"), ("float32", "torch")]  # logits, and a backend that takes them
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")

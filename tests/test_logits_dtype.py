@@ -5,13 +5,12 @@ import itertools
 
 import pytest
 import torch
-from cases import linear_loss_and_grads, linear_truth, objective_for, rel_norm
+from cases import linear_loss_and_grads, linear_truth, objective_for, rel_norm, softcap_on
 
 from fastgrpo import Objective, linear_grpo_loss, linear_logps
 from fastgrpo.engine import head, projection
 from fastgrpo.reference import project
 
-BACKENDS = ["torch"]  # those whose sweeps read fp32 and write the operands' dtype
 DTYPES = (torch.bfloat16, torch.float16)
 # relative errors of gradients that are stored in the dtype, and of fp32 ones: two roundings of 1.7e-3 or 2e-4, and one
 STORED, KEPT = ({torch.bfloat16: x, torch.float16: y} for x, y in ((3e-3, 4e-4), (2e-3, 2.6e-4)))
@@ -45,22 +44,27 @@ OPTIONS = {
 }
 
 
-def case(make, option, dtype, *, level="token"):
+def case(make, option, dtype, *, level="token", backend="torch", device="cpu"):
     """(hidden, weight, ids, options of the head, options of the loss), the operands rounded to the dtype."""
+    place = functools.partial(torch.Tensor.to, device=device)
     gen = torch.Generator().manual_seed(11)
     hidden, weight, ids = make(gen)
-    hidden, weight, options = hidden.to(dtype), weight.to(dtype), dict(OPTIONS[option])
+    hidden, weight, ids, options = place(hidden.to(dtype)), place(weight.to(dtype)), place(ids), dict(OPTIONS[option])
+    if "softcap" in options:
+        options["softcap"] = softcap_on(backend, options["softcap"])
     if options.pop("bias", False):
-        options["bias"] = torch.randn(V, generator=gen).to(dtype)
+        options["bias"] = place(torch.randn(V, generator=gen).to(dtype))
     if options.pop("temperature", False):
-        options["temperature"] = torch.rand(B, T, generator=gen) * 0.5 + 0.75
-    mask = torch.ones(B, T)
+        options["temperature"] = place(torch.rand(B, T, generator=gen) * 0.5 + 0.75)
+    mask = torch.ones(B, T, device=device)
     mask[1, T // 2 :] = 0
-    now = linear_truth(hidden, weight, ids, advantages=torch.ones(B), completion_mask=mask, **options)[0]
+    now = linear_truth(hidden, weight, ids, advantages=torch.ones(B, device=device), completion_mask=mask, **options)[
+        0
+    ]
     loss = dict(
         completion_mask=mask,
-        advantages=torch.randn(B, generator=gen),
-        old_per_token_logps=(now.per_token_logps.detach() + 0.1 * torch.randn(B, T, generator=gen)).float(),
+        advantages=place(torch.randn(B, generator=gen)),
+        old_per_token_logps=(now.per_token_logps.detach() + 0.1 * place(torch.randn(B, T, generator=gen))).float(),
         objective=objective_for("grpo", level, dict(entropy_coef=0.01)),
     )
     return hidden, weight, ids, options, loss
@@ -79,11 +83,12 @@ def assert_exact(grads, true_grads, most):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_loss(backend, dtype, name, option, chunk_size):
+def test_loss(backend, device, dtype, name, option, chunk_size):
     """Gradients made in the forward pass, in one chunk and in several, of tokens and of sequences."""
     for level in ("token", "sequence"):
-        hidden, weight, ids, options, loss = case(HEADS[name], option, dtype, level=level)
+        hidden, weight, ids, options, loss = case(
+            HEADS[name], option, dtype, level=level, backend=backend, device=device
+        )
         output, *want = linear_truth(hidden, weight, ids, **options, **loss)
         call = dict(backend=backend, chunk_size=chunk_size, logits_dtype=torch.float32, **options, **loss)
         got, *grads = linear_loss_and_grads(linear_grpo_loss, hidden, weight, ids, **call)
@@ -96,19 +101,18 @@ def test_loss(backend, dtype, name, option, chunk_size):
 
 @pytest.mark.parametrize("option", ["plain", "all"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_of_fp32_tensors_leave_in_fp32(backend, dtype, option):
+def test_gradients_of_fp32_tensors_leave_in_fp32(backend, device, dtype, option):
     """Under autocast, with fp32 hidden states, weight or both: one rounding, that of dL/dlogits, as in no chunk."""
     masters = {"both": (True, True), "weight": (False, True), "hidden": (True, False)}
     for (name, make), (which, wide) in itertools.product(HEADS.items(), masters.items()):
-        *tensors, ids, options, loss = case(make, option, dtype)
+        *tensors, ids, options, loss = case(make, option, dtype, backend=backend, device=device)
         if "bias" in options:
             options["bias"] = options["bias"].float() * 1.001  # no number of the dtype; it is not rounded to it
         output, *want = linear_truth(*tensors, ids, **options, **loss)
         tensors = [x.float() if kept else x for x, kept in zip(tensors, wide, strict=True)]
         for chunk_size in (None, 30):
             call = dict(backend=backend, chunk_size=chunk_size, logits_dtype=torch.float32, **options, **loss)
-            with torch.autocast("cpu", dtype):
+            with torch.autocast(device, dtype):
                 got, *grads = linear_loss_and_grads(linear_grpo_loss, *tensors, ids, **call)
             assert worst(got.per_token_logps, output.per_token_logps) <= 2e-5
             for grad, true, kept in zip(grads, want[:2], wide, strict=False):
@@ -119,11 +123,10 @@ def test_gradients_of_fp32_tensors_leave_in_fp32(backend, dtype, option):
 @pytest.mark.parametrize("option", ["plain", "all"])
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_logps(backend, dtype, name, option):
+def test_logps(backend, device, dtype, name, option):
     """Gradients that project again, from upstream gradients of logps and entropies; operands' and fp32 gradients."""
-    hidden, weight, ids, options, loss = case(HEADS[name], option, dtype)
-    ups = torch.randn(2, B, T, generator=torch.Generator().manual_seed(5))
+    hidden, weight, ids, options, loss = case(HEADS[name], option, dtype, backend=backend, device=device)
+    ups = torch.randn(2, B, T, generator=torch.Generator().manual_seed(5)).to(device)
 
     def run(call, tensors):
         leaves = [x.clone().requires_grad_() for x in tensors]
@@ -133,8 +136,8 @@ def test_logps(backend, dtype, name, option):
 
     def exact(hidden, weight):
         made = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-        vocab, temperature = made.pop("vocab_size", V), made.pop("temperature", torch.ones(B, T))
-        bias = made.pop("bias", torch.zeros(V).double())
+        vocab, temperature = made.pop("vocab_size", V), made.pop("temperature", torch.ones(B, T, device=device))
+        bias = made.pop("bias", torch.zeros(V, device=device).double())
         z = project(hidden, weight[:vocab], bias[:vocab], **made) / temperature[..., None]
         logps = z.log_softmax(-1)
         return logps.gather(-1, ids[..., None])[..., 0], -(logps.exp() * logps).sum(-1)
@@ -143,7 +146,7 @@ def test_logps(backend, dtype, name, option):
     for autocast, chunk_size in itertools.product((False, True), (None, 30)):
         call = dict(return_entropy=True, backend=backend, chunk_size=chunk_size, logits_dtype=torch.float32, **options)
         tensors = [x.float() if autocast else x for x in (hidden, weight)]
-        with torch.autocast("cpu", dtype, enabled=autocast):
+        with torch.autocast(device, dtype, enabled=autocast):
             got = run(functools.partial(linear_logps, completion_ids=ids, **call), tensors)
         assert max(worst(got[0], want[0]), worst(got[1], want[1])) <= 2e-5
         for grad, true in zip(got[2:], want[2:], strict=True):
@@ -151,10 +154,9 @@ def test_logps(backend, dtype, name, option):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rounded_logits_are_the_error_that_goes(backend, dtype):
+def test_rounded_logits_are_the_error_that_goes(backend, device, dtype):
     """On a realistic head in bf16, rounding the logits costs ten times as much as all that is left."""
-    hidden, weight, ids, options, loss = case(realistic_head, "plain", dtype)
+    hidden, weight, ids, options, loss = case(realistic_head, "plain", dtype, backend=backend, device=device)
     output, *want = linear_truth(hidden, weight, ids, **loss)
     errors = []
     for logits_dtype in (dtype, torch.float32):
@@ -167,9 +169,8 @@ def test_rounded_logits_are_the_error_that_goes(backend, dtype):
     assert all(a > (8 if dtype == torch.bfloat16 else 2) * b for a, b in zip(rounded[1:], exact[1:], strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_frozen_weight_and_frozen_hidden_states(backend):
-    hidden, weight, ids, _, loss = case(realistic_head, "plain", torch.bfloat16)
+def test_a_frozen_weight_and_frozen_hidden_states(backend, device):
+    hidden, weight, ids, _, loss = case(realistic_head, "plain", torch.bfloat16, backend=backend, device=device)
     _, *want = linear_truth(hidden, weight, ids, **loss)
     for which in (0, 1):
         leaves = [x.clone().requires_grad_(i == which) for i, x in enumerate((hidden, weight))]
@@ -180,10 +181,9 @@ def test_a_frozen_weight_and_frozen_hidden_states(backend):
 
 
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_ratio_of_a_first_step_is_1(backend, name):
+def test_the_ratio_of_a_first_step_is_1(backend, device, name):
     """Old logps scored one completion at a time, in chunks and row by row: within 1e-5 of those in the loss."""
-    hidden, weight, ids, _, loss = case(HEADS[name], "plain", torch.bfloat16)
+    hidden, weight, ids, _, loss = case(HEADS[name], "plain", torch.bfloat16, backend=backend, device=device)
     call = dict(backend=backend, logits_dtype=torch.float32)
     for size, chunk_size in ((1, None), (2, 7), (B, 30), (1, 1)):  # one row alone takes another order of sums
         with torch.no_grad():
@@ -234,9 +234,10 @@ def test_the_backend_is_chosen_by_the_logits(monkeypatch):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compile_fullgraph(backend, level):
-    hidden, weight, ids, _, loss = case(random_head, "plain", torch.bfloat16, level=level)
+def test_compile_fullgraph(backend, device, level):
+    hidden, weight, ids, _, loss = case(
+        random_head, "plain", torch.bfloat16, level=level, backend=backend, device=device
+    )
 
     def step(hidden, weight, ids, **loss):
         call = dict(backend=backend, chunk_size=50, logits_dtype=torch.float32)
