@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import linear_loss_and_grads, linear_truth, objective_for, rel_norm, softcap_on
 
-from fastgrpo import Objective, linear_grpo_loss, linear_logps
+from fastgrpo import Objective, backends, linear_grpo_loss, linear_logps
 from fastgrpo.engine import head, projection
 from fastgrpo.reference import project
 
@@ -15,6 +15,16 @@ DTYPES = (torch.bfloat16, torch.float16)
 # relative errors of gradients that are stored in the dtype, and of fp32 ones: two roundings of 1.7e-3 or 2e-4, and one
 STORED, KEPT = ({torch.bfloat16: x, torch.float16: y} for x, y in ((3e-3, 4e-4), (2e-3, 2.6e-4)))
 B, T, V, H = 4, 24, 1500, 96  # V is not a multiple of 64
+
+
+@pytest.fixture(params=["torch", "cpu", "cuda"])
+def backend(request):
+    """Those that are quick everywhere; Triton's interpreter has a test of its own, with few rows."""
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_anywhere")
+    elif (why := backends.get(request.param).unavailable()) is not None:
+        pytest.skip(f"backend {request.param}: {why}")
+    return request.param
 
 
 def random_head(gen):
@@ -255,6 +265,37 @@ def test_compile_fullgraph(backend, device, level):
     assert got[0].item() == pytest.approx(want[0].item(), rel=1e-6)
     for a, b in zip(got[1:], want[1:], strict=True):
         assert a.dtype == b.dtype and rel_norm(a, b) <= 3e-3  # a sum of two gradients may be rounded once or twice
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton(dtype):
+    """One completion: its loss, and logps whose gradients project again."""
+    if (why := backends.get("triton").unavailable()) is not None:
+        pytest.skip(f"backend triton: {why}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, weight, ids, options, loss = case(realistic_head, "all", dtype, backend="triton", device=device)
+    few = slice(1, 2)  # the completion with masked tokens
+    hidden, ids, options["temperature"] = hidden[few], ids[few], options["temperature"][few]
+    loss = {k: v[few] if isinstance(v, torch.Tensor) else v for k, v in loss.items()}
+    output, *want = linear_truth(hidden, weight, ids, **options, **loss)
+    call = dict(backend="triton", logits_dtype=torch.float32, **options)
+    got, *grads = linear_loss_and_grads(linear_grpo_loss, hidden, weight, ids, **call, **loss)
+    assert worst(got.per_token_logps, output.per_token_logps) <= 2e-5
+    assert_exact(grads, want, STORED[dtype])
+    leaf = hidden.clone().requires_grad_()
+    logps = linear_logps(leaf, weight, ids, mask=loss["completion_mask"], **call)
+    assert torch.equal(logps, got.per_token_logps)
+    true = hidden.double().requires_grad_()
+    linear_truth_logps(true, weight.double(), ids, options)[loss["completion_mask"].bool()].sum().backward()
+    logps.sum().backward()
+    assert rel_norm(leaf.grad, true.grad) <= STORED[dtype]
+
+
+def linear_truth_logps(hidden, weight, ids, options):
+    made = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    vocab, temperature, bias = made.pop("vocab_size"), made.pop("temperature"), made.pop("bias")
+    z = project(hidden, weight[:vocab], bias[:vocab], **made) / temperature[..., None]
+    return z.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
 def test_an_objective_that_holds_it():

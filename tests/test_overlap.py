@@ -12,6 +12,7 @@ import torch
 from cases import make_inputs, objective_for, rel_norm
 
 from fastgrpo import Objective, linear_grpo_loss
+from fastgrpo.backends import cpu
 from fastgrpo.engine import overlap, projection
 from fastgrpo.engine.logits import Sweeps
 
@@ -94,6 +95,13 @@ def recorder(monkeypatch):
         recorder.enqueue("sweep", logits.shape[1], [logits, how.rows.ids], [] if out is None else [out])
         return real_sweep(self, logits, how, want_entropy, out)
 
+    real_stats = cpu.head_stats
+
+    def head_stats(hidden, weight, *args, **options):  # of rows that are only scored, without logits
+        recorder.enqueue("project", len(hidden), [hidden, weight], [])
+        return real_stats(hidden, weight, *args, **options)
+
+    monkeypatch.setattr(cpu, "head_stats", head_stats)
     monkeypatch.setattr(overlap, "streams", lambda device: recorder)
     monkeypatch.setattr(projection, "product", product)
     monkeypatch.setattr(Sweeps, "token_loss", token_loss)
