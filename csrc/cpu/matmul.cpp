@@ -174,9 +174,10 @@ void tile(const char* a, int64_t row, int64_t lane, int64_t K, const float* righ
 }
 
 template <class T>
-void finish_as(const float* sums, int64_t count, const float* bias, bool add, T* out) {
+void finish_as(const float* sums, int64_t count, const float* bias, bool add, bool stream, T* out) {
   constexpr int64_t kTwo = 2 * Simd::kWidth;
   int64_t i = 0;
+  (void)stream;
   const bool vectors = sizeof(T) == sizeof(float) || !add;
   for (; vectors && i + kTwo <= count; i += kTwo) {
     Vec a, b, c, d;
@@ -186,6 +187,12 @@ void finish_as(const float* sums, int64_t count, const float* bias, bool add, T*
       a = Simd::add(a, c);
       b = Simd::add(b, d);
     }
+#ifdef FASTGRPO_STREAM
+    if (stream) {
+      Simd::stream2(out + i, a, b);
+      continue;
+    }
+#endif
     if constexpr (sizeof(T) == sizeof(float)) {
       if (add) {
         Simd::load2(out + i, c, d);
@@ -206,20 +213,9 @@ void finish_as(const float* sums, int64_t count, const float* bias, bool add, T*
 }
 
 void finish(const float* sums, int64_t count, const float* bias, bool add, bool stream, void* out, int32_t dtype) {
-#ifdef FASTGRPO_STREAM
-  if (stream) {
-    for (int64_t i = 0; i < count; i += Simd::kWidth) {
-      Vec x = Simd::load(sums + i);
-      if (bias != nullptr) x = Simd::add(x, Simd::load(bias + i));
-      Simd::stream((float*)out + i, x);
-    }
-    return;
-  }
-#endif
-  (void)stream;
-  if (dtype == 0) return finish_as(sums, count, bias, add, (float*)out);
-  if (dtype == 1) return finish_as(sums, count, bias, add, (BFloat16*)out);
-  return finish_as(sums, count, bias, add, (Float16*)out);
+  if (dtype == 0) return finish_as(sums, count, bias, add, stream, (float*)out);
+  if (dtype == 1) return finish_as(sums, count, bias, add, stream, (BFloat16*)out);
+  return finish_as(sums, count, bias, add, stream, (Float16*)out);
 }
 
 #ifdef FASTGRPO_AMX

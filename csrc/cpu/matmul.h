@@ -32,8 +32,8 @@ struct Tiles {
 
 struct Products {
   Tiles tiles[3];  // by the DType of the operands
-  // out[i] = sums[i] (+ bias[i]), or += with `add`; out has that DType. stream: written past the caches; out is then
-  // fp32, on a cache line, and count a multiple of 16.
+  // out[i] = sums[i] (+ bias[i]), or += with `add`; out has that DType. stream: written past the caches; out is
+  // then on a cache line, count a multiple of 32, and nothing is added.
   void (*finish)(const float* sums, int64_t count, const float* bias, bool add, bool stream, void* out, int32_t dtype);
 };
 

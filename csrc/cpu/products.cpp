@@ -136,7 +136,7 @@ class Product {
   void finish(int64_t m, int64_t count, int64_t panel, const float* sums, int64_t stride) const {
     const int64_t n = panel * tiles_.columns, columns = std::min<int64_t>(tiles_.columns, a_.N - n);
     const float* const bias = a_.bias == nullptr ? nullptr : a_.bias + n;
-    const bool stream = streams_ && columns % 16 == 0;
+    const bool stream = streams_ && columns % 32 == 0;
     for (int64_t r = 0; r < count; ++r) {
       void* const out = (char*)a_.out + ((m + r) * a_.out_stride + n) * element_size(a_.out_dtype);
       made_.finish(sums + r * stride, columns, bias, a_.add != 0, stream && (uintptr_t)out % 64 == 0, out,
@@ -233,7 +233,7 @@ class Product {
   void run(int64_t threads) {
     if (a_.M == 0 || a_.N == 0) return;
     threads = worth(threads);
-    streams_ = a_.out_dtype == kFloat32 && !a_.add && a_.M * a_.N * 4 >= kStreamed;
+    streams_ = !a_.add && a_.M * a_.N * element_size(a_.out_dtype) >= kStreamed;
     if (a_.K > kDeep) return by_segments(threads);
     return a_.N > a_.M ? by_panels(threads) : by_rows(threads);
   }

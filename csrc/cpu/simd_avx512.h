@@ -36,7 +36,21 @@ struct Simd {
   static Vec dot(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 #endif
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
-  static void stream(float* p, Vec x) { _mm512_stream_ps(p, x); }
+  // Past the caches: a and b, in order, to p on a cache line.
+  static void stream2(float* p, Vec a, Vec b) {
+    _mm512_stream_ps(p, a);
+    _mm512_stream_ps(p + 16, b);
+  }
+  static void stream2(BFloat16* p, Vec a, Vec b) {
+    const __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_up_bits(a), 16));
+    const __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_up_bits(b), 16));
+    _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
+  static void stream2(Float16* p, Vec a, Vec b) {
+    const __m256i low = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i high = _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  }
 
   // 16 x 16 lanes: pairs of rows, then of pairs, then the quarters of 128 bits, twice.
   static void transpose(const float* x, int64_t stride, float* out, int64_t width) {
