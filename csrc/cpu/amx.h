@@ -18,6 +18,8 @@ struct Amx {
   static constexpr int kSide = 16;  // rows and lanes of a tile
   static constexpr int kStep = 32;  // elements of k in a row of a tile
   static constexpr int kRows = 32, kColumns = 32;
+  // Elements of k at a time: a panel's stay in L1, and their sums cost an eighth of multiplying.
+  static constexpr int kDepth = 512;
 
   // 0, 1 above 2, 3: the sums; 4 above 5: of the left operand; 6, 7: of the right one. What lies below has no rows
   // where 16 are enough.
@@ -60,22 +62,11 @@ struct Amx {
 
   template <bool kBoth>
   static void tile_of(const char* a, int64_t row, int64_t K, const float* right, int32_t rows, float* sums, bool add) {
-    float* const below = sums + kSide * kColumns;
-    if (add) {
-      written(sums);
-      _tile_loadd(0, sums, kColumns * 4);
-      _tile_loadd(1, sums + kSide, kColumns * 4);
-      if (kBoth) {
-        _tile_loadd(2, below, kColumns * 4);
-        _tile_loadd(3, below + kSide, kColumns * 4);
-      }
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      if (kBoth) {
-        _tile_zero(2);
-        _tile_zero(3);
-      }
+    _tile_zero(0);
+    _tile_zero(1);
+    if (kBoth) {
+      _tile_zero(2);
+      _tile_zero(3);
     }
     for (; K >= kStep; K -= kStep, a += kStep * 2, right += kSide * kColumns) step<kBoth>(a, row, right);
     if (K > 0) {  // zeroes on both sides: 0 times what lies there might be NaN
@@ -87,12 +78,15 @@ struct Amx {
       written(rest_of_right);
       step<kBoth>((const char*)rest_of_a, sizeof rest_of_a[0], rest_of_right[0]);
     }
-    _tile_stored(0, sums, kColumns * 4);
-    _tile_stored(1, sums + kSide, kColumns * 4);
+    alignas(64) float fresh[kRows * kColumns];
+    float* const to = add ? fresh : sums;
+    _tile_stored(0, to, kColumns * 4);
+    _tile_stored(1, to + kSide, kColumns * 4);
     if (kBoth) {
-      _tile_stored(2, below, kColumns * 4);
-      _tile_stored(3, below + kSide, kColumns * 4);
+      _tile_stored(2, to + kSide * kColumns, kColumns * 4);
+      _tile_stored(3, to + kSide * kColumns + kSide, kColumns * 4);
     }
+    for (int32_t i = 0; add && i < rows * kColumns; ++i) sums[i] += fresh[i];
   }
 
   static void tile(const char* a, int64_t row, int64_t, int64_t K, const float* right, int32_t rows, float* sums,

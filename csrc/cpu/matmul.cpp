@@ -254,7 +254,7 @@ extern const Products kProducts = {
     {
         {kRows, kColumns, 1, true, pack<float, Single<float>>, tile<Single<float>>},
 #if defined(FASTGRPO_AMX)
-        {Amx::kRows, Amx::kColumns, 2, true, pack<BFloat16, Pair>, Amx::tile, pack_rows, Amx::rest},
+        {Amx::kRows, Amx::kColumns, 2, true, pack<BFloat16, Pair>, Amx::tile, pack_rows, Amx::rest, Amx::kDepth},
 #elif defined(FASTGRPO_PAIRS)
         {kRows, kColumns, 2, true, pack<BFloat16, Pair>, tile<Pair>},
 #else

@@ -9,10 +9,6 @@
 
 namespace fastgrpo {
 
-// Elements of k whose products a register sums up before they join the sums in memory. A part of every sum's order:
-// its error grows with the root of this number, and at 192 is that of the usual libraries' fp32 products.
-constexpr int64_t kDepth = 192;
-
 struct Tiles {
   int32_t rows, columns;  // of the largest tile; a packed right operand is `columns` wide
   int32_t elements;       // of k in a lane
@@ -20,7 +16,7 @@ struct Tiles {
   // x: element (k, i) lies k * k_stride + i * i_stride elements from it, and one of the two is 1. k_stride is that of
   // k.
   void (*pack)(const void* x, int64_t k_stride, int64_t i_stride, int64_t K, int64_t count, int64_t width, float* out);
-  // sums (rows, columns) = or += the product of K <= kDepth elements; the lane s of row r lies r * row + s * lane
+  // sums (rows, columns) = or += the product of K <= depth elements; the lane s of row r lies r * row + s * lane
   // bytes from a. A last lane that K fills by half is read by half.
   void (*tile)(const char* a, int64_t row, int64_t lane, int64_t K, const float* right, int32_t rows, float* sums,
                bool add);
@@ -28,6 +24,9 @@ struct Tiles {
   void (*pack_rows)(const void* x, int64_t k_stride, int64_t i_stride, int64_t K, int64_t count, float* out) = nullptr;
   // Null, or what a thread calls after its last tile.
   void (*rest)() = nullptr;
+  // Elements of k whose products a tile sums up before they join the sums in memory. A part of every sum's order: its
+  // error grows with the root of this number, and at 192 is that of the usual libraries' fp32 products.
+  int64_t depth = 192;
 };
 
 struct Products {

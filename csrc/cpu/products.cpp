@@ -1,8 +1,8 @@
 // Matrix products over threads: which operand is packed when, and the order of every sum.
 //
-// An element is the sum over k of kDepth products at a time, added one after the other; beyond kDeep they add up to
-// the sums of segments first, which are added one after the other. That depends on K alone, so an element has the same
-// bits whatever M, N and the number of threads are.
+// An element is the sum over k of a depth of products at a time, added one after the other; beyond kDeep they add up
+// to the sums of segments first, which are added one after the other. That depends on K alone, so an element has the
+// same bits whatever M, N and the number of threads are.
 
 #include <algorithm>
 #include <condition_variable>
@@ -20,21 +20,21 @@ namespace {
 
 using Args = FastgrpoMatmul;
 
-constexpr int64_t kDeep = 16384;  // more of K is cut into segments, and these go over the threads
-constexpr int64_t kSegment = 21 * kDepth;
-constexpr int64_t kGroup = 96;          // rows whose sums wait in a cache for the next kDepth of K
+constexpr int64_t kDeep = 16384;        // more of K is cut into segments, and these go over the threads
+constexpr int64_t kSegment = 4032;      // which is 21 times 192, the usual depth
+constexpr int64_t kGroup = 96;          // rows whose sums wait in a cache for the next depth of K
 constexpr int64_t kPartial = 4 << 20;   // bytes of a segment's sums, for each thread
 constexpr int64_t kWorth = 4 << 20;     // multiplications that are worth a thread
 constexpr int64_t kStreamed = 8 << 20;  // bytes of a result that no cache would keep
+
+constexpr int64_t kLine = 64;  // bytes of a cache line
+float* on_line(float* x) { return (float*)(((uintptr_t)x + kLine - 1) / kLine * kLine); }
 
 // Memory on a cache line.
 class Floats {
  public:
   explicit Floats(int64_t count) : held_(count + 16) { fastgrpo_cpu_prefer_large_pages(held_.data(), count * 4); }
-  float* data() {
-    const uintptr_t at = (uintptr_t)held_.data();
-    return (float*)((at + 63) / 64 * 64);
-  }
+  float* data() { return on_line(&held_.data()->x); }
 
  private:
   struct Raw {
@@ -95,9 +95,10 @@ class Product {
     const char* const x = (const char*)a_.a + (m * a_.a_stride[0] + k * a_.a_stride[1]) * size_;
     if (direct()) return {x, a_.a_stride[0] * size_, 4};
     if (tiles_.pack_rows != nullptr) {
-      scratch.resize(count * lanes(K));
-      tiles_.pack_rows(x, a_.a_stride[1], a_.a_stride[0], K, count, scratch.data());
-      return {(const char*)scratch.data(), lanes(K) * 4, 4};
+      scratch.resize(count * lanes(K) + kLine / 4);
+      float* const rows = on_line(scratch.data());
+      tiles_.pack_rows(x, a_.a_stride[1], a_.a_stride[0], K, count, rows);
+      return {(const char*)rows, lanes(K) * 4, 4};
     }
     const int64_t width = up(count, 16);
     scratch.resize(lanes(K) * width);
@@ -120,8 +121,8 @@ class Product {
 
   void multiply_segment(const Left& left, int64_t count, int64_t K, const float* right, float* sums) const {
     const int64_t heights = (count + tiles_.rows - 1) / tiles_.rows;
-    for (int64_t k = 0; k == 0 || k < K; k += kDepth) {  // without any k, the sums are 0
-      int64_t depth = std::min(kDepth, K - k);
+    for (int64_t k = 0; k == 0 || k < K; k += tiles_.depth) {  // without any k, the sums are 0
+      int64_t depth = std::min(tiles_.depth, K - k);
       if (!direct()) depth = lanes(depth) * tiles_.elements;  // what is packed has whole lanes
       for (int64_t i = 0; i < heights; ++i) {                 // of nearly equal heights
         const int64_t m = count * i / heights, rows = count * (i + 1) / heights - m;
