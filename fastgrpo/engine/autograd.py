@@ -283,7 +283,7 @@ def _power_of_two(o: Objective, batch: Batch, weights: Weights, scored: Tensor |
     It is the power of two that brings the largest coefficient of a row, as far as it is known before the pass, to
     about 2^8. fp16 reaches from 2^-24 to 2^16, so that leaves room for small probabilities below and ratios above.
     """
-    size = only_where(scored, batch.row_advantages()).abs() + o.beta
+    size = only_where(scored, batch.row_advantages()).abs() + o.beta + (not o.record.inert)
     if batch.importance_ratio is not None:
         size = size * only_where(scored, batch.importance_ratio, fill=1.0)
     size = size * weights.loss.abs()

@@ -156,7 +156,7 @@ class Apart(NamedTuple):
         return scores, terms
 
     def terms(self, logps: Tensor, entropies: Tensor | None) -> Terms:
-        if self.objective.entropy_coef == 0 and entropies is not None:
+        if not self.objective.differentiates_entropy and entropies is not None:
             entropies = entropies.detach()  # a statistic only: no gradient sweep for it
         return compute_terms(self.objective, self.batch, logps, entropies, self.weights, self.scored)
 
@@ -172,7 +172,7 @@ class Apart(NamedTuple):
         with torch.enable_grad():
             wanted = [scores.logp.detach().requires_grad_()]
             entropies = scores.entropy
-            if self.objective.entropy_coef != 0:
+            if self.objective.differentiates_entropy:
                 assert entropies is not None  # as needs_entropy says
                 entropies = entropies.detach().requires_grad_()
                 wanted.append(entropies)

@@ -1,4 +1,4 @@
-"""The losses: for each a record of its function of a token, its average, and its fused kind.
+"""The losses: for each a record of its function of `Tokens`, its average, and its fused kind.
 
 A row of logits reaches them through two numbers only, the target's logp and the row's entropy. So everything here
 works on (N,) vectors, is differentiable, and is the truth that the fused kernels are tested against.
@@ -8,53 +8,54 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrpo.batch.batch import Batch
-from fastgrpo.objective.options import LOSSES, Loss, Objective, Tokens
+from fastgrpo.objective.options import Objective
+from fastgrpo.objective.record import LOSSES, Loss, Tokens
 
 # ---- the loss of a token
 
 
-def clipped(o: Objective, t: Tokens) -> tuple[Tensor]:
+def clipped(t: Tokens) -> Tensor:
     """-min(r A, clip(r) A), r bounded by delta in the first."""
+    o = t.objective
     bounded = t.advantages >= 0 if o.delta is None else t.advantages == t.advantages
     if t.off is not None:
         bounded = bounded | t.off
     ratio = bounded_exp(t.log_ratio, bounded, max(o.clip_high, o.delta or 0.0))
     unclipped = ratio if o.delta is None else ratio.clamp(max=o.delta)
     clip = ratio.clamp(1 - o.epsilon, o.clip_high)
-    return (-torch.minimum(unclipped * t.advantages, clip * t.advantages),)
+    return -torch.minimum(unclipped * t.advantages, clip * t.advantages)
 
 
-def cispo(o: Objective, t: Tokens) -> tuple[Tensor]:
+def cispo(t: Tokens) -> Tensor:
     """-min(r, epsilon_high) A logp, the first factor without a gradient."""
-    return (-t.log_ratio.exp().clamp(max=o.clip_high).detach() * t.advantages * t.logps,)
+    return -t.log_ratio.exp().clamp(max=t.objective.clip_high).detach() * t.advantages * t.logp
 
 
-def sapo(o: Objective, t: Tokens) -> tuple[Tensor]:
+def sapo(t: Tokens) -> Tensor:
     """-A sigmoid(τ (r - 1)) 4 / τ, with τ by the advantage's sign."""
-    tau = torch.where(t.advantages > 0, o.sapo_temperature_pos, o.sapo_temperature_neg).to(t.logps.dtype)
-    saturated = 1e3 / min(o.sapo_temperature_pos, o.sapo_temperature_neg)
-    ratio = bounded_exp(t.log_ratio, t.advantages == t.advantages, saturated)  # a NaN advantage has a NaN gradient
-    return (-t.advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau,)
+    positive, negative = t.objective.sapo_temperature_pos, t.objective.sapo_temperature_neg
+    tau = torch.where(t.advantages > 0, positive, negative).to(t.logp.dtype)
+    # a NaN advantage has a NaN gradient
+    ratio = bounded_exp(t.log_ratio, t.advantages == t.advantages, 1e3 / min(positive, negative))
+    return -t.advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
 
 
-def vespo(o: Objective, t: Tokens) -> tuple[Tensor, Tensor]:
+def vespo(t: Tokens) -> tuple[Tensor, Tensor]:
     """-φ A logp, with φ of the whole sequence."""
-    phi = _vespo_weight(o, t)
-    return -phi * t.advantages * t.logps, phi
+    phi = _vespo_weight(t)
+    return -phi * t.advantages * t.logp, phi
 
 
 @torch.no_grad()
-def _vespo_weight(o: Objective, t: Tokens) -> Tensor:
+def _vespo_weight(t: Tokens) -> Tensor:
     """(N,) φ = exp(λ + k·log w - λ·w), w the sequence's ratio, in log space; k and λ by the advantage's sign."""
-    layout, lowest = t.batch.layout, math.log(1e-8)
-    log_w = layout.seq_sum(t.token_log_ratio.clamp(-20, 20) * t.mask)
+    o, layout, lowest = t.objective, t.batch.layout, math.log(1e-8)
+    log_w = layout.seq_sum((t.logp - t.old_logp).clamp(-20, 20) * t.mask)
     if t.importance_ratio is not None:
         sum_is = layout.seq_sum(t.importance_ratio.log().clamp(lowest, 20))  # rows that are not scored hold log 1
         if t.batch.importance_ratio_per_sequence:  # one number, standing on each row of its sequence: count it once
@@ -76,36 +77,6 @@ def bounded_exp(log_ratio: Tensor, bounded: Tensor, largest: float) -> Tensor:
     """
     top = max(math.log(torch.finfo(log_ratio.dtype).max) / 2, math.log(largest) + 1)
     return torch.where((log_ratio > top) & bounded, top, log_ratio).exp()
-
-
-# ---- averages: the factor of each token's loss
-
-
-def per_sequence(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
-    """The mean over sequences of their mean over tokens."""
-    layout = batch.layout
-    return mask / layout.to_rows(layout.seq_sum(mask).clamp(min=1)) / max(layout.num_sequences, 1)
-
-
-def per_token(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
-    """The mean over this batch's tokens."""
-    return mask / mask.sum().clamp(min=1)
-
-
-def per_item(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
-    """The mean over all tokens of an optimiser's step, where their number is given."""
-    return mask / batch.num_items(mask)
-
-
-def per_length(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
-    """The sum over tokens, over the number of sequences times a constant length."""
-    assert o.max_completion_length is not None  # as the record of its loss says
-    return mask / (max(batch.layout.num_sequences, 1) * o.max_completion_length)
-
-
-def summed(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
-    """The mean over sequences of their sum over tokens."""
-    return mask / max(batch.layout.num_sequences, 1)
 
 
 # ---- what is logged: the shares of tokens whose ratio is bounded
@@ -138,34 +109,33 @@ def _clip_numbers(o: Objective) -> tuple[float, ...]:
     return 1 - o.epsilon, o.clip_high, math.inf if o.delta is None else o.delta
 
 
-def _clipped(average: Callable[[Objective, Batch, Tensor], Tensor], **more: Any) -> Loss:
+def _clipped(average: str, **more: Any) -> Loss:
     return Loss(clipped, average, kind=Kind.CLIP.value, numbers=_clip_numbers, shares=clipped_shares, **more)
 
 
 LOSSES |= {
-    "grpo": _clipped(per_sequence),  # arXiv:2402.03300
-    "bnpo": _clipped(per_token),
-    "dr_grpo": _clipped(per_length, needs="max_completion_length"),  # arXiv:2503.20783
-    "dapo": _clipped(per_item, over_items=True),  # arXiv:2503.14476
-    "luspo": _clipped(summed),  # arXiv:2602.05261
+    "grpo": _clipped("grpo"),  # arXiv:2402.03300
+    "bnpo": _clipped("bnpo"),
+    "dr_grpo": _clipped("dr_grpo"),  # arXiv:2503.20783
+    "dapo": _clipped("dapo"),  # arXiv:2503.14476
+    "luspo": _clipped("luspo"),  # arXiv:2602.05261
     "cispo": Loss(  # arXiv:2506.13585
         cispo,
-        per_item,
-        over_items=True,
+        "dapo",
         kind=Kind.CISPO.value,
         numbers=lambda o: (o.clip_high,),
         clip_high=lambda epsilon_high: epsilon_high,
         shares=cispo_shares,
     ),
     "sapo": Loss(  # arXiv:2511.20347
-        sapo, per_sequence, kind=Kind.SAPO.value, numbers=lambda o: (o.sapo_temperature_pos, o.sapo_temperature_neg)
+        sapo, "grpo", kind=Kind.SAPO.value, numbers=lambda o: (o.sapo_temperature_pos, o.sapo_temperature_neg)
     ),
     "vespo": Loss(  # arXiv:2602.10693
         vespo,
-        per_item,
-        over_items=True,
+        "dapo",
         whole_sequences=True,
         takes_importance_ratio=True,
         logs=("vespo/phi_seq_mean",),
+        logs_of_sequences=True,
     ),
 }

@@ -1,83 +1,23 @@
-"""`Objective`, every option of the loss; and what a loss type is, as a record that others register."""
+"""`Objective`, every option of the loss, checked on construction."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from fastgrpo.batch.batch import Batch
 from fastgrpo.batch.checks import wrong
+from fastgrpo.objective.averages import AVERAGES, Average
+from fastgrpo.objective.own import name_of, record_of, title
+from fastgrpo.objective.presets import PRESETS
+from fastgrpo.objective.record import LOSSES, Loss, TokenLoss
 
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
-
-
-class Tokens(NamedTuple):
-    """What the loss of a token may read; (N,) each, one value a row. Rows without a score hold harmless numbers."""
-
-    logps: Tensor  # differentiable
-    log_ratio: Tensor  # of the objective's level, differentiable
-    token_log_ratio: Tensor  # logp - old, detached
-    advantages: Tensor
-    importance_ratio: Tensor | None
-    off: Tensor | None  # bool: a factor of 0 awaits the loss
-    mask: Tensor  # the loss tokens, 0 or 1
-    scored: Tensor | None  # bool; None: all
-    batch: Batch
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a loss type is. Everything that depends on one is read from here.
-
-    Args:
-        token: (N,) the loss of each token, without KL and entropy bonus; and for each name in `logs` (N,) weights.
-        average: (N,) the factor of each token's loss from the mask in numbers: how tokens are averaged.
-        over_items: the average is over `num_items_in_batch`, so that the losses of micro-batches add up to a step's.
-        kind, numbers: the fused objective that does the same, a `Kind`, and its numbers, at most 4; None: there is
-            none.
-        whole_sequences: a token's loss needs the other tokens of its sequence at every level.
-        takes_importance_ratio: `token` reads the importance sampling ratio; otherwise it multiplies the loss.
-        clip_high: the upper bound of the ratio.
-        logs: metrics, each the mean over sequences of a weight that is one number for each sequence.
-        shares: what else is logged of (objective, ratio, advantages): (N,) bools by their metric's name.
-        needs: option that must be given.
-    """
-
-    token: Callable[[Objective, Tokens], tuple[Tensor, ...]]
-    average: Callable[[Objective, Batch, Tensor], Tensor]
-    over_items: bool = False
-    kind: int | None = None
-    numbers: Callable[[Objective], tuple[float, ...]] = lambda o: ()
-    whole_sequences: bool = False
-    takes_importance_ratio: bool = False
-    clip_high: Callable[[float], float] = lambda epsilon_high: 1 + epsilon_high
-    logs: tuple[str, ...] = ()
-    shares: Callable[[Objective, Tensor, Tensor], dict[str, Tensor]] = lambda o, ratio, advantages: {}
-    needs: str | None = None
-
-
-LOSSES: dict[str, Loss] = {}  # by loss_type; `fastgrpo.objective.losses` fills it
-
-# the settings of papers
-PRESETS: dict[str, dict[str, Any]] = {
-    "grpo-paper": dict(loss_type="grpo", beta=0.04, use_bias_correction_kl=False),  # arXiv:2402.03300
-    "dapo": dict(loss_type="dapo", epsilon_high=0.28),  # arXiv:2503.14476
-    "dr_grpo": dict(loss_type="dr_grpo"),  # arXiv:2503.20783; needs max_completion_length
-    "bnpo": dict(loss_type="bnpo"),  # TRL's: an average over the tokens of a batch
-    # GSPO, arXiv:2507.18071
-    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
-    "gspo-token": dict(loss_type="grpo", importance_sampling_level="sequence_token", epsilon=3e-4, epsilon_high=4e-4),
-    # arXiv:2602.05261
-    "luspo": dict(loss_type="luspo", importance_sampling_level="sequence", epsilon=2e-3, epsilon_high=2.5e-3),
-    "cispo": dict(loss_type="cispo", epsilon_high=5.0),  # arXiv:2506.13585
-    "sapo": dict(loss_type="sapo"),  # arXiv:2511.20347
-    "vespo": dict(loss_type="vespo"),  # arXiv:2602.10693
-}
+CHOICES = {"importance_sampling_level": IMPORTANCE_SAMPLING_LEVELS, "average": tuple(AVERAGES)}  # of names
 
 
 @dataclass(frozen=True)
@@ -90,7 +30,8 @@ class Objective:
         loss_type: the loss of a token, and how tokens are averaged. The loss is the clipped ratio for "grpo"
             (arXiv:2402.03300), "bnpo", "dr_grpo" (arXiv:2503.20783), "dapo" (arXiv:2503.14476) and "luspo"
             (arXiv:2602.05261), which differ in the average. "cispo" (arXiv:2506.13585), "sapo" (arXiv:2511.20347)
-            and "vespo" (arXiv:2602.10693) have losses of their own.
+            and "vespo" (arXiv:2602.10693) have losses of their own. Or a function of one's own, from `Tokens` to (N,)
+            the loss of each token; "module:function"; or a name given by `register_loss`.
         importance_sampling_level: what the ratio is of: "token"; "sequence" (GSPO, arXiv:2507.18071); or
             "sequence_token" (GSPO-token), which has the value of the sequence's ratio and the gradient of the token's.
         beta: coefficient of the KL to the reference policy, estimated by k3; 0: no reference is needed.
@@ -104,16 +45,19 @@ class Objective:
             (arXiv:2506.01939); 1: all.
         off_policy_mask_threshold: sequences of negative advantage have no policy gradient if their mean of
             sampler's logp - logp exceeds it (DeepSeek-V3.2); None: all have.
-        max_completion_length: the constant that "dr_grpo" divides by, and needs.
+        max_completion_length: the constant that the average "dr_grpo" divides by, and needs.
         sapo_temperature_pos, sapo_temperature_neg: temperatures of SAPO's gate, by the advantage's sign.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: parameters of VESPO's weight, by the advantage's
             sign.
+        average: how tokens are averaged, whatever the loss: "dapo", "grpo", "bnpo", "dr_grpo" or "luspo", as those loss
+            types do; verl's "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm" and
+            "token-sum"; or "prompt-mean". None: the loss type's own.
 
     Raises:
         ValueError: names the option, what was expected and what came.
     """
 
-    loss_type: str = "dapo"
+    loss_type: str | TokenLoss = "dapo"
     importance_sampling_level: str = "token"
     beta: float = 0.0
     epsilon: float = 0.2
@@ -130,26 +74,23 @@ class Objective:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    average: str | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
             if not ok:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
-        check("loss_type", self.loss_type in LOSSES, f"one of {', '.join(LOSSES)}")
-        check(
-            "importance_sampling_level",
-            self.importance_sampling_level in IMPORTANCE_SAMPLING_LEVELS,
-            f"one of {', '.join(IMPORTANCE_SAMPLING_LEVELS)}",
-        )
+        record = self.record  # a ValueError if there is none
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("loss_type", "importance_sampling_level"):
+            value, choices = getattr(self, field.name), CHOICES.get(field.name)
+            if field.name == "loss_type" or (value is None and field.default is None):
+                continue
+            if choices is not None:
+                check(field.name, value in choices, f"one of {', '.join(choices)}")
                 continue
             if isinstance(field.default, bool):
                 check(field.name, isinstance(value, bool), "True or False")
-                continue
-            if value is None and field.default is None:
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             check(field.name, number and math.isfinite(value), "a finite number")
@@ -160,10 +101,10 @@ class Objective:
         check("top_entropy_quantile", 0 <= self.top_entropy_quantile <= 1, "a share between 0 and 1")
         check("sapo_temperature_pos", self.sapo_temperature_pos > 0, "a number > 0")
         check("sapo_temperature_neg", self.sapo_temperature_neg > 0, "a number > 0")
-        length, needed = self.max_completion_length, self.record.needs
+        needed, length = AVERAGES[self.average or record.average].needs, self.max_completion_length
         if needed is not None:
             given = getattr(self, needed)
-            check(needed, given is not None and given > 0, f"a number > 0 with loss_type {self.loss_type!r}")
+            check(needed, given is not None and given > 0, f"a number > 0 with average {self.average_name!r}")
         check("max_completion_length", length is None or length > 0, "None or a number > 0")
 
     @classmethod
@@ -186,7 +127,27 @@ class Objective:
     @property
     def record(self) -> Loss:
         """What `loss_type` stands for."""
-        return LOSSES[self.loss_type]
+        return LOSSES[self.loss_type] if self.loss_type in LOSSES else record_of(self.loss_type)  # type: ignore[index]
+
+    @property
+    def loss_name(self) -> str:
+        """What the loss is called in an error."""
+        return repr(self.loss_type) if isinstance(self.loss_type, str) else title(self.loss_type)
+
+    @property
+    def registered_name(self) -> str | None:
+        """The name by which an operator of a compiled graph finds the loss; None: it has none."""
+        return name_of(self.loss_type)
+
+    @property
+    def average_name(self) -> str:
+        """How tokens are averaged, a name in `AVERAGES`."""
+        return self.record.average if self.average is None else self.average
+
+    @property
+    def averaging(self) -> Average:
+        """What `average_name` stands for."""
+        return AVERAGES[self.average_name]
 
     @property
     def clip_high(self) -> float:
@@ -199,7 +160,7 @@ class Objective:
         return (
             self.importance_sampling_level == "token"
             and not self.record.whole_sequences
-            and self.top_entropy_quantile == 1
+            and not self.needs_whole_batch
             and self.off_policy_mask_threshold is None
         )
 
@@ -209,9 +170,34 @@ class Objective:
         return self.is_token_local and self.record.kind is not None
 
     @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a token's loss depends on all tokens of the batch."""
+        return self.record.whole_batch or self.top_entropy_quantile < 1
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether the loss, not only its statistics, depends on entropies."""
-        return self.entropy_coef != 0 or self.top_entropy_quantile < 1
+        return self.differentiates_entropy or self.top_entropy_quantile < 1
+
+    @property
+    def differentiates_entropy(self) -> bool:
+        """Whether the loss has a gradient in the entropies."""
+        return self.entropy_coef != 0 or self.record.needs_entropy
+
+    @property
+    def needs_ref(self) -> bool:
+        """Whether the loss depends on the reference policy."""
+        return self.beta != 0 or self.record.needs_ref
+
+    def items_in_batch(self, *, tokens: Tensor, sequences: float) -> Tensor | float | None:
+        """`num_items_in_batch` as the average has it, from how many tokens and sequences a micro-batch has its share of.
+
+        Raises:
+            ValueError: it counts prompts, whose completions micro-batches part.
+        """
+        if self.averaging.counts == "prompts":
+            raise ValueError(f"average: expected one of tokens or sequences in a trainer, got {self.average_name!r}")
+        return tokens if self.averaging.counts == "tokens" else sequences
 
     def wants_entropy(self, statistics: bool) -> bool:
         """Whether a call computes entropies, given whether it returns statistics."""
@@ -219,7 +205,7 @@ class Objective:
 
     def may_be_inert(self, advantages_per_token: bool) -> bool:
         """Whether a row of advantage 0 is known to add exactly nothing to loss and gradient."""
-        nothing_else = self.beta == 0 and not self.needs_entropy
+        nothing_else = self.beta == 0 and not self.needs_entropy and self.record.inert
         return nothing_else and (self.is_token_local or not advantages_per_token)
 
 
@@ -227,5 +213,6 @@ def check_objective(objective: object, inputs: Mapping[str, Any]) -> None:
     """Raise a ValueError unless it is an Objective that can be computed from a call's inputs."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective: expected an Objective, got {objective!r}")
-    if objective.beta != 0 and inputs.get("ref_per_token_logps") is None:
-        raise wrong("ref_per_token_logps", "a tensor because beta is not 0", None)
+    if objective.needs_ref and inputs.get("ref_per_token_logps") is None:
+        why = "beta is not 0" if objective.beta != 0 else f"{objective.loss_name} reads t.ref_logp"
+        raise wrong("ref_per_token_logps", f"a tensor because {why}", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch import Tensor
 from fastgrpo.batch.batch import Batch
 from fastgrpo.batch.layout import Layout
 from fastgrpo.objective.losses import bounded_exp
-from fastgrpo.objective.options import Objective, Tokens
+from fastgrpo.objective.options import Objective
+from fastgrpo.objective.own import check_gradient, check_loss
+from fastgrpo.objective.record import Tokens
 
 _QUANTILE_LIMIT = 16_000_000  # elements; before 2.14 torch takes 2^24 at most
 
@@ -48,12 +50,28 @@ def term_columns(o: Objective) -> list[str]:
 def row_weights(o: Objective, batch: Batch) -> Weights:
     """The weights of a batch's rows."""
     mask = batch.mask.to(batch.dtype)
-    weight = o.record.average(o, batch, mask)
+    weight = o.averaging.weights(o, batch, mask)
+    if batch.token_weights is not None:
+        weight = weight * only_where(batch.mask, batch.token_weights)
     if isinstance(batch.loss_scale, Tensor) or batch.loss_scale != 1:
         weight = weight * batch.loss_scale
     if o.entropy_coef == 0:
         return Weights(weight, None)
     return Weights(weight, mask * (-o.entropy_coef * batch.loss_scale) / mask.sum().clamp(min=1))
+
+
+class _Watched(torch.autograd.Function):
+    """x, whose gradient is NaN where x is: a loss such as -A·logp has a finite one in a logp that is no number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where(x.isnan(), x, gradient)
 
 
 def only_where(scored: Tensor | None, x: Tensor, fill: float = 0.0) -> Tensor:
@@ -69,15 +87,18 @@ def compute_terms(
     Rows that are not `scored` (N,) bool may hold anything in any input; they add exactly 0. None: all are scored.
     """
     mask = batch.mask.to(batch.dtype)
-    advantages, logps = only_where(scored, batch.row_advantages()), only_where(scored, logps)
+    advantages, logps = only_where(scored, batch.row_advantages()), _Watched.apply(only_where(scored, logps))
     old = logps.detach() if batch.old is None else only_where(scored, batch.old)
     is_ratio = batch.importance_ratio
     is_ratio = None if is_ratio is None else only_where(scored, is_ratio, fill=1.0)
     log_ratio = _log_ratio(o, batch.layout, mask, logps, old)
 
+    sampling = old if batch.sampling is None else only_where(scored, batch.sampling)
+    ref = None if batch.ref is None else only_where(scored, batch.ref)
+    entropies = None if entropies is None else only_where(scored, entropies)
+
     factors, entropy_mask = [], None  # of the policy term alone
     if o.off_policy_mask_threshold is not None:
-        sampling = old if batch.sampling is None else only_where(scored, batch.sampling)
         drift = _seq_mean(batch.layout, mask, torch.nan_to_num(sampling - logps.detach(), nan=0.0))
         factors.append((advantages >= 0) | (drift <= o.off_policy_mask_threshold))
     if o.top_entropy_quantile < 1:
@@ -90,15 +111,33 @@ def compute_terms(
     for factor in factors:
         off = factor == 0 if off is None else off | (factor == 0)
 
-    token_log_ratio = (logps - old).detach()
-    tokens = Tokens(logps, log_ratio, token_log_ratio, advantages, is_ratio, off, mask, scored, batch)
-    loss, *logged = o.record.token(o, tokens)
+    tokens = Tokens(
+        objective=o,
+        batch=batch,
+        logp=logps,
+        old_logp=old,
+        sampling_logp=sampling,
+        log_ratio=log_ratio,
+        advantages=advantages,
+        mask=mask,
+        importance_ratio=is_ratio,
+        reference=ref,
+        entropies=entropies,
+        off=off,
+        scored=scored,
+    )
+    made = o.record.token(tokens)
+    loss, *logged = made if isinstance(made, tuple) else (made,)
+    check_loss(loss, o.loss_name, logps)
+    check_gradient(loss, o.loss_name, logps)
+    if off is not None:
+        loss = torch.where(off & loss.isinf(), 0.0, loss)
     for factor in factors:
         loss = loss * factor
     kl = None
     if o.beta != 0:
-        assert batch.ref is not None  # as check_objective says
-        kl = _kl(o, batch, mask, logps, old, only_where(scored, batch.ref))
+        assert ref is not None  # as check_objective says
+        kl = _kl(o, batch, mask, logps, old, ref)
         loss = loss + o.beta * kl
 
     total, h, bonus = (loss * weights.loss).sum(), weights.entropy, None
@@ -106,7 +145,7 @@ def compute_terms(
         if entropy_mask is not None:
             h = h * entropy_mask * (mask.sum().clamp(min=1) / (mask * entropy_mask).sum().clamp(min=1))
         assert entropies is not None  # as needs_entropy says
-        bonus = (h * only_where(scored, entropies)).sum()
+        bonus = (h * entropies).sum()
         total, bonus = total + bonus, bonus.detach()
     return Terms(total, log_ratio.detach().exp(), None if kl is None else kl.detach(), tuple(logged), bonus)
 
