@@ -72,14 +72,17 @@ def test_equals_the_built_in_loss_from_logits(name, case, backend, device):
 @pytest.mark.parametrize("name", OWN)
 def test_equals_the_built_in_loss_from_hidden_states(name, packed, backend, device):
     own, built_in, needed = _pair(name, {})
-    hidden, weight, ids, kwargs = make_linear_inputs(needed, batch=5, length=6, device=device)
+    slow = backend in ("triton", "cuda")
+    if slow and packed:
+        pytest.skip("slow, and the layout is of no account to a backend")
+    hidden, weight, ids, kwargs = make_linear_inputs(needed, device=device, backend="triton" if slow else None)
     if packed:
         cu_seqlens, kwargs = pack(kwargs.pop("completion_mask"), dict(hidden=hidden, ids=ids) | kwargs)
         hidden, ids, kwargs["cu_seqlens"] = kwargs.pop("hidden"), kwargs.pop("ids"), cu_seqlens
         keep = cu_seqlens.diff() > 0
         kwargs["cu_seqlens"] = torch.cat([cu_seqlens[:1], cu_seqlens[1:][keep]])
         kwargs["advantages"] = kwargs["advantages"][keep]
-    for chunk in (None, 7, 2):  # all in one, cut between sequences, and through them
+    for chunk in (4,) if slow else (None, 8, 2):  # all in one, cut between sequences, and through them
         call = dict(chunk_size=chunk, backend=backend, **kwargs)
         got, *grads = linear_loss_and_grads(linear_grpo_loss, hidden, weight, ids, 2.0, objective=own, **call)
         want, *wanted = linear_loss_and_grads(linear_grpo_loss, hidden, weight, ids, 2.0, objective=built_in, **call)

@@ -208,7 +208,7 @@ def _how(
     if not objective:
         return fused_of(rows, vectors, numbers)
     sequences, ratio_per_sequence, *options = numbers
-    weight, h, advantages, old, ref, sampling, importance_ratio, seq = vectors
+    weight, h, kl_weight, advantages, old, ref, sampling, importance_ratio, seq = vectors
     assert weight is not None and seq is not None
     batch = Batch(
         layout=Packed(int(sequences), seq, seq),  # of which only the sequence of each row is asked
@@ -224,7 +224,7 @@ def _how(
         importance_ratio=importance_ratio,
         importance_ratio_per_sequence=bool(ratio_per_sequence),
     )
-    return _Elsewhere(rows, _objective_of(objective, options), batch, Weights(weight, h), scored)
+    return _Elsewhere(rows, _objective_of(objective, options), batch, Weights(weight, h, kl_weight), scored)
 
 
 def taken_apart(how: How) -> tuple[list[Tensor | None], list[float], str]:

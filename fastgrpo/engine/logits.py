@@ -12,7 +12,7 @@ from fastgrpo.backends import Call, Rows, Scores, TokenLoss, TokenRows, TokenSpe
 from fastgrpo.batch.batch import Batch, take
 from fastgrpo.batch.layout import Layout
 from fastgrpo.objective.options import Objective
-from fastgrpo.objective.terms import Terms, Weights, compute_terms, term_columns
+from fastgrpo.objective.terms import Terms, Weights, anchor_of, compute_terms, term_columns
 
 
 class Sweeps(NamedTuple):
@@ -106,7 +106,7 @@ def fuse(rows: Rows, o: Objective, batch: Batch, weights: Weights, *, skip_zero:
         advantages=advantages,
         rewards=batch.rewards,
         seq=batch.seq() if grouped else None,
-        old=batch.old,
+        old=anchor_of(o, batch),
         ref=batch.ref if o.beta != 0 else None,
         policy_scale=batch.importance_ratio,
         h=weights.entropy,

@@ -12,12 +12,20 @@ from torch import Tensor
 
 from fastgrpo.batch.checks import wrong
 from fastgrpo.objective.averages import AVERAGES, Average
+from fastgrpo.objective.kl import KL_ESTIMATORS
 from fastgrpo.objective.own import name_of, record_of, title
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.objective.record import LOSSES, Loss, TokenLoss
 
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
-CHOICES = {"importance_sampling_level": IMPORTANCE_SAMPLING_LEVELS, "average": tuple(AVERAGES)}  # of names
+CHOICES: dict[str, tuple[str, ...]] = {  # of options that are names
+    "importance_sampling_level": IMPORTANCE_SAMPLING_LEVELS,
+    "average": tuple(AVERAGES),
+    "ratio_anchor": ("old", "sampling"),
+    "kl_estimator": KL_ESTIMATORS,
+    "kl_anchor": ("old", "current"),
+    "kl_average": tuple(AVERAGES),
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,20 @@ class Objective:
         average: how tokens are averaged, whatever the loss: "dapo", "grpo", "bnpo", "dr_grpo" or "luspo", as those loss
             types do; verl's "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm" and
             "token-sum"; or "prompt-mean". None: the loss type's own.
+        ratio_anchor: the policy that the ratio is to: "old", or "sampling", the sampler's logps where they are given.
+        log_ratio_clamp: the log ratio of a token is bounded to ± this, that of a sequence from above; no gradient
+            beyond; None: it is not.
+        clip_ratio_c: bound of the ratio where A < 0, for the clipped losses (dual clip, arXiv:1912.09729); for
+            "dppo_tv" and "dppo_kl" of the weight; None: none.
+        log_ratio_penalty: coefficient of (logp - old)², which is added to the loss of each token.
+        kl_estimator: of the KL to the reference: "k1", "abs", "k2", "k3" or "low_var_kl", or with a "+" the value of
+            that and the gradient of k2.
+        kl_log_ratio_clamp, kl_clamp: bounds of ref - logp and of the estimate, on both sides; None: none.
+        kl_anchor: the policy of the ratio in `use_bias_correction_kl`: "old", or "current", whose ratio is 1.
+        kl_average: how the KL is averaged; None: as the loss.
+        cov_share: share of the tokens that "clip_cov" and "kl_cov" select by covariance (arXiv:2505.22617).
+        cov_low, cov_high: "clip_cov" selects between them.
+        cov_coef: coefficient of |logp - old| at the tokens that "kl_cov" selects.
 
     Raises:
         ValueError: names the option, what was expected and what came.
@@ -75,6 +97,19 @@ class Objective:
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
     average: str | None = None
+    ratio_anchor: str = "old"
+    log_ratio_clamp: float | None = None
+    clip_ratio_c: float | None = None
+    log_ratio_penalty: float = 0.0
+    kl_estimator: str = "k3"
+    kl_log_ratio_clamp: float | None = None
+    kl_clamp: float | None = None
+    kl_anchor: str = "old"
+    kl_average: str | None = None
+    cov_share: float = 2e-4
+    cov_low: float = 1.0
+    cov_high: float = 5.0
+    cov_coef: float = 1.0
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
@@ -97,7 +132,10 @@ class Objective:
         for name in ("beta", "epsilon"):
             check(name, getattr(self, name) >= 0, "a number >= 0")
         check("epsilon_high", self.epsilon_high is None or self.epsilon_high >= 0, "None or a number >= 0")
-        check("delta", self.delta is None or self.delta > 0, "None or a number > 0")
+        for name in ("delta", "log_ratio_clamp", "clip_ratio_c", "kl_log_ratio_clamp", "kl_clamp"):
+            value = getattr(self, name)
+            check(name, value is None or value > 0, "None or a number > 0")
+        check("cov_share", 0 < self.cov_share <= 1, "a share above 0, at most 1")
         check("top_entropy_quantile", 0 <= self.top_entropy_quantile <= 1, "a share between 0 and 1")
         check("sapo_temperature_pos", self.sapo_temperature_pos > 0, "a number > 0")
         check("sapo_temperature_neg", self.sapo_temperature_neg > 0, "a number > 0")
@@ -109,13 +147,17 @@ class Objective:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Objective:
-        """An objective with the settings of a paper.
+        """An objective with the settings of a paper, or of another framework.
 
         Args:
-            name: "grpo-paper" (arXiv:2402.03300), "dapo" (arXiv:2503.14476), "dr_grpo" (arXiv:2503.20783), "bnpo"
-                (TRL's), "gspo" and "gspo-token" (arXiv:2507.18071), "luspo" (arXiv:2602.05261), "cispo"
-                (arXiv:2506.13585), "sapo" (arXiv:2511.20347) or "vespo" (arXiv:2602.10693).
-            **overrides: options that take other values than the paper's.
+            name: a paper's: "grpo-paper" (arXiv:2402.03300), "dapo" (arXiv:2503.14476), "dr_grpo" (arXiv:2503.20783),
+                "bnpo" (TRL's), "gspo" and "gspo-token" (arXiv:2507.18071), "luspo" (arXiv:2602.05261), "cispo"
+                (arXiv:2506.13585), "scale-rl" (arXiv:2510.13786), "sapo" (arXiv:2511.20347), "vespo"
+                (arXiv:2602.10693), "dual-clip" (arXiv:1912.09729), "gmpo" (arXiv:2507.20673), "dppo-tv" and "dppo-kl"
+                (arXiv:2602.04879), "clip-cov" and "kl-cov" (arXiv:2505.22617), "gpg" (arXiv:2504.02546), "reinforce",
+                "rloo" (arXiv:2402.14740), "dro" (arXiv:2405.19107) or "icepop". Or the defaults of a framework: "verl",
+                "prime-rl", "skyrl", "nemo-rl", "openrlhf", "slime".
+            **overrides: options that take other values.
 
         Raises:
             ValueError: another name, or an option's bad value.
@@ -167,7 +209,11 @@ class Objective:
     @property
     def is_fused(self) -> bool:
         """Whether kernels can hold it, between two looks at a row of logits."""
-        return self.is_token_local and self.record.kind is not None
+        unheld = self.log_ratio_clamp is not None or self.log_ratio_penalty != 0 or self.clip_ratio_c is not None
+        if self.beta != 0:
+            held = self.kl_estimator == "k3" and self.kl_anchor == "old" and self.kl_average is None
+            unheld = unheld or not held or self.kl_clamp is not None or self.kl_log_ratio_clamp is not None
+        return self.is_token_local and self.record.kind is not None and not unheld
 
     @property
     def needs_whole_batch(self) -> bool:
@@ -205,7 +251,7 @@ class Objective:
 
     def may_be_inert(self, advantages_per_token: bool) -> bool:
         """Whether a row of advantage 0 is known to add exactly nothing to loss and gradient."""
-        nothing_else = self.beta == 0 and not self.needs_entropy and self.record.inert
+        nothing_else = (self.beta, self.log_ratio_penalty) == (0, 0) and not self.needs_entropy and self.record.inert
         return nothing_else and (self.is_token_local or not advantages_per_token)
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastgrpo.batch.batch import Batch
 from fastgrpo.batch.layout import Layout
+from fastgrpo.objective.averages import AVERAGES, Average
+from fastgrpo.objective.kl import estimate
 from fastgrpo.objective.losses import bounded_exp
 from fastgrpo.objective.options import Objective
 from fastgrpo.objective.own import check_gradient, check_loss
@@ -22,6 +24,7 @@ class Weights(NamedTuple):
 
     loss: Tensor  # mask, average and loss_scale in one number
     entropy: Tensor | None  # dL/dentropy; None: no entropy bonus
+    kl: Tensor | None = None  # of the KL; None: those of the loss
 
 
 class Terms(NamedTuple):
@@ -50,14 +53,24 @@ def term_columns(o: Objective) -> list[str]:
 def row_weights(o: Objective, batch: Batch) -> Weights:
     """The weights of a batch's rows."""
     mask = batch.mask.to(batch.dtype)
-    weight = o.averaging.weights(o, batch, mask)
-    if batch.token_weights is not None:
-        weight = weight * only_where(batch.mask, batch.token_weights)
-    if isinstance(batch.loss_scale, Tensor) or batch.loss_scale != 1:
-        weight = weight * batch.loss_scale
-    if o.entropy_coef == 0:
-        return Weights(weight, None)
-    return Weights(weight, mask * (-o.entropy_coef * batch.loss_scale) / mask.sum().clamp(min=1))
+
+    def weights(average: Average) -> Tensor:
+        weight = average.weights(o, batch, mask)
+        if batch.token_weights is not None:
+            weight = weight * only_where(batch.mask, batch.token_weights)
+        return weight * batch.loss_scale if isinstance(batch.loss_scale, Tensor) or batch.loss_scale != 1 else weight
+
+    weight, kl, entropy = weights(o.averaging), None, None
+    if o.beta != 0 and o.kl_average not in (None, o.average_name):
+        kl = weights(AVERAGES[o.kl_average])
+    if o.entropy_coef != 0:
+        entropy = mask * (-o.entropy_coef * batch.loss_scale) / mask.sum().clamp(min=1)
+    return Weights(weight, entropy, kl)
+
+
+def anchor_of(o: Objective, batch: Batch) -> Tensor | None:
+    """(N,) the logps that the ratio is to; None: the current ones, detached."""
+    return batch.sampling if o.ratio_anchor == "sampling" and batch.sampling is not None else batch.old
 
 
 class _Watched(torch.autograd.Function):
@@ -88,7 +101,8 @@ def compute_terms(
     """
     mask = batch.mask.to(batch.dtype)
     advantages, logps = only_where(scored, batch.row_advantages()), _Watched.apply(only_where(scored, logps))
-    old = logps.detach() if batch.old is None else only_where(scored, batch.old)
+    anchor = anchor_of(o, batch)
+    old = logps.detach() if anchor is None else only_where(scored, anchor)
     is_ratio = batch.importance_ratio
     is_ratio = None if is_ratio is None else only_where(scored, is_ratio, fill=1.0)
     log_ratio = _log_ratio(o, batch.layout, mask, logps, old)
@@ -134,13 +148,19 @@ def compute_terms(
         loss = torch.where(off & loss.isinf(), 0.0, loss)
     for factor in factors:
         loss = loss * factor
-    kl = None
+    if o.log_ratio_penalty != 0:
+        loss = loss + o.log_ratio_penalty * (logps - old).square()
+    kl, apart = None, None
     if o.beta != 0:
         assert ref is not None  # as check_objective says
         kl = _kl(o, batch, mask, logps, old, ref)
-        loss = loss + o.beta * kl
+        if weights.kl is None:
+            loss = loss + o.beta * kl
+        else:
+            apart = (o.beta * kl * weights.kl).sum()
 
     total, h, bonus = (loss * weights.loss).sum(), weights.entropy, None
+    total = total if apart is None else total + apart
     if h is not None:
         if entropy_mask is not None:
             h = h * entropy_mask * (mask.sum().clamp(min=1) / (mask * entropy_mask).sum().clamp(min=1))
@@ -157,20 +177,30 @@ def _seq_mean(layout: Layout, mask: Tensor, x: Tensor) -> Tensor:
 
 def _log_ratio(o: Objective, layout: Layout, mask: Tensor, logps: Tensor, old: Tensor) -> Tensor:
     """(N,) the logarithm of the ratio of the objective's level."""
+    bound = o.log_ratio_clamp
     if o.importance_sampling_level == "token":
-        return logps - old
+        return logps - old if bound is None else (logps - old).clamp(-bound, bound)
     mean = _seq_mean(layout, mask, logps - old)
-    return mean if o.importance_sampling_level == "sequence" else mean.detach() + (logps - logps.detach())
+    ratio = mean if o.importance_sampling_level == "sequence" else mean.detach() + (logps - logps.detach())
+    return ratio if bound is None else ratio.clamp(max=bound)
 
 
 def _kl(o: Objective, batch: Batch, mask: Tensor, logps: Tensor, old: Tensor, ref: Tensor) -> Tensor:
-    """(N,) the k3 estimate of the KL to the reference policy, or that times the ratio."""
+    """(N,) the estimate of the KL to the reference policy, or that times the ratio."""
+
+    def log_ratio(logps: Tensor) -> Tensor:
+        return logps - logps.detach() if o.kl_anchor == "current" else _log_ratio(o, batch.layout, mask, logps, old)
+
     if not o.use_bias_correction_kl:
-        diff = ref - logps
-        return torch.expm1(diff) - diff  # exp(d) - 1 - d without its cancellation
+        return estimate(o.kl_estimator, ref - logps, o.kl_log_ratio_clamp, o.kl_clamp)
     # in float64 up to the logps: its derivatives cancel, and are as large as exp(ref - logps) themselves
     wide = logps.double()
-    return _kl_times_ratio(ref - wide, _log_ratio(o, batch.layout, mask, wide, old)).to(logps.dtype)
+    if o.kl_estimator == "k3" and o.kl_log_ratio_clamp is None:
+        kl = _kl_times_ratio(ref - wide, log_ratio(wide))
+    else:
+        kl = estimate(o.kl_estimator, ref - wide, o.kl_log_ratio_clamp)
+        kl = kl * bounded_exp(log_ratio(wide), kl == 0, 1.0)
+    return (kl if o.kl_clamp is None else kl.clamp(-o.kl_clamp, o.kl_clamp)).to(logps.dtype)
 
 
 def _kl_times_ratio(d: Tensor, log_ratio: Tensor) -> Tensor:
