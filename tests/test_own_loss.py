@@ -58,7 +58,9 @@ def test_equals_the_built_in_loss_from_logits(name, case, backend, device):
     if case == "items" and name == "with_entropy":
         kwargs.pop("num_items_in_batch")  # the built-in bonus is a mean over the tokens that are here
     for inplace in (False, True):
-        got, grad = loss_and_grad(grpo_loss, logits, ids, 2.0, objective=own, inplace=inplace, backend=backend, **kwargs)
+        got, grad = loss_and_grad(
+            grpo_loss, logits, ids, 2.0, objective=own, inplace=inplace, backend=backend, **kwargs
+        )
         want, want_grad = truth(logits, ids, 2.0, objective=built_in, **kwargs)
         assert_close(got.loss, want.loss, 2e-6, "loss")
         assert_close(grad, want_grad, 1e-5, "gradient")
@@ -198,7 +200,6 @@ def test_in_a_compiled_graph(name, backend, device):
     logits, ids, kwargs = make_inputs(needed, device=device, backend=backend)
     torch._dynamo.reset()
     for loss_type in (function, registered[name]):  # from logits a function is traced itself
-
         objective = Objective(loss_type=loss_type)
 
         def step(x, ids, objective=objective, **kwargs):

@@ -65,7 +65,12 @@ class Batch:
         if self.group_ids is None and self.group_size is None:
             return None
         if self.group_ids is None:
-            check(isinstance(self.group_size, int) and self.group_size > 0, "num_generations", "an integer >= 1", self.group_size)
+            check(
+                isinstance(self.group_size, int) and self.group_size > 0,
+                "num_generations",
+                "an integer >= 1",
+                self.group_size,
+            )
             return torch.arange(count, device=device) // self.group_size
         order = self.group_ids.argsort(stable=True)  # without torch.unique, for which a device has to be waited for
         ordered = self.group_ids[order]

@@ -70,7 +70,9 @@ def length_over_sequences(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
     length = o.max_completion_length
     if length is None:
         if not isinstance(batch.layout, Padded):
-            raise wrong("max_completion_length", f"a number > 0 with average {o.average_name!r} of packed inputs", None)
+            raise wrong(
+                "max_completion_length", f"a number > 0 with average {o.average_name!r} of packed inputs", None
+            )
         length = max(batch.layout.length, 1)
     return over_sequences(o, batch, mask) / length
 

@@ -16,7 +16,7 @@ from fastgrpo.objective.averages import AVERAGES
 from fastgrpo.objective.record import LOSSES, Loss, TokenLoss, Tokens
 
 if TYPE_CHECKING:
-    from fastgrpo.objective.options import Objective
+    pass
 
 F = TypeVar("F", bound=TokenLoss)
 
@@ -239,7 +239,9 @@ def _check_rows(function: TokenLoss, name: str, vectors: dict[str, Tensor], mask
         if same and all(x is None or bool((x[changed] == 0).all()) for x in found):
             continue
         allowed = "its own sequence" if sequences else "its own row, or t.seq_mean and t.seq_sum of its sequence"
-        raise ValueError(f"loss_type: expected {name} to make the loss of a token of {allowed}; it changes with others")
+        raise ValueError(
+            f"loss_type: expected {name} to make the loss of a token of {allowed}; it changes with others"
+        )
 
 
 def _is_inert(function: TokenLoss, name: str) -> bool:

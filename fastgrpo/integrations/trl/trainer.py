@@ -52,7 +52,9 @@ class GRPOTrainer(OwnGRPOTrainer):
         try:
             if (why := vars(self).get("_fastgrpo_left")) is not None:
                 raise NotHonoured(why)
-            return self._fused_loss(model, inputs, objective_of(self) if objective is None else checked(self, objective))
+            return self._fused_loss(
+                model, inputs, objective_of(self) if objective is None else checked(self, objective)
+            )
         except NotHonoured as why:
             if objective is not None:
                 raise RuntimeError(f"objective: the loss cannot be made at the head: {why}") from why
