@@ -63,7 +63,7 @@ def policy_loss(
         check(
             not objective.needs_entropy,
             "entropies",
-            f"a tensor, because the loss of {objective.loss_name}, an entropy bonus or top_entropy_quantile < 1 reads it",
+            f"a tensor because the loss {objective.loss_name}, an entropy bonus or top_entropy_quantile < 1 reads it",
             None,
         )
     else:

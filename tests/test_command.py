@@ -118,6 +118,7 @@ MISTAKES = [
     (["train", "--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
     (["train", "--recipe", "r2"], "argument --recipe: invalid choice: 'r2'"),
     (["train", "--loss-type", "ppo"], "loss_type: expected one of .*got 'ppo'"),
+    (["train", "--loss-type", "own_losses:nothing"], "loss_type: 'own_losses:nothing' cannot be imported"),
     (["train", "--num-generations", "3"], "num_generations: expected a divisor"),
     (["train", "--backend", "cuda"], "--backend: cuda cannot be used here: "),
     (["train", "--batch-size", "10000"], "--batch-size: expected no more completions in a round than 800 training"),

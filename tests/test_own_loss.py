@@ -180,8 +180,13 @@ def test_names():
             register_loss("other", own_losses.clipped, average="mean")
     finally:
         del LOSSES["decorated"]
-    for text, message in (("nope:f", "cannot be imported"), ("math:nope", "cannot be imported"),
-                          ("math:pi", "a function, got 3.14"), ("nope", "one of grpo.*module:function.*'nope'")):  # fmt: skip
+    texts = {
+        "nope:f": "cannot be imported",
+        "math:nope": "cannot be imported",
+        "math:pi": "a function, got 3.14",
+        "nope": "one of grpo.*module:function.*'nope'",
+    }
+    for text, message in texts.items():
         with pytest.raises(ValueError, match=f"loss_type: .*{message}"):
             Objective(loss_type=text)
 

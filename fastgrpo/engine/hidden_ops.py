@@ -181,7 +181,8 @@ _NONE = "-"
 def _names_of(o: Objective) -> str:
     if o.registered_name is None:
         raise ValueError(
-            f"loss_type: expected a name in a compiled graph, got the function {o.loss_name}; register_loss gives it one"
+            f"loss_type: expected a name in a compiled graph, got the function {o.loss_name}; "
+            "register_loss gives it one"
         )
     names = [o.registered_name, *(getattr(o, name) for name in _NAMES if name != "loss_type")]
     return " ".join([_NONE if name is None else name for name in names])

@@ -102,7 +102,7 @@ def gmpo(t: Tokens) -> Tensor:
 
 @torch.no_grad()
 def _covariance(t: Tokens) -> tuple[Tensor, Tensor]:
-    """((N,) the product of advantage and logp, each minus its mean over the loss tokens; how many are to be chosen)."""
+    """((N,) advantage times logp, each less its mean over the loss tokens; how many of them are to be chosen)."""
     n = t.mask.sum()
     apart = [x - (x * t.mask).sum() / n.clamp(min=1) for x in (t.advantages, t.logp)]
     return apart[0] * apart[1], (t.objective.cov_share * n.double()).floor().clamp(min=1)

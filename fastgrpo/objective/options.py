@@ -57,9 +57,9 @@ class Objective:
         sapo_temperature_pos, sapo_temperature_neg: temperatures of SAPO's gate, by the advantage's sign.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: parameters of VESPO's weight, by the advantage's
             sign.
-        average: how tokens are averaged, whatever the loss: "dapo", "grpo", "bnpo", "dr_grpo" or "luspo", as those loss
-            types do; verl's "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm" and
-            "token-sum"; or "prompt-mean". None: the loss type's own.
+        average: how tokens are averaged, whatever the loss: "dapo", "grpo", "bnpo", "dr_grpo" or "luspo", as those
+            loss types do; verl's "token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
+            "seq-mean-token-sum-norm" and "token-sum"; or "prompt-mean". None: the loss type's own.
         ratio_anchor: the policy that the ratio is to: "old", or "sampling", the sampler's logps where they are given.
         log_ratio_clamp: the log ratio of a token is bounded to ± this, that of a sequence from above; no gradient
             beyond; None: it is not.
@@ -155,8 +155,8 @@ class Objective:
                 (arXiv:2506.13585), "scale-rl" (arXiv:2510.13786), "sapo" (arXiv:2511.20347), "vespo"
                 (arXiv:2602.10693), "dual-clip" (arXiv:1912.09729), "gmpo" (arXiv:2507.20673), "dppo-tv" and "dppo-kl"
                 (arXiv:2602.04879), "clip-cov" and "kl-cov" (arXiv:2505.22617), "gpg" (arXiv:2504.02546), "reinforce",
-                "rloo" (arXiv:2402.14740), "dro" (arXiv:2405.19107) or "icepop". Or the defaults of a framework: "verl",
-                "prime-rl", "skyrl", "nemo-rl", "openrlhf", "slime".
+                "rloo" (arXiv:2402.14740), "dro" (arXiv:2405.19107) or "icepop" (arXiv:2510.18855). Or the defaults of
+                a framework: "verl", "prime-rl", "skyrl", "nemo-rl", "openrlhf" or "slime".
             **overrides: options that take other values.
 
         Raises:
@@ -236,7 +236,7 @@ class Objective:
         return self.beta != 0 or self.record.needs_ref
 
     def items_in_batch(self, *, tokens: Tensor, sequences: float) -> Tensor | float | None:
-        """`num_items_in_batch` as the average has it, from how many tokens and sequences a micro-batch has its share of.
+        """`num_items_in_batch` as the average counts it, from a micro-batch's share of tokens and of sequences.
 
         Raises:
             ValueError: it counts prompts, whose completions micro-batches part.

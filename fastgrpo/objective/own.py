@@ -59,8 +59,8 @@ def register_loss(
         The function.
 
     Raises:
-        ValueError: a name that is taken or has a colon or space, an unknown average, or a function that returns another
-            shape, has no gradient, or looks at other rows.
+        ValueError: a name that is taken or has a colon or space, an unknown average, or a function that returns
+            another shape, has no gradient, or looks at other rows.
     """
     if token is None:
         needs = dict(needs_sequences=needs_sequences, needs_entropy=needs_entropy, needs_ref=needs_ref)
@@ -162,7 +162,7 @@ def title(function: Any) -> str:
 
 
 def _inputs(sequences: int, length: int, log_ratios: list[float]) -> tuple[dict[str, Tensor], Tensor]:
-    """Vectors of some tokens, (N,) float64 each, and their mask (N,): sequences of several lengths, one without any."""
+    """Vectors of some tokens, (N,) float64 each, and their mask (N,): sequences of many lengths, one without any."""
     gen = torch.Generator().manual_seed(0)
     n = sequences * length
 
