@@ -3,11 +3,12 @@
 from fastgrpo.objective import losses  # noqa: F401 (fills LOSSES)
 from fastgrpo.objective.averages import AVERAGES, Average
 from fastgrpo.objective.options import IMPORTANCE_SAMPLING_LEVELS, Objective
-from fastgrpo.objective.own import register_loss
+from fastgrpo.objective.own import DEFAULTS, register_loss
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.objective.record import LOSSES, Loss, Tokens
 
 LOSS_TYPES = tuple(LOSSES)
+DEFAULTS.append(Objective())
 
 __all__ = [
     "AVERAGES",

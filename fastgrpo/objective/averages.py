@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,8 +11,7 @@ from fastgrpo.batch.batch import Batch
 from fastgrpo.batch.checks import wrong
 from fastgrpo.batch.layout import Padded
 
-if TYPE_CHECKING:
-    from fastgrpo.objective.options import Objective
+Options = Any  # an Objective, which stands above its averages and losses
 
 
 class Average(NamedTuple):
@@ -24,48 +23,48 @@ class Average(NamedTuple):
         needs: the option that must be given.
     """
 
-    weights: Callable[[Objective, Batch, Tensor], Tensor]
+    weights: Callable[[Options, Batch, Tensor], Tensor]
     counts: str | None = None
     needs: str | None = None
 
 
-def per_sequence(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
+def per_sequence(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     """m / (B |o|): the mean over sequences of their mean over tokens."""
     return _mean_of_sequence(batch, mask) / max(batch.layout.num_sequences, 1)
 
 
-def per_token(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
+def per_token(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     """m / N: the mean over this batch's tokens."""
     return mask / mask.sum().clamp(min=1)
 
 
-def per_item(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
+def per_item(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     """m / D: the mean over all tokens of an optimiser's step, where their number is given; else over this batch's."""
     return mask / batch.num_items(mask.sum())
 
 
-def per_length(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
+def per_length(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     """m / (B L): the sum over tokens, over the number of sequences times a constant length."""
     assert o.max_completion_length is not None  # as the average says
     return mask / (max(batch.layout.num_sequences, 1) * o.max_completion_length)
 
 
-def summed(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
+def summed(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     """m / B: the mean over sequences of their sum over tokens."""
     return mask / max(batch.layout.num_sequences, 1)
 
 
-def over_sequences(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
+def over_sequences(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     """m / S: S is the step's number of sequences, where it is given; else of those here that have a loss token."""
     return mask / _sequences(batch, mask)
 
 
-def mean_over_sequences(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
+def mean_over_sequences(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     """m / (S |o|)"""
     return _mean_of_sequence(batch, mask) / _sequences(batch, mask)
 
 
-def length_over_sequences(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
+def length_over_sequences(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     """m / (S L), L being `max_completion_length`, or the length of padded completions."""
     length = o.max_completion_length
     if length is None:
@@ -77,12 +76,12 @@ def length_over_sequences(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
     return over_sequences(o, batch, mask) / length
 
 
-def total(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
+def total(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     """m: the sum over tokens, for `token_weights` to weigh."""
     return mask
 
 
-def per_prompt(o: Objective, batch: Batch, mask: Tensor) -> Tensor:
+def per_prompt(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     """m / (P n), n being the loss tokens of all completions of a prompt: the mean over prompts of the mean over those.
 
     P is the step's number of prompts, where it is given; else of those here that have a loss token.

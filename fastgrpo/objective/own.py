@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -12,15 +12,13 @@ from torch import Tensor
 from fastgrpo.batch.batch import Batch
 from fastgrpo.batch.checks import describe
 from fastgrpo.batch.layout import Padded
-from fastgrpo.objective.averages import AVERAGES
+from fastgrpo.objective.averages import AVERAGES, Options
 from fastgrpo.objective.record import LOSSES, Loss, TokenLoss, Tokens
-
-if TYPE_CHECKING:
-    pass
 
 F = TypeVar("F", bound=TokenLoss)
 
 _AVERAGE = "dapo"  # of a function that names none: the default objective's
+DEFAULTS: list[Options] = []  # the default Objective; `fastgrpo.objective` puts it here
 _RECORDS: dict[Hashable, Loss] = {}  # of functions, and of the names "module:function"
 _NAMES: dict[Hashable, str] = {}  # of registered functions
 
@@ -117,19 +115,17 @@ class _Tried(Tokens):
 
     def _read(self, what: str, declared: bool) -> None:
         need = {"ref_logp": "needs_ref", "entropy": "needs_entropy"}.get(what, "whole_sequences")
-        self.objective.seen.add(need)  # type: ignore[attr-defined]  # it is an _Options
+        self.objective.seen.add(need)
 
 
-class _Options:
+class _Seen:
     """The default options, for a function that reads t.objective, and what it was seen to read."""
 
     def __init__(self) -> None:
-        from fastgrpo.objective.options import Objective
-
-        self._of, self.seen = Objective(), set[str]()
+        self.seen: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._of, name)
+        return getattr(DEFAULTS[0], name)
 
 
 _LOG_RATIOS = (0.0, 0.01, 0.1, 0.18, 0.25, 0.5, 0.7, 1.0, 2.0, 3.0, 5.0, 11.0, 21.0, 60.0, 200.0, 1000.0)
@@ -147,7 +143,7 @@ def _record(function: Any, average: str, given: dict[str, bool]) -> Loss:
     name = title(function)
     if len(given) == 3:
         return Loss(function, average, inert=False, **given)
-    options = _Options()
+    options = _Seen()
     near, mask = _inputs(6, 5, [0.0, 0.01, -0.01, 0.1, -0.1, 0.3, -0.3])
     loss, leaves = _try(function, name, options, near, mask)
     check_gradient(loss, name, leaves[0])
@@ -178,18 +174,17 @@ def _inputs(sequences: int, length: int, log_ratios: list[float]) -> tuple[dict[
 
 
 def _try(
-    function: TokenLoss, name: str, options: _Options, vectors: dict[str, Tensor], mask: Tensor, length: int = 5
+    function: TokenLoss, name: str, options: _Seen, vectors: dict[str, Tensor], mask: Tensor, length: int = 5
 ) -> tuple[Tensor, list[Tensor]]:
     """(the function's loss of some tokens, the leaves logp and entropy); always with the same random numbers."""
     logp, entropy = (vectors[name].clone().requires_grad_() for name in ("logp", "entropy"))
     layout = Padded(len(mask) // length, length)
     ids = torch.zeros(len(mask), dtype=torch.int64)
     batch = Batch(layout, ids.shape, ids, mask, True, torch.ones_like(logp), vectors["advantages"])
-    options_ = options
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         tokens = _Tried(
-            objective=options_,  # type: ignore[arg-type]
+            objective=options,
             batch=batch,
             logp=logp,
             old_logp=vectors["old"],
@@ -229,10 +224,10 @@ def _check_rows(function: TokenLoss, name: str, vectors: dict[str, Tensor], mask
     others, _ = _inputs(n // length, length, [0.05, -0.2, 0.15, -0.07])
     others = {key: x.flip(0) for key, x in others.items()}
     split = [((unit >> bit) & 1) == side for bit in range(int(unit.max()).bit_length()) for side in (0, 1)]
-    want, _ = _try(function, name, _Options(), vectors, mask)
+    want, _ = _try(function, name, _Seen(), vectors, mask)
     for changed in [*split, ~mask]:
         changed_vectors = {key: torch.where(changed, others[key], x) for key, x in vectors.items()}
-        loss, leaves = _try(function, name, _Options(), changed_vectors, mask)
+        loss, leaves = _try(function, name, _Seen(), changed_vectors, mask)
         kept = ~changed & mask
         same = torch.allclose(loss[kept], want[kept], rtol=1e-10, atol=1e-12, equal_nan=True)
         found = torch.autograd.grad(loss[kept].sum(), leaves, allow_unused=True) if loss.requires_grad else ()
@@ -253,7 +248,7 @@ def _is_inert(function: TokenLoss, name: str) -> bool:
     apart = torch.tensor(ratios, dtype=torch.float64).repeat(4)
     vectors["old"] = vectors["logp"] - apart
     vectors["entropy"] = vectors["entropy"] * 4
-    loss, leaves = _try(function, name, _Options(), vectors, torch.ones_like(mask), length=1)
+    loss, leaves = _try(function, name, _Seen(), vectors, torch.ones_like(mask), length=1)
     found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True) if loss.requires_grad else ()
     near = apart.abs() < 50
     # what has overflowed, as exp(1000) · 0 does, says nothing

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrpo.batch.batch import Batch
 from fastgrpo.batch.checks import wrong
-
-if TYPE_CHECKING:
-    from fastgrpo.objective.options import Objective
+from fastgrpo.objective.averages import Options
 
 
 class _Exp(torch.autograd.Function):
@@ -49,7 +47,7 @@ class Tokens:
         objective: the options, such as `t.objective.epsilon`.
     """
 
-    objective: Objective
+    objective: Options
     batch: Batch
     logp: Tensor
     old_logp: Tensor
@@ -131,7 +129,7 @@ class Loss:
     token: TokenLoss
     average: str
     kind: int | None = None
-    numbers: Callable[[Objective], tuple[float, ...]] = lambda o: ()
+    numbers: Callable[[Options], tuple[float, ...]] = lambda o: ()
     whole_sequences: bool = False
     whole_batch: bool = False
     needs_entropy: bool = False
@@ -141,7 +139,7 @@ class Loss:
     clip_high: Callable[[float], float] = lambda epsilon_high: 1 + epsilon_high
     logs: tuple[str, ...] = ()
     logs_of_sequences: bool = False
-    shares: Callable[[Objective, Tensor, Tensor], dict[str, Tensor]] = lambda o, ratio, advantages: {}
+    shares: Callable[[Options, Tensor, Tensor], dict[str, Tensor]] = lambda o, ratio, advantages: {}
 
 
 LOSSES: dict[str, Loss] = {}  # by loss_type; `fastgrpo.objective.losses` fills it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -99,75 +101,76 @@ def compute_terms(
 
     Rows that are not `scored` (N,) bool may hold anything in any input; they add exactly 0. None: all are scored.
     """
-    mask = batch.mask.to(batch.dtype)
-    advantages, logps = only_where(scored, batch.row_advantages()), _Watched.apply(only_where(scored, logps))
-    anchor = anchor_of(o, batch)
-    old = logps.detach() if anchor is None else only_where(scored, anchor)
-    is_ratio = batch.importance_ratio
-    is_ratio = None if is_ratio is None else only_where(scored, is_ratio, fill=1.0)
-    log_ratio = _log_ratio(o, batch.layout, mask, logps, old)
-
-    sampling = old if batch.sampling is None else only_where(scored, batch.sampling)
-    ref = None if batch.ref is None else only_where(scored, batch.ref)
-    entropies = None if entropies is None else only_where(scored, entropies)
-
-    factors, entropy_mask = [], None  # of the policy term alone
-    if o.off_policy_mask_threshold is not None:
-        drift = _seq_mean(batch.layout, mask, torch.nan_to_num(sampling - logps.detach(), nan=0.0))
-        factors.append((advantages >= 0) | (drift <= o.off_policy_mask_threshold))
-    if o.top_entropy_quantile < 1:
-        assert entropies is not None  # as needs_entropy says
-        entropy_mask = high_entropy_mask(entropies, batch.mask, 1 - o.top_entropy_quantile)
-        factors.append(entropy_mask)
-    if is_ratio is not None and not o.record.takes_importance_ratio:
-        factors.append(is_ratio)
-    off = None
+    t = _tokens(o, batch, logps, entropies, scored)
+    factors, high = _factors(t)
+    if factors:
+        zero = [factor == 0 for factor in factors]
+        t = dataclasses.replace(t, off=functools.reduce(torch.logical_or, zero))
+    made = o.record.token(t)
+    loss, *logged = made if isinstance(made, tuple) else (made,)
+    check_loss(loss, o.loss_name, t.logp)
+    check_gradient(loss, o.loss_name, t.logp)
+    if t.off is not None:
+        loss = torch.where(t.off & loss.isinf(), 0.0, loss)
     for factor in factors:
-        off = factor == 0 if off is None else off | (factor == 0)
+        loss = loss * factor
+    if o.log_ratio_penalty != 0:
+        loss = loss + o.log_ratio_penalty * (t.logp - t.old_logp).square()
+    kl = None if o.beta == 0 else _kl(t)
+    if kl is not None and weights.kl is None:
+        loss = loss + o.beta * kl
 
-    tokens = Tokens(
+    total, h, bonus = (loss * weights.loss).sum(), weights.entropy, None
+    if kl is not None and weights.kl is not None:
+        total = total + (o.beta * kl * weights.kl).sum()
+    if h is not None:
+        if high is not None:
+            h = h * high * (t.mask.sum().clamp(min=1) / (t.mask * high).sum().clamp(min=1))
+        assert t.entropies is not None  # as needs_entropy says
+        bonus = (h * t.entropies).sum()
+        total, bonus = total + bonus, bonus.detach()
+    return Terms(total, t.log_ratio.detach().exp(), None if kl is None else kl.detach(), tuple(logged), bonus)
+
+
+def _tokens(o: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None, scored: Tensor | None) -> Tokens:
+    """What the loss of a token may read, of a batch with harmless numbers in the rows that are not scored."""
+
+    def given(x: Tensor | None, fill: float = 0.0) -> Tensor | None:
+        return None if x is None else only_where(scored, x, fill)
+
+    mask, logps = batch.mask.to(batch.dtype), _Watched.apply(only_where(scored, logps))
+    anchor, sampling = given(anchor_of(o, batch)), given(batch.sampling)
+    old = logps.detach() if anchor is None else anchor
+    return Tokens(
         objective=o,
         batch=batch,
         logp=logps,
         old_logp=old,
-        sampling_logp=sampling,
-        log_ratio=log_ratio,
-        advantages=advantages,
+        sampling_logp=old if sampling is None else sampling,
+        log_ratio=_log_ratio(o, batch.layout, mask, logps, old),
+        advantages=only_where(scored, batch.row_advantages()),
         mask=mask,
-        importance_ratio=is_ratio,
-        reference=ref,
-        entropies=entropies,
-        off=off,
+        importance_ratio=given(batch.importance_ratio, fill=1.0),
+        reference=given(batch.ref),
+        entropies=given(entropies),
         scored=scored,
     )
-    made = o.record.token(tokens)
-    loss, *logged = made if isinstance(made, tuple) else (made,)
-    check_loss(loss, o.loss_name, logps)
-    check_gradient(loss, o.loss_name, logps)
-    if off is not None:
-        loss = torch.where(off & loss.isinf(), 0.0, loss)
-    for factor in factors:
-        loss = loss * factor
-    if o.log_ratio_penalty != 0:
-        loss = loss + o.log_ratio_penalty * (logps - old).square()
-    kl, apart = None, None
-    if o.beta != 0:
-        assert ref is not None  # as check_objective says
-        kl = _kl(o, batch, mask, logps, old, ref)
-        if weights.kl is None:
-            loss = loss + o.beta * kl
-        else:
-            apart = (o.beta * kl * weights.kl).sum()
 
-    total, h, bonus = (loss * weights.loss).sum(), weights.entropy, None
-    total = total if apart is None else total + apart
-    if h is not None:
-        if entropy_mask is not None:
-            h = h * entropy_mask * (mask.sum().clamp(min=1) / (mask * entropy_mask).sum().clamp(min=1))
-        assert entropies is not None  # as needs_entropy says
-        bonus = (h * entropies).sum()
-        total, bonus = total + bonus, bonus.detach()
-    return Terms(total, log_ratio.detach().exp(), None if kl is None else kl.detach(), tuple(logged), bonus)
+
+def _factors(t: Tokens) -> tuple[list[Tensor], Tensor | None]:
+    """(the factors (N,) of the policy term alone, of which one may be (N,) bool, the tokens of high entropy)."""
+    o, factors, high = t.objective, [], None
+    if o.off_policy_mask_threshold is not None:
+        drift = torch.nan_to_num(t.sampling_logp - t.logp.detach(), nan=0.0)
+        mean = _seq_mean(t.batch.layout, t.mask, drift)
+        factors.append((t.advantages >= 0) | (mean <= o.off_policy_mask_threshold))
+    if o.top_entropy_quantile < 1:
+        assert t.entropies is not None  # as needs_entropy says
+        high = high_entropy_mask(t.entropies, t.batch.mask, 1 - o.top_entropy_quantile)
+        factors.append(high)
+    if t.importance_ratio is not None and not o.record.takes_importance_ratio:
+        factors.append(t.importance_ratio)
+    return factors, high
 
 
 def _seq_mean(layout: Layout, mask: Tensor, x: Tensor) -> Tensor:
@@ -185,11 +188,15 @@ def _log_ratio(o: Objective, layout: Layout, mask: Tensor, logps: Tensor, old: T
     return ratio if bound is None else ratio.clamp(max=bound)
 
 
-def _kl(o: Objective, batch: Batch, mask: Tensor, logps: Tensor, old: Tensor, ref: Tensor) -> Tensor:
+def _kl(t: Tokens) -> Tensor:
     """(N,) the estimate of the KL to the reference policy, or that times the ratio."""
+    o, logps, ref = t.objective, t.logp, t.reference
+    assert ref is not None  # as check_objective says
 
     def log_ratio(logps: Tensor) -> Tensor:
-        return logps - logps.detach() if o.kl_anchor == "current" else _log_ratio(o, batch.layout, mask, logps, old)
+        if o.kl_anchor == "current":
+            return logps - logps.detach()
+        return _log_ratio(o, t.batch.layout, t.mask, logps, t.old_logp)
 
     if not o.use_bias_correction_kl:
         return estimate(o.kl_estimator, ref - logps, o.kl_log_ratio_clamp, o.kl_clamp)
