@@ -70,8 +70,8 @@ def grpo_loss(
             the old one, such as an inference engine's.
         sampling_per_token_logps like completion_ids: the sampler's logps, for the off-policy mask (None: old ones).
         num_items_in_batch: the number D that the objective's average divides by: of loss tokens for "dapo", of
-            sequences or prompts for others (`AVERAGES`; number or 0-dim tensor; None: this batch's). For the micro-batches
-            of a step on P processes it is that of the whole step divided by P.
+            sequences or prompts for others (docs/objectives.md; number or 0-dim tensor; None: this batch's). For the
+            micro-batches of a step on P processes it is that of the whole step divided by P.
         loss_scale: factor of loss and gradient, such as 1/accumulation steps (number or 0-dim tensor).
         temperature: number > 0, or a tensor (B,) or (B, T): logits are divided by it.
         cu_seqlens (S+1,) integer: boundaries of the S sequences in a packed batch.

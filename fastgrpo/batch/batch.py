@@ -62,16 +62,11 @@ class Batch:
     def prompts(self) -> Tensor | None:
         """(S,) int64, below S: the prompt of each sequence; None: it is not known."""
         count, device = self.layout.num_sequences, self.mask.device
-        if self.group_ids is None and self.group_size is None:
-            return None
         if self.group_ids is None:
-            check(
-                isinstance(self.group_size, int) and self.group_size > 0,
-                "num_generations",
-                "an integer >= 1",
-                self.group_size,
-            )
-            return torch.arange(count, device=device) // self.group_size
+            if (size := self.group_size) is None:
+                return None
+            check(isinstance(size, int) and size > 0, "num_generations", "an integer >= 1", size)
+            return torch.arange(count, device=device) // size
         order = self.group_ids.argsort(stable=True)  # without torch.unique, for which a device has to be waited for
         ordered = self.group_ids[order]
         first = torch.cat([ordered.new_zeros(min(count, 1), dtype=torch.bool), ordered[1:] != ordered[:-1]])

@@ -169,7 +169,7 @@ class Objective:
     @property
     def record(self) -> Loss:
         """What `loss_type` stands for."""
-        return LOSSES[self.loss_type] if self.loss_type in LOSSES else record_of(self.loss_type)  # type: ignore[index]
+        return LOSSES[self.loss_type] if self.loss_type in LOSSES else record_of(self.loss_type)
 
     @property
     def loss_name(self) -> str:

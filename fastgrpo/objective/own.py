@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, overload
@@ -24,14 +25,29 @@ _NAMES: dict[Hashable, str] = {}  # of registered functions
 
 
 @overload
-def register_loss(name: str, token: F, **options: Any) -> F: ...
+def register_loss(
+    name: str,
+    token: F,
+    *,
+    average: str = ...,
+    needs_sequences: bool | None = ...,
+    needs_entropy: bool | None = ...,
+    needs_ref: bool | None = ...,
+) -> F: ...
 @overload
-def register_loss(name: str, **options: Any) -> Callable[[F], F]: ...
+def register_loss(
+    name: str,
+    *,
+    average: str = ...,
+    needs_sequences: bool | None = ...,
+    needs_entropy: bool | None = ...,
+    needs_ref: bool | None = ...,
+) -> Callable[[F], F]: ...
 
 
 def register_loss(
     name: str,
-    token: TokenLoss | None = None,
+    token: Any = None,
     *,
     average: str = _AVERAGE,
     needs_sequences: bool | None = None,
@@ -72,6 +88,7 @@ def register_loss(
     given = dict(whole_sequences=needs_sequences, needs_entropy=needs_entropy, needs_ref=needs_ref)
     LOSSES[name] = _record(token, average, {need: value for need, value in given.items() if value is not None})
     _NAMES[token] = name
+    _RECORDS.pop(token, None)  # of its time without a name
     return token
 
 
@@ -84,7 +101,7 @@ def record_of(loss_type: str | TokenLoss) -> Loss:
     if loss_type not in _RECORDS:
         function = _imported(loss_type) if isinstance(loss_type, str) else loss_type
         named = function if isinstance(function, str) else _NAMES.get(function)
-        _RECORDS[loss_type] = LOSSES[named] if named is not None else _record(function, _AVERAGE, {})
+        _RECORDS[loss_type] = LOSSES[named] if named in LOSSES else _record(function, _AVERAGE, {})
     return _RECORDS[loss_type]
 
 
@@ -132,7 +149,7 @@ _LOG_RATIOS = (0.0, 0.01, 0.1, 0.18, 0.25, 0.5, 0.7, 1.0, 2.0, 3.0, 5.0, 11.0, 2
 _VECTORS = ("logp", "old", "sampling", "ref", "advantages", "entropy")
 
 
-def _record(function: Any, average: str, given: dict[str, bool]) -> Loss:
+def _record(function: Any, average: str, given: dict[str, Any]) -> Loss:
     """The record of a function; what is not given of its needs is found out.
 
     Raises:
@@ -142,14 +159,16 @@ def _record(function: Any, average: str, given: dict[str, bool]) -> Loss:
         raise ValueError(f"loss_type: expected a function, got {describe(function)}")
     name = title(function)
     if len(given) == 3:
-        return Loss(function, average, inert=False, **given)
+        return dataclasses.replace(Loss(function, average, inert=False), **given)
     options = _Seen()
     near, mask = _inputs(6, 5, [0.0, 0.01, -0.01, 0.1, -0.1, 0.3, -0.3])
     loss, leaves = _try(function, name, options, near, mask)
     check_gradient(loss, name, leaves[0])
-    needs = {need: need in options.seen for need in ("whole_sequences", "needs_entropy", "needs_ref")} | given
+    needs: dict[str, Any] = {
+        need: need in options.seen for need in ("whole_sequences", "needs_entropy", "needs_ref")
+    } | given
     _check_rows(function, name, near, mask, needs["whole_sequences"])
-    return Loss(function, average, inert=_is_inert(function, name), **needs)
+    return dataclasses.replace(Loss(function, average, inert=_is_inert(function, name)), **needs)
 
 
 def title(function: Any) -> str:
