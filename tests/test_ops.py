@@ -53,7 +53,7 @@ def test_opcheck(backend, device):
 
 def test_an_operator_puts_any_objective_together_again():
     logits, batch, _ = _arguments("torch", "cpu")
-    rows = Rows(batch.ids, batch.mask, batch.inv_temperature)
+    rows, batch = Rows(batch.ids, batch.mask, batch.inv_temperature), replace(batch, group_size=2)
     changed = dict(average="bnpo", kl_average="luspo", kl_anchor="current", log_ratio_clamp=3.0, cov_share=0.5)
     for preset in PRESETS:
         for options in ({}, dict(beta=0.1, kl_estimator="k1+"), dict(beta=0.1, **changed)):

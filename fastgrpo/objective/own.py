@@ -85,8 +85,8 @@ def register_loss(
         raise ValueError(f"name: expected one that no loss has, got {name!r}")
     if average not in AVERAGES:
         raise ValueError(f"average: expected one of {', '.join(AVERAGES)}, got {average!r}")
-    given = dict(whole_sequences=needs_sequences, needs_entropy=needs_entropy, needs_ref=needs_ref)
-    LOSSES[name] = _record(token, average, {need: value for need, value in given.items() if value is not None})
+    given = zip(_NEEDS, (needs_sequences, needs_entropy, needs_ref), strict=True)
+    LOSSES[name] = _record(token, average, {need: value for need, value in given if value is not None})
     _NAMES[token] = name
     _RECORDS.pop(token, None)  # of its time without a name
     return token
@@ -146,6 +146,7 @@ class _Seen:
 
 
 _LOG_RATIOS = (0.0, 0.01, 0.1, 0.18, 0.25, 0.5, 0.7, 1.0, 2.0, 3.0, 5.0, 11.0, 21.0, 60.0, 200.0, 1000.0)
+_NEEDS = ("whole_sequences", "needs_entropy", "needs_ref")  # fields of Loss
 _VECTORS = ("logp", "old", "sampling", "ref", "advantages", "entropy")
 
 
@@ -158,15 +159,14 @@ def _record(function: Any, average: str, given: dict[str, Any]) -> Loss:
     if not callable(function):
         raise ValueError(f"loss_type: expected a function, got {describe(function)}")
     name = title(function)
-    if len(given) == 3:
+    if len(given) == len(_NEEDS):
         return dataclasses.replace(Loss(function, average, inert=False), **given)
     options = _Seen()
     near, mask = _inputs(6, 5, [0.0, 0.01, -0.01, 0.1, -0.1, 0.3, -0.3])
     loss, leaves = _try(function, name, options, near, mask)
     check_gradient(loss, name, leaves[0])
-    needs: dict[str, Any] = {
-        need: need in options.seen for need in ("whole_sequences", "needs_entropy", "needs_ref")
-    } | given
+    needs: dict[str, Any] = {need: need in options.seen for need in _NEEDS}
+    needs |= given
     _check_rows(function, name, near, mask, needs["whole_sequences"])
     return dataclasses.replace(Loss(function, average, inert=_is_inert(function, name)), **needs)
 
