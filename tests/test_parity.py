@@ -22,6 +22,7 @@ def test_what_is_recorded():
         "skyrl": "0.4.0",
         "prime-rl": "559b44772e47",
         "slime": "624b824a898a",
+        "nemo-rl": "7ea279abfbeb",
     }
     assert len(CASES) > 40
 

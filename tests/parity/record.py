@@ -53,9 +53,12 @@ class _Stand(ModuleType):
 
 
 class _Stands(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, packages):
+        self.packages = packages
+
     def find_spec(self, name, path=None, target=None):
-        if importlib.machinery.PathFinder.find_spec(name.partition(".")[0]) is not None:
-            return None  # there is that package, which does not have such a part
+        if name.partition(".")[0] not in self.packages:
+            return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec):
@@ -66,10 +69,9 @@ class _Stands(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 @contextlib.contextmanager
-def stands(**modules):
-    """What cannot be imported is a stand-in, and `modules` are those named; torch.compile is left out."""
-    before, finder = dict(sys.modules), _Stands()
-    sys.modules.update(modules)
+def stands(*packages):
+    """What of `packages` is not installed is a stand-in; torch.compile is left out."""
+    before, finder = dict(sys.modules), _Stands(packages)
     sys.meta_path.append(finder)
     try:
         with mock.patch.object(torch, "compile", lambda f=None, **_: f or (lambda g: g)):
@@ -118,7 +120,7 @@ def verl(root):
                                     ppo_kl_coef=0.1, dro_beta=0.1),
     )  # fmt: skip
     config.get = lambda name, default=None: getattr(config, name, default)
-    with stands():
+    with stands("verl", "omegaconf", "tensordict", "ray", "codetiming"):
         sys.modules["verl.utils.torch_functional"] = load(root / "verl/utils/torch_functional.py", "verl_functional")
         sys.modules["verl.utils"].torch_functional = sys.modules["verl.utils.torch_functional"]
         for name in ("verl.trainer.config", "verl.workers.config"):
@@ -170,7 +172,7 @@ def verl(root):
 
 def openrlhf(root):
     folder = next(Path(root).rglob("openrlhf/models"))
-    with stands():
+    with stands("flash_attn", "deepspeed", "peft", "ray"):
         load(folder / "utils.py", "openrlhf_models.utils")
         module = load(folder / "loss.py", "openrlhf_models.loss")
         utils = sys.modules["openrlhf_models.utils"]
@@ -197,7 +199,7 @@ def openrlhf(root):
 
 def skyrl(root):
     folder = Path(root) / "skyrl/backends/skyrl_train/utils"
-    with stands():
+    with stands("skyrl", "ray", "jaxtyping", "loguru", "omegaconf", "flash_attn"):
         torch_utils = load(folder / "torch_utils.py", "skyrl_torch_utils")
         sys.modules["skyrl.backends.skyrl_train.utils.torch_utils"] = torch_utils
         __import__("skyrl.backends.skyrl_train.utils.off_policy_correction_utils")
@@ -252,7 +254,7 @@ def skyrl(root):
 
 
 def prime_rl(root):
-    with stands():
+    with stands("prime_rl", "jaxtyping", "beartype"):
         __import__("jaxtyping")
         sys.modules["jaxtyping"].jaxtyped = lambda **_: as_is
         module = load(Path(root) / "src/prime_rl/trainer/rl/loss.py", "prime_loss")
@@ -273,7 +275,7 @@ def prime_rl(root):
 
 
 def slime(root):
-    with stands():
+    with stands("slime", "megatron"):
         module = load(Path(root) / "slime/utils/ppo_utils.py", "slime_ppo_utils")
         case = _Case()
         x = case.x
@@ -291,7 +293,60 @@ def slime(root):
         return case
 
 
-FRAMEWORKS = {"verl": verl, "openrlhf": openrlhf, "skyrl": skyrl, "prime-rl": prime_rl, "slime": slime}
+def nemo_rl(root):
+    folder = Path(root) / "nemo_rl/algorithms"
+    with stands("nemo_rl", "pydantic", "ray"):
+        name = "nemo_rl.algorithms.utils"
+        __import__(name)
+        utils = load(folder / "utils.py", name)
+        name = "nemo_rl.algorithms.loss.interfaces"
+        __import__(name)
+        load(folder / "loss/interfaces.py", name)
+        module = load(folder / "loss/loss_functions.py", "nemo_loss_functions")
+        assert utils.calculate_kl is module.calculate_kl
+        case = _Case()
+        x = case.x
+        config = Config(
+            disable_ppo_ratio=False, ratio_clip_min=0.2, ratio_clip_max=0.2, ratio_clip_c=None,
+            reference_policy_kl_penalty=0.01, reference_policy_kl_type="k3", use_kl_in_reward=False,
+            kl_input_clamp_value=20.0, kl_output_clamp_value=10.0, use_importance_sampling_correction=False,
+            truncated_importance_sampling_type=None, truncated_importance_sampling_ratio=None,
+            truncated_importance_sampling_ratio_min=None, use_on_policy_kl_approximation=False,
+            force_on_policy_ratio=False, sequence_level_importance_ratios=False, positive_example_nll_weight=0.0,
+            token_level_loss=True, use_cispo=False,
+        )  # fmt: skip
+
+        def first(values):  # the token before the first, which is not looked at
+            return torch.cat([values[:, :1], values], dim=1)
+
+        data = dict(
+            token_mask=first(x["mask"]), sample_mask=torch.ones(B, dtype=torch.float64), prev_logprobs=first(x["old"]),
+            advantages=x["advantages"][:, None].expand(B, T + 1), generation_logprobs=first(x["sampling"]),
+            reference_policy_logprobs=first(x["ref"]),
+        )  # fmt: skip
+
+        def loss(**options):
+            function = module.ClippedPGLossFn(Config(**{**vars(config), **options}))
+            return lambda leaf: function(leaf, data, torch.tensor(float(B)), x["mask"].sum())[0]
+
+        case.add("default", dict(preset="nemo-rl"), loss())
+        case.add("dual clip", dict(preset="nemo-rl", clip_ratio_c=3.0), loss(ratio_clip_c=3.0))
+        case.add("reinforce", dict(preset="nemo-rl", loss_type="reinforce"), loss(disable_ppo_ratio=True))
+        case.add("cispo", dict(preset="nemo-rl", loss_type="cispo_clip"), loss(use_cispo=True))
+        options = dict(preset="nemo-rl", importance_sampling_level="sequence", average="grpo")
+        sequences = dict(sequence_level_importance_ratios=True, token_level_loss=False)
+        case.add("gspo", options, loss(**sequences))
+        return case
+
+
+FRAMEWORKS = {
+    "verl": verl,
+    "openrlhf": openrlhf,
+    "skyrl": skyrl,
+    "prime-rl": prime_rl,
+    "slime": slime,
+    "nemo-rl": nemo_rl,
+}
 
 
 def main(name, version, root):
