@@ -279,3 +279,37 @@ def test_not_a_number_stays_one(loss_type, level):
         assert gradient[1].isnan(), option
         loss, gradient = _loss_and_gradient(objective, [-1.5] * 2, [100.0] * 2, [0.0] * 2, math.nan)
         assert math.isnan(loss) and gradient.isnan().all(), option
+
+
+def test_tokens_are_chosen_by_covariance():
+    """As many as the share says: by kl_cov the largest, by clip_cov any of those in its range, none of them twice."""
+    gen = torch.Generator().manual_seed(0)
+    logps, advantages = torch.randn(4, 25, generator=gen), torch.randn(4, generator=gen)
+    mask = torch.rand(4, 25, generator=gen) < 0.8
+    a = advantages[:, None].expand(4, 25)
+    cov = (a - a[mask].mean()) * (logps - logps[mask].mean())
+    count, drawn = int(0.1 * mask.sum()), set()
+
+    def loss_of(loss_type, **options):
+        leaf = logps.clone().requires_grad_()
+        objective = Objective(loss_type=loss_type, cov_share=0.1, average="token-sum", **options)
+        out = policy_loss(leaf, advantages, completion_mask=mask, objective=objective)
+        assert out.metrics["cov/chosen_mean"].item() == pytest.approx(count / mask.sum().item())
+        (gradient,) = torch.autograd.grad(out.loss, leaf)
+        return ((gradient + a).abs() > 1e-6) & mask  # on-policy, the gradient of the others is -A
+
+    largest = torch.where(mask, cov, -torch.inf).flatten().topk(count).indices.tolist()
+    old = dict(old_per_token_logps=logps - 0.01)
+    leaf = logps.clone().requires_grad_()
+    objective = Objective(loss_type="kl_cov", cov_share=0.1, average="token-sum")
+    (gradient,) = torch.autograd.grad(
+        policy_loss(leaf, advantages, completion_mask=mask, objective=objective, **old).loss, leaf
+    )
+    moved = ((gradient + a * math.exp(0.01)).abs() > 1e-3) & mask
+    assert sorted(moved.flatten().nonzero()[:, 0].tolist()) == sorted(largest)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        chosen = loss_of("clip_cov", cov_low=0.0, cov_high=2.0)
+        assert chosen.sum() == count and ((cov > 0) & (cov < 2))[chosen].all()
+        drawn.add(tuple(chosen.flatten().nonzero()[:, 0].tolist()))
+    assert len(drawn) > 4
