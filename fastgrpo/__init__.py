@@ -4,7 +4,8 @@ from fastgrpo.advantages import gae, group_advantages
 from fastgrpo.linear import LinearGRPOLoss, linear_grpo_loss
 from fastgrpo.logps import linear_logps, selective_logps
 from fastgrpo.loss import GRPOLoss, grpo_loss
-from fastgrpo.objective import Objective
+from fastgrpo.objective import Objective, register_loss
+from fastgrpo.objective.kl import kl_in_reward
 from fastgrpo.output import GRPOOutput
 from fastgrpo.policy import policy_loss
 from fastgrpo.reference import grpo_loss_reference, linear_grpo_loss_reference
@@ -20,9 +21,11 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "grpo_loss_reference",
+    "kl_in_reward",
     "linear_grpo_loss",
     "linear_grpo_loss_reference",
     "linear_logps",
     "policy_loss",
+    "register_loss",
     "selective_logps",
 ]

@@ -69,11 +69,15 @@ def grpo_loss(
         importance_sampling_ratio (B, T), (B, 1) or (B,): factor of the policy term, for samples of another policy than
             the old one, such as an inference engine's.
         sampling_per_token_logps like completion_ids: the sampler's logps, for the off-policy mask (None: old ones).
-        num_items_in_batch: number of loss tokens that "dapo", "cispo" and "vespo" divide by (number or 0-dim tensor;
-            None: this batch's).
+        num_items_in_batch: the number D that the objective's average divides by: of loss tokens for "dapo", of
+            sequences or prompts for others (docs/objectives.md; number or 0-dim tensor; None: this batch's). For the
+            micro-batches of a step on P processes it is that of the whole step divided by P.
         loss_scale: factor of loss and gradient, such as 1/accumulation steps (number or 0-dim tensor).
         temperature: number > 0, or a tensor (B,) or (B, T): logits are divided by it.
         cu_seqlens (S+1,) integer: boundaries of the S sequences in a packed batch.
+        token_weights (B, T), (B, 1) or (B,): factors of each token's loss, KL included, beside the average's.
+        group_ids (B,), packed (S,) integer: the prompt of each completion, for the average "prompt-mean"; None:
+            contiguous groups of `num_generations`.
         objective: every option of the loss.
         return_stats: fill per_token_logps, entropies, kl and metrics; if False, tokens that cannot learn are not
             scored.

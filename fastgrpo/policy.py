@@ -63,7 +63,7 @@ def policy_loss(
         check(
             not objective.needs_entropy,
             "entropies",
-            "a tensor with an entropy bonus or top_entropy_quantile < 1",
+            f"a tensor because the loss {objective.loss_name}, an entropy bonus or top_entropy_quantile < 1 reads it",
             None,
         )
     else:

@@ -34,6 +34,9 @@ def objective_for(loss_type: str, level: str, options: dict) -> Objective:
     defaults = dict(loss_type=loss_type, importance_sampling_level=level, max_completion_length=MAX_COMPLETION_LENGTH)
     if loss_type == "cispo":
         defaults["epsilon_high"] = 1.1  # the cap itself: so that some tokens reach it
+    defaults |= {"clip_cov": dict(cov_share=1.0), "kl_cov": dict(cov_share=0.3)}.get(loss_type, {})  # none is drawn
+    if loss_type in ("dppo", "dppo_tv", "dppo_kl"):
+        defaults |= dict(epsilon=0.01, epsilon_high=0.01)  # of probabilities: so that some tokens leave it
     return Objective(**{**defaults, **options})
 
 
@@ -48,27 +51,68 @@ def _times(a: float, b: float) -> float:  # 0 times what has overflowed is 0
     return 0.0 if a == 0 or b == 0 else a * b
 
 
-def _exact_policy(o: Objective, x: float, log_w: float, advantage: float, logp: float) -> tuple[float, float, float]:
-    """(loss, its derivative in the log ratio x, its derivative in logp at a fixed x) of a token."""
+def _exact_policy(
+    o: Objective, x: float, own_x: float, log_w: float, advantage: float, logp: float, first: bool
+) -> tuple[float, float, float]:
+    """(loss, its derivative in the log ratio x, its derivative in logp at a fixed x) of a token.
+
+    `own_x` is the log ratio of the token alone; `first` stands for the token that covariance selects among equal ones.
+    """
     ratio, a = _exp(x), advantage
+    moving = _times(ratio, a)
+    constant = None  # minus the factor of A logp
     if o.loss_type == "cispo":
-        coefficient = -min(ratio, o.clip_high) * a
-        return coefficient * logp, 0.0, coefficient
-    if o.loss_type == "vespo":
+        constant = min(ratio, o.clip_high)
+    elif o.loss_type == "cispo_clip":
+        constant = min(max(ratio, 1 - o.epsilon), o.clip_high)
+    elif o.loss_type == "reinforce":
+        constant = 1.0
+    elif o.loss_type == "icepop":
+        constant = ratio if 1 - o.epsilon < ratio < o.clip_high else 0.0
+    elif o.loss_type == "vespo":
         k, lam = (o.vespo_k_pos, o.vespo_lambda_pos) if a >= 0 else (o.vespo_k_neg, o.vespo_lambda_neg)
         log_w = min(max(log_w, math.log(1e-8)), 20)
-        coefficient = -math.exp(lam + k * log_w - lam * math.exp(log_w)) * a
+        constant = math.exp(lam + k * log_w - lam * math.exp(log_w))
+    elif o.loss_type in ("dppo", "dppo_tv", "dppo_kl"):
+        old_logp = logp - own_x
+        p, old = math.exp(logp), _exp(old_logp)
+        if o.loss_type == "dppo_kl":
+            kl = old * -own_x + (1 - old) * math.log((1 - old + 1e-8) / (1 - p + 1e-8)) if old < 1 + 1e-8 else math.nan
+            dropped = (p > old and kl > o.clip_high) if a > 0 else (p < old and kl > o.epsilon)
+        else:
+            dropped = p - old > o.clip_high if a > 0 else p - old < -o.epsilon
+        if o.loss_type == "dppo":
+            return (0.0, 0.0, 0.0) if dropped else (-moving, -moving, 0.0)
+        constant = 0.0 if dropped else ratio if o.clip_ratio_c is None else min(ratio, o.clip_ratio_c)
+    if constant is not None:
+        coefficient = -_times(constant, a)
         return coefficient * logp, 0.0, coefficient
+    if o.loss_type == "kl_cov":
+        chosen = o.cov_coef * first
+        return chosen * abs(x) - moving, chosen * ((x > 0) - (x < 0)) - moving, 0.0
     if o.loss_type == "sapo":
         tau = o.sapo_temperature_pos if a > 0 else o.sapo_temperature_neg
         rest = _exp(-tau * (ratio - 1))  # (1 - gate) / gate
         return -a * 4 / tau / (1 + rest), _times(-a * 4 * rest / (1 + rest) ** 2, ratio), 0.0
-    moving, bound = _times(ratio, a), o.delta is not None and ratio > o.delta
+    bound = o.delta is not None and ratio > o.delta
     unclipped = o.delta * a if bound else moving
     clipped = min(max(ratio, 1 - o.epsilon), o.clip_high) * a
     inside = 1 - o.epsilon <= ratio <= o.clip_high
     chosen_moves = not bound if unclipped < clipped else inside
-    return -min(unclipped, clipped), -moving if chosen_moves else 0.0, 0.0
+    loss, slope = -min(unclipped, clipped), -moving if chosen_moves else 0.0
+    if o.clip_ratio_c is not None and a < 0 and loss > -o.clip_ratio_c * a:
+        return -o.clip_ratio_c * a, 0.0, 0.0
+    return loss, slope, 0.0
+
+
+def _exact_gmpo(o: Objective, xs: list, advantage: float) -> tuple[list, list]:
+    """(loss, dL/dlogp) of each token."""
+    low, high, a = -o.epsilon, o.clip_high, advantage
+    clipped = [min(x, high) if a > 0 else max(x, low) if a < 0 else 0.0 for x in xs]
+    value = -_times(_exp(sum(clipped) / len(xs)), a)
+    # two equal numbers share the gradient, and the clamped one has its own within the range
+    moves = [float(x <= high if a > 0 else x >= low) for x in xs]
+    return [value] * len(xs), [_times(value, move) for move in moves]
 
 
 def exact_loss(o: Objective, xs: list, ds: list, advantage: float, logp: float) -> tuple[list, list]:
@@ -79,8 +123,14 @@ def exact_loss(o: Objective, xs: list, ds: list, advantage: float, logp: float) 
     n = len(xs)
     level_xs = xs if o.importance_sampling_level == "token" else [sum(xs) / n] * n
     log_w = sum(min(max(x, -20), 20) for x in xs)
-    losses, slopes, direct = zip(*(_exact_policy(o, x, log_w, advantage, logp) for x in level_xs), strict=True)
     per_sequence = o.importance_sampling_level == "sequence"
+    if o.loss_type == "gmpo":
+        losses, slopes = _exact_gmpo(o, level_xs, advantage)
+        direct = [0.0] * n
+    else:
+        each = [_exact_policy(o, x, own, log_w, advantage, logp, i == 0)
+                for i, (x, own) in enumerate(zip(level_xs, xs, strict=True))]  # fmt: skip
+        losses, slopes, direct = zip(*each, strict=True)
     gradient = [s + d for s, d in zip([sum(slopes) / n] * n if per_sequence else slopes, direct, strict=True)]
     if o.beta:
         kl, dkl = _exact_kl(o.use_bias_correction_kl, level_xs, ds, per_sequence)

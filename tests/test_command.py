@@ -119,6 +119,7 @@ MISTAKES = [
     (["train", "--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
     (["train", "--recipe", "r2"], "argument --recipe: invalid choice: 'r2'"),
     (["train", "--loss-type", "ppo"], "loss_type: expected one of .*got 'ppo'"),
+    (["train", "--loss-type", "own_losses:nothing"], "loss_type: 'own_losses:nothing' cannot be imported"),
     (["train", "--num-generations", "3"], "num_generations: expected a divisor"),
     (["train", "--logits-dtype", "bfloat16"], "logits_dtype: .*, because hidden states are float32, got 'bfloat16'"),
     (["train", "--backend", "cuda"], "--backend: cuda cannot be used here: "),

@@ -162,6 +162,17 @@ BAD_OBJECTIVES = {
     "quantile": (dict(top_entropy_quantile=1.5), "top_entropy_quantile: .*between 0 and 1.*1.5"),
     "sapo": (dict(sapo_temperature_pos=0.0), "sapo_temperature_pos: .*> 0"),
     "dr_grpo": (dict(loss_type="dr_grpo"), "max_completion_length: .*dr_grpo.*None"),
+    "loss_type-object": (dict(loss_type=3), "loss_type: .*a function.*3"),
+    "average": (dict(average="mean"), "average: .*token-mean.*'mean'"),
+    "average-dr_grpo": (dict(average="dr_grpo"), "max_completion_length: .*'dr_grpo'.*None"),
+    "kl_average": (dict(kl_average=1), "kl_average: .*token-mean.*1"),
+    "kl_estimator": (dict(kl_estimator="full"), "kl_estimator: .*low_var_kl.*'full'"),
+    "kl_anchor": (dict(kl_anchor="new"), "kl_anchor: .*current.*'new'"),
+    "ratio_anchor": (dict(ratio_anchor=None), "ratio_anchor: .*sampling.*None"),
+    "log_ratio_clamp": (dict(log_ratio_clamp=0.0), "log_ratio_clamp: .*> 0.*0.0"),
+    "clip_ratio_c": (dict(clip_ratio_c=-1), "clip_ratio_c: .*> 0.*-1"),
+    "kl_clamp": (dict(kl_clamp=0), "kl_clamp: .*> 0.*0"),
+    "cov_share": (dict(cov_share=0.0), "cov_share: .*above 0.*0.0"),
     "max_completion_length": (dict(max_completion_length=0), "max_completion_length: .*> 0.*0"),
 }
 

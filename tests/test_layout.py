@@ -27,6 +27,8 @@ def test_every_default_is_the_same_wherever_it_stands():
         ("loss_scale", 1.0),
         ("temperature", 1.0),
         ("cu_seqlens", None),
+        ("token_weights", None),
+        ("group_ids", None),
     ]
     of_logps = [(name, p.default) for name, p in signatures[1].items() if name in PolicyInputs.__annotations__]
     assert of_logps == [pair for pair in shown if pair[0] != "temperature"]

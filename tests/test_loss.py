@@ -413,6 +413,8 @@ def test_ratios_beyond_fp32_in_the_fused_objective(name, backend, device):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_ratios_beyond_fp32(loss_type, level, backend, device):
     """From logits and from hidden states: a ratio that overflows on the clipped side costs no gradient its value."""
+    if loss_type == "kl_cov":
+        pytest.skip("its ratio has no bound")
     objective = objective_for(loss_type, level, dict(beta=0.1, use_bias_correction_kl=False))
     table = [(-1000.0, 1.5), (-100.0, -1.5), (100.0, 0.0), (100.0, 1.5), (1000.0, 1.5)]
     shape = (len(table), 2)

@@ -177,13 +177,20 @@ def test_presets():
         Objective.preset("nope")
 
 
+OWN_OPTIONS = ("average", "ratio_anchor", "log_ratio_clamp", "clip_ratio_c", "log_ratio_penalty", "kl_estimator",
+               "kl_log_ratio_clamp", "kl_clamp", "kl_anchor", "kl_average", "cov_share", "cov_low", "cov_high",
+               "cov_coef")  # fmt: skip
+
+
 def test_defaults_are_trls():
     trl = pytest.importorskip("trl", reason="TRL is the oracle (pip install '.[test]')")
     import dataclasses
 
     defaults = {f.name: f.default for f in dataclasses.fields(trl.GRPOConfig)}
     for field in dataclasses.fields(Objective):
-        if field.name != "max_completion_length":  # 512 in TRL; here only dr_grpo reads it, and asks for it
+        if field.name in OWN_OPTIONS:
+            assert field.name not in defaults
+        elif field.name != "max_completion_length":  # 512 in TRL; here only dr_grpo reads it, and asks for it
             assert field.default == defaults[field.name], field.name
 
 
@@ -215,7 +222,9 @@ def test_ratios_beyond_fp32(loss_type, level):
     weight = {"luspo": 1.0, "dr_grpo": 1 / 9}.get(loss_type, 1 / 3)
     options = [dict(beta=0.0), dict(beta=0.1), dict(beta=0.1, use_bias_correction_kl=False)]
     if LOSSES[loss_type].kind == Kind.CLIP:
-        options += [dict(beta=0.0, delta=4.0)]
+        options += [dict(beta=0.0, delta=4.0), dict(beta=0.0, clip_ratio_c=3.0)]
+    if loss_type in ("dppo_tv", "dppo_kl"):
+        options += [dict(beta=0.0, clip_ratio_c=20.0)]
     for option, advantage, tokens in itertools.product(options, (1.5, 0.0, -1.5), ((1, 1, 1), (0, 1, 0))):
         objective = objective_for(loss_type, level, option)
         for ratio, ref in itertools.product(LOG_RATIOS, ("here", "near", "old") if objective.beta else ("here",)):
@@ -227,10 +236,12 @@ def test_ratios_beyond_fp32(loss_type, level):
                 got, got_gradient = _loss_and_gradient(objective, [-1.5] * 3, xs, ds, advantage, dtype)
                 largest = torch.finfo(dtype).max
                 case = f"{option}, advantage {advantage}, log ratios {xs}, reference {ref}, {dtype}"
-                if want <= largest:
+                if abs(want) <= largest:
                     assert got == pytest.approx(want, rel=1e-5, abs=1e-12), case
                 else:
-                    assert got == math.inf, case
+                    # where nothing bounds the policy term, it may be -inf beside a KL of inf
+                    opposite = objective.beta and loss_type in ("dppo", "dppo_tv", "dppo_kl", "kl_cov")
+                    assert got == math.copysign(math.inf, want) or (opposite and math.isnan(got)), case
                 if (want_gradient.abs() <= largest).all():
                     # what float64 itself rounds on the way to the loss is no error
                     bound = 1e-5 * want_gradient.abs().max() + 1e-15 * (1 + min(abs(want), largest))
@@ -245,9 +256,9 @@ def test_a_policy_term_that_is_left_out_may_overflow(loss_type, level):
     cases = {
         "off-policy mask": (dict(off_policy_mask_threshold=0.1), dict(sampling_per_token_logps=torch.zeros(1, 3)), 0),
     }
-    if loss_type != "vespo":  # it takes the importance ratio into its own weight
+    if not LOSSES[loss_type].takes_importance_ratio:
         cases["importance ratio"] = ({}, dict(importance_sampling_ratio=torch.zeros(1, 3)), 0)
-    if level == "token":
+    if level == "token" and loss_type != "gmpo":  # whose loss is of all tokens of a sequence
         entropies = torch.tensor([[3.0, 2.0, 1.0]])  # the first token alone is kept, and has ratio 1
         cases["entropy mask"] = (dict(top_entropy_quantile=0.0), dict(entropies=entropies), 1)
     for name, (options, inputs, kept) in cases.items():
@@ -265,6 +276,40 @@ def test_not_a_number_stays_one(loss_type, level):
         objective = objective_for(loss_type, level, option)
         loss, gradient = _loss_and_gradient(objective, [-1.5, math.nan], [100.0, math.nan], [0.0, 0.0], 1.0)
         assert math.isnan(loss), option
-        assert gradient[1].isnan() or loss_type == "vespo", option  # whose weight, as TRL's, is 0 where it is NaN
+        assert gradient[1].isnan(), option
         loss, gradient = _loss_and_gradient(objective, [-1.5] * 2, [100.0] * 2, [0.0] * 2, math.nan)
         assert math.isnan(loss) and gradient.isnan().all(), option
+
+
+def test_tokens_are_chosen_by_covariance():
+    """As many as the share says: by kl_cov the largest, by clip_cov any of those in its range, none of them twice."""
+    gen = torch.Generator().manual_seed(0)
+    logps, advantages = torch.randn(4, 25, generator=gen), torch.randn(4, generator=gen)
+    mask = torch.rand(4, 25, generator=gen) < 0.8
+    a = advantages[:, None].expand(4, 25)
+    cov = (a - a[mask].mean()) * (logps - logps[mask].mean())
+    count, drawn = int(0.1 * mask.sum()), set()
+
+    def loss_of(loss_type, **options):
+        leaf = logps.clone().requires_grad_()
+        objective = Objective(loss_type=loss_type, cov_share=0.1, average="token-sum", **options)
+        out = policy_loss(leaf, advantages, completion_mask=mask, objective=objective)
+        assert out.metrics["cov/chosen_mean"].item() == pytest.approx(count / mask.sum().item())
+        (gradient,) = torch.autograd.grad(out.loss, leaf)
+        return ((gradient + a).abs() > 1e-6) & mask  # on-policy, the gradient of the others is -A
+
+    largest = torch.where(mask, cov, -torch.inf).flatten().topk(count).indices.tolist()
+    old = dict(old_per_token_logps=logps - 0.01)
+    leaf = logps.clone().requires_grad_()
+    objective = Objective(loss_type="kl_cov", cov_share=0.1, average="token-sum")
+    (gradient,) = torch.autograd.grad(
+        policy_loss(leaf, advantages, completion_mask=mask, objective=objective, **old).loss, leaf
+    )
+    moved = ((gradient + a * math.exp(0.01)).abs() > 1e-3) & mask
+    assert sorted(moved.flatten().nonzero()[:, 0].tolist()) == sorted(largest)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        chosen = loss_of("clip_cov", cov_low=0.0, cov_high=2.0)
+        assert chosen.sum() == count and ((cov > 0) & (cov < 2))[chosen].all()
+        drawn.add(tuple(chosen.flatten().nonzero()[:, 0].tolist()))
+    assert len(drawn) > 4

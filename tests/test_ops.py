@@ -21,6 +21,7 @@ from fastgrpo.backends import Rows
 from fastgrpo.batch.inputs import make_batch
 from fastgrpo.engine import hidden_ops, ops, projection
 from fastgrpo.engine.logits import Apart, fuse
+from fastgrpo.objective import PRESETS
 from fastgrpo.objective.terms import row_weights
 
 
@@ -47,6 +48,41 @@ def test_opcheck(backend, device):
         inputs = ([*rows], [*token], ops.spec_numbers(spec), True, backend)
         opcheck(ops.token_loss, (leaf, *inputs))
         opcheck(ops.token_loss_, (logits.clone(), *inputs))
+
+
+def test_an_operator_puts_any_objective_together_again():
+    logits, batch, _ = _arguments("torch", "cpu")
+    rows, batch = Rows(batch.ids, batch.mask, batch.inv_temperature), replace(batch, group_size=2)
+    changed = dict(average="bnpo", kl_average="luspo", kl_anchor="current", log_ratio_clamp=3.0, cov_share=0.5)
+    for preset in PRESETS:
+        for options in ({}, dict(beta=0.1, kl_estimator="k1+"), dict(beta=0.1, **changed)):
+            objective = Objective.preset(preset, **{"max_completion_length": 7, **options})
+            weights = row_weights(objective, batch)
+            how = Apart(rows, objective, batch, weights, batch.mask)
+            vectors, numbers, names = hidden_ops.taken_apart(how)
+            again = hidden_ops._how(batch.ids, batch.mask, batch.inv_temperature, vectors, numbers, names)
+            assert again.objective == objective
+            for a, b in zip(again.weights, weights, strict=True):
+                assert a is b
+
+
+@pytest.mark.parametrize("options", [dict(loss_type="gmpo"), dict(beta=0.1, kl_estimator="k2", kl_average="grpo"),
+                                     dict(loss_type="kl_cov", cov_share=0.3, average="token-sum")])  # fmt: skip
+def test_compile_fullgraph_linear_of_other_losses(options):
+    objective = Objective(**options)
+    hidden, weight, ids, kwargs = make_linear_inputs(("old", "ref"))
+
+    def step(hidden, weight, ids, **kwargs):
+        return linear_grpo_loss(hidden * 1, weight, ids, objective=objective, **kwargs)
+
+    torch._dynamo.reset()
+    want, *wanted = linear_loss_and_grads(step, hidden, weight, ids, **kwargs)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got, *grads = linear_loss_and_grads(compiled, hidden, weight, ids, **kwargs)
+    assert_close(got.loss, want.loss, 1e-6)
+    for a, b in zip(grads, wanted, strict=True):
+        assert_close(a, b, 1e-6)
+    assert set(got.metrics) == set(want.metrics)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -3,6 +3,7 @@
 import json
 import math
 
+import own_losses  # noqa: F401 (registers names)
 import pytest
 import torch
 import transformers
@@ -220,7 +221,7 @@ def test_logits_are_never_formed(level, tokenizer, dataset, tmp_path, monkeypatc
     assert largest_allocation(tokenizer, dataset, tmp_path, **options)[0] >= logits
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", [*LOSS_TYPES, "own_losses:with_entropy", "mine-of-sequences"])
 def test_every_loss_type_trains(loss_type, model, tokenizer, dataset, tmp_path):
     before = model.lm_head.weight.detach().clone()
     trainer = make_trainer(
@@ -443,6 +444,8 @@ def test_built_in_rewards(function, completion, answer, expected):
         (dict(generation_batch_size=6), "generation_batch_size: expected a multiple"),
         (dict(scale_rewards="x"), "scale_rewards"),
         (dict(loss_type="x"), "loss_type"),
+        (dict(loss_type=print), "loss_type: .*'module:function' in a config"),
+        (dict(average="prompt-mean"), "average: .*tokens or sequences.*'prompt-mean'"),
         (dict(temperature=0.0), "temperature"),
         (
             dict(logits_dtype="float64"),

@@ -1,12 +1,16 @@
 """fastgrpo inside TRL's own trainers: real runs on a tiny model, the same numbers with and without."""
 
+import functools
 import json
 
+import own_losses
 import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from fastgrpo import Objective
 
 trl = pytest.importorskip("trl", reason="TRL is what is patched (pip install '.[test]')")
 trl_utils = pytest.importorskip("trl.trainer.utils")
@@ -181,3 +185,37 @@ def test_grpo_logs_the_same_three_ways(name, folder, tmp_path, recwarn):
         assert_same(logged(grpo_run, folder, tmp_path, **GRPO[name]), want, near)
     assert_same(logged(grpo_run, folder, tmp_path, fast.GRPOTrainer, **GRPO[name]), want, near)
     assert not [str(w.message) for w in recwarn if "fastgrpo leaves" in str(w.message)]
+
+
+OWN = {
+    "a function": (dict(loss_type=own_losses.clipped), dict()),
+    "of sequences": (dict(loss_type=own_losses.of_sequences), dict(importance_sampling_level="sequence")),
+    "built in": (dict(loss_type="grpo", beta=0.1), dict(loss_type="grpo", beta=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_an_objective_of_ones_own(name, folder, tmp_path):
+    """Equal to the config's loss where it is the same one; what it cannot do is not left to TRL."""
+    own, options = OWN[name]
+    options = dict(options, num_iterations=2)
+    given = functools.partial(fast.GRPOTrainer, objective=Objective(**own))
+    config = options if name == "built in" else dict(num_iterations=2, loss_type="luspo")
+    got, want = logged(grpo_run, folder, tmp_path, given, **config), logged(grpo_run, folder, tmp_path, **options)
+    clip = {key for entry in want[0] for key in entry if "clip_ratio" in key and "completions" not in key}
+    for history in (got[0], want[0]):
+        for entry in history:
+            for key in clip:
+                entry.pop(key, None)  # a function logs none
+    assert_same(got, want, 1e-5)
+
+
+def test_an_objective_that_cannot_be_had(folder, tmp_path):
+    with pytest.raises(ValueError, match="objective: expected an Objective or None, got 'dapo'"):
+        grpo_run(folder, tmp_path, functools.partial(fast.GRPOTrainer, objective="dapo"))
+    needs_ref = functools.partial(fast.GRPOTrainer, objective=Objective(loss_type=own_losses.with_reference))
+    with pytest.raises(ValueError, match="objective: .*no reference policy, because the config's beta is 0"):
+        grpo_run(folder, tmp_path, needs_ref)
+    prompts = functools.partial(fast.GRPOTrainer, objective=Objective(average="prompt-mean"))
+    with pytest.raises(ValueError, match="average: .*'prompt-mean'"):
+        grpo_run(folder, tmp_path, prompts)

@@ -16,6 +16,8 @@ from fastgrpo import linear, logps, loss
 HOUSE = Path(fastgrpo.__file__).parent
 
 SETUP = """
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,12 +30,15 @@ from fastgrpo import (
     group_advantages,
     grpo_loss,
     grpo_loss_reference,
+    kl_in_reward,
     linear_grpo_loss,
     linear_grpo_loss_reference,
     linear_logps,
     policy_loss,
+    register_loss,
     selective_logps,
 )
+from fastgrpo.objective import Tokens
 from fastgrpo.rewards import RewardFunc, combine, exact, numeric
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer
 
@@ -67,6 +72,10 @@ one = group_advantages(rewards, 2, scale_rewards="none")
 two = gae(mask, mask, mask, gamma=1.0, lam=0.95)
 output: GRPOOutput = policy_loss(mask, rewards)
 metrics: dict[str, Tensor] | None = output.metrics
+one = grpo_loss(logits, ids, rewards, token_weights=mask, group_ids=ids[:, 0]).loss
+one = kl_in_reward(rewards, mask, mask, beta=0.1, kl_estimator="k3")
+own: Objective = Objective(loss_type=lambda t: -t.ratio * t.advantages, average="grpo", kl_average=None)
+lent: Callable[[Tokens], Tensor] = register_loss("lent", lambda t: -t.logp * t.advantages, needs_entropy=False)
 frozen: Objective = Objective(loss_type="grpo", epsilon=0.2, epsilon_high=None, delta=None)
 reward: RewardFunc = combine(exact, numeric, weights=[1.0, 0.5])
 args: GRPOConfig = GRPOConfig("out", beta=0.1, loss_type="grpo", num_generations=2, bf16=None, learning_rate=1e-5)
@@ -107,6 +116,9 @@ WRONG = {
     "Objective(los_type='dapo')": "call-arg",
     "Objective(beta='0.1')": "arg-type",
     "Objective(delta=2, max_completion_length=1.5)": "arg-type",
+    "Objective(loss_type=3)": "arg-type",
+    "Objective(average=1)": "arg-type",
+    "register_loss('lent', print, needs=True)": "call-overload",
     "Objective().beta = 0.1": "misc",
     "Objective.preset(1)": "arg-type",
     "selective_logps(logits, ids, masks=mask)": "call-overload",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.advantages import group_advantages
+from fastgrpo.batch.checks import check
 from fastgrpo.batch.layout import Layout
 
 
@@ -36,6 +37,9 @@ class Batch:
     importance_ratio_per_sequence: bool = False
     num_items_in_batch: Tensor | float | None = None
     loss_scale: Tensor | float = 1.0
+    token_weights: Tensor | None = None  # (N,)
+    group_ids: Tensor | None = None  # (S,) integers: the prompt of each sequence
+    group_size: int | None = None  # of contiguous groups, one for each prompt
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,10 +59,23 @@ class Batch:
         s = torch.arange(self.layout.num_sequences, dtype=torch.int32, device=self.mask.device)
         return self.layout.to_rows(s)
 
-    def num_items(self, mask: Tensor) -> Tensor | float:
-        """The denominator of dapo, cispo and vespo; 1 in place of 0."""
+    def prompts(self) -> Tensor | None:
+        """(S,) int64, below S: the prompt of each sequence; None: it is not known."""
+        count, device = self.layout.num_sequences, self.mask.device
+        if self.group_ids is None:
+            if (size := self.group_size) is None:
+                return None
+            check(isinstance(size, int) and size > 0, "num_generations", "an integer >= 1", size)
+            return torch.arange(count, device=device) // size
+        order = self.group_ids.argsort(stable=True)  # without torch.unique, for which a device has to be waited for
+        ordered = self.group_ids[order]
+        first = torch.cat([ordered.new_zeros(min(count, 1), dtype=torch.bool), ordered[1:] != ordered[:-1]])
+        return torch.empty_like(order).scatter_(0, order, first.cumsum(0))
+
+    def num_items(self, here: Tensor) -> Tensor | float:
+        """`num_items_in_batch`, or how many are `here`, where that is not given; 1 in place of 0."""
         if self.num_items_in_batch is None:
-            return mask.sum().clamp(min=1)
+            return here.clamp(min=1)
         if isinstance(self.num_items_in_batch, Tensor):
             return torch.where(self.num_items_in_batch > 0, self.num_items_in_batch, 1.0)
         return self.num_items_in_batch if self.num_items_in_batch > 0 else 1

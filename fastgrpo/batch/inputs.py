@@ -32,17 +32,22 @@ class _Inputs(TypedDict, total=False):
     loss_scale: Tensor | float
 
 
-class PolicyInputs(_Inputs, total=False):
+class _OfLogits(TypedDict, total=False):
+    temperature: float | Tensor
+
+
+class _Last(TypedDict, total=False):
+    cu_seqlens: Tensor | None
+    token_weights: Tensor | None
+    group_ids: Tensor | None
+
+
+class PolicyInputs(_Inputs, _Last, total=False):
     """The keyword arguments of a loss from logps; `grpo_loss` says what each of them is."""
 
-    cu_seqlens: Tensor | None
 
-
-class Inputs(_Inputs, total=False):
+class Inputs(_Inputs, _OfLogits, _Last, total=False):
     """Those of a loss that makes its logps from logits."""
-
-    temperature: float | Tensor
-    cu_seqlens: Tensor | None
 
 
 class HeadOptions(TypedDict, total=False):
@@ -251,6 +256,12 @@ def make_batch(
     if items is not None:
         items = _scalar("num_items_in_batch", items, device, dtype)
         check(isinstance(items, Tensor) or items >= 0, "num_items_in_batch", "a number >= 0", items)
+    weights = given.get("token_weights")
+    if weights is not None:
+        weights = _to_rows("token_weights", weights.detach(), layout, shape, device, dtype)[0]
+    groups = given.get("group_ids")
+    if groups is not None:
+        check_tensor("group_ids", groups, (layout.num_sequences,), device, *INTEGERS)
     return Batch(
         layout=layout,
         shape=shape,
@@ -266,6 +277,9 @@ def make_batch(
         importance_ratio_per_sequence=ratio_per_sequence,
         num_items_in_batch=items,
         loss_scale=_scalar("loss_scale", given["loss_scale"], device, dtype),
+        token_weights=weights,
+        group_ids=groups,
+        group_size=given.get("num_generations"),
     )
 
 

@@ -263,7 +263,7 @@ def hidden_loss(
     scale = None
     if torch.float16 in (head.dtype, hidden.dtype, head.weight.dtype):
         scale = _power_of_two(objective, batch, weights, who.scored)
-        weights = Weights(weights.loss * scale, None if weights.entropy is None else weights.entropy * scale)
+        weights = Weights._make(None if x is None else x * scale for x in weights)
     how = fuse(rows, objective, batch, weights) if fused else Apart(rows, objective, batch, weights, who.scored)
     if plan is None:
         loss, columns, bonus = hidden_ops.hidden_loss(hidden, head, how, who, needs, want_entropy)
@@ -283,11 +283,12 @@ def _power_of_two(o: Objective, batch: Batch, weights: Weights, scored: Tensor |
     It is the power of two that brings the largest coefficient of a row, as far as it is known before the pass, to
     about 2^8. fp16 reaches from 2^-24 to 2^16, so that leaves room for small probabilities below and ratios above.
     """
-    size = only_where(scored, batch.row_advantages()).abs() + o.beta
+    size = only_where(scored, batch.row_advantages()).abs() + o.beta + (not o.record.inert)
     if batch.importance_ratio is not None:
         size = size * only_where(scored, batch.importance_ratio, fill=1.0)
     size = size * weights.loss.abs()
-    top = torch.cat([size, size if weights.entropy is None else weights.entropy.abs(), size.new_zeros(1)]).amax()
+    others = [x.abs() for x in weights[1:] if x is not None]
+    top = torch.cat([size, *others, size.new_zeros(1)]).amax()
     return torch.where((top > 0) & top.isfinite(), torch.exp2(8 - torch.ceil(torch.log2(top))), 1.0)
 
 

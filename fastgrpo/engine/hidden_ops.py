@@ -31,7 +31,7 @@ from fastgrpo.engine.ops import (
     taken,
 )
 from fastgrpo.engine.plan import Roles, plan_loss, plan_rows
-from fastgrpo.objective.options import Objective
+from fastgrpo.objective.options import CHOICES, Objective
 from fastgrpo.objective.terms import Terms, Weights, term_columns
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -175,17 +175,28 @@ class _Elsewhere(Apart):
             return thread.submit(differentiate).result()
 
 
-_NAMES = ("loss_type", "importance_sampling_level")
+# an objective as an operator takes it: its names as one text, and its numbers
+_NAMES = tuple(field.name for field in dataclasses.fields(Objective) if field.name in ("loss_type", *CHOICES))
 _NUMBERS = tuple(field for field in dataclasses.fields(Objective) if field.name not in _NAMES)
+_NONE = "-"
+
+
+def _names_of(o: Objective) -> str:
+    if o.registered_name is None:
+        raise ValueError(
+            f"loss_type: expected a name in a compiled graph, got the function {o.loss_name}; "
+            "register_loss gives it one"
+        )
+    names = [o.registered_name, *(getattr(o, name) for name in _NAMES if name != "loss_type")]
+    return " ".join([_NONE if name is None else name for name in names])
 
 
 def _objective_of(names: str, numbers: Sequence[float]) -> Objective:
-    options = dict(zip(_NAMES, names.split(), strict=True))
-    values: dict[str, Any] = {}  # without those that are None
+    values: dict[str, Any] = {k: v for k, v in zip(_NAMES, names.split(), strict=True) if v != _NONE}
     for field, number in zip(_NUMBERS, numbers, strict=True):
-        if not math.isinf(number):
+        if not math.isinf(number):  # which stands for None
             values[field.name] = bool(number) if isinstance(field.default, bool) else number
-    return Objective(**options, **values)  # type: ignore[arg-type]  # the names are those of its own fields
+    return Objective(**values)
 
 
 def _how(
@@ -201,7 +212,7 @@ def _how(
     if not objective:
         return fused_of(rows, vectors, numbers)
     sequences, ratio_per_sequence, *options = numbers
-    weight, h, advantages, old, ref, sampling, importance_ratio, seq = vectors
+    weight, h, kl_weight, advantages, old, ref, sampling, importance_ratio, seq = vectors
     assert weight is not None and seq is not None
     batch = Batch(
         layout=Packed(int(sequences), seq, seq),  # of which only the sequence of each row is asked
@@ -217,7 +228,7 @@ def _how(
         importance_ratio=importance_ratio,
         importance_ratio_per_sequence=bool(ratio_per_sequence),
     )
-    return _Elsewhere(rows, _objective_of(objective, options), batch, Weights(weight, h), scored)
+    return _Elsewhere(rows, _objective_of(objective, options), batch, Weights(weight, h, kl_weight), scored)
 
 
 def taken_apart(how: How) -> tuple[list[Tensor | None], list[float], str]:
@@ -229,7 +240,7 @@ def taken_apart(how: How) -> tuple[list[Tensor | None], list[float], str]:
     numbers = [math.inf if value is None else float(value) for value in options]
     layout = [float(batch.layout.num_sequences), float(batch.importance_ratio_per_sequence)]
     vectors = [*how.weights, batch.row_advantages(), batch.old, batch.ref, batch.sampling, batch.importance_ratio]
-    return [*vectors, batch.seq().long()], layout + numbers, " ".join([getattr(o, name) for name in _NAMES])
+    return [*vectors, batch.seq().long()], layout + numbers, _names_of(o)
 
 
 def hidden_loss(

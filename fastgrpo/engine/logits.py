@@ -12,7 +12,7 @@ from fastgrpo.backends import Call, Rows, Scores, TokenLoss, TokenRows, TokenSpe
 from fastgrpo.batch.batch import Batch, take
 from fastgrpo.batch.layout import Layout
 from fastgrpo.objective.options import Objective
-from fastgrpo.objective.terms import Terms, Weights, compute_terms, term_columns
+from fastgrpo.objective.terms import Terms, Weights, anchor_of, compute_terms, term_columns
 
 
 class Sweeps(NamedTuple):
@@ -106,7 +106,7 @@ def fuse(rows: Rows, o: Objective, batch: Batch, weights: Weights, *, skip_zero:
         advantages=advantages,
         rewards=batch.rewards,
         seq=batch.seq() if grouped else None,
-        old=batch.old,
+        old=anchor_of(o, batch),
         ref=batch.ref if o.beta != 0 else None,
         policy_scale=batch.importance_ratio,
         h=weights.entropy,
@@ -156,7 +156,7 @@ class Apart(NamedTuple):
         return scores, terms
 
     def terms(self, logps: Tensor, entropies: Tensor | None) -> Terms:
-        if self.objective.entropy_coef == 0 and entropies is not None:
+        if not self.objective.differentiates_entropy and entropies is not None:
             entropies = entropies.detach()  # a statistic only: no gradient sweep for it
         return compute_terms(self.objective, self.batch, logps, entropies, self.weights, self.scored)
 
@@ -172,7 +172,7 @@ class Apart(NamedTuple):
         with torch.enable_grad():
             wanted = [scores.logp.detach().requires_grad_()]
             entropies = scores.entropy
-            if self.objective.entropy_coef != 0:
+            if self.objective.differentiates_entropy:
                 assert entropies is not None  # as needs_entropy says
                 entropies = entropies.detach().requires_grad_()
                 wanted.append(entropies)

@@ -101,7 +101,7 @@ def plan_loss(o: Objective, batch: Batch, roles: Roles, chunk: int) -> Plan:
     n, layout = batch.ids.shape[0], batch.layout
     if o.is_token_local:
         return plan_rows(n, roles, chunk)
-    if n > chunk and o.top_entropy_quantile < 1:
+    if n > chunk and o.needs_whole_batch:
         return dataclasses.replace(plan_rows(n, roles, chunk, learn=False), fits=False)
     counts = _count(n, roles, layout if n > chunk else None)
     n_learn, n_scored, lengths = counts

@@ -43,7 +43,7 @@ def compute_metrics(o: Objective, batch: Batch, entropies: Tensor | None, terms:
             extremes = torch.stack([low.nan_to_num(nan=torch.inf).amin(), high.nan_to_num(nan=-torch.inf).amax()])
             extremes = extremes.nan_to_num(posinf=torch.nan, neginf=torch.nan)  # no sequence had a say
         metrics["clip_ratio/low_min"], metrics["clip_ratio/high_max"] = extremes.unbind()
-    if not batch.advantages_per_token:
+    if o.record.logs_of_sequences and not batch.advantages_per_token:
         for name in o.record.logs:  # one number for each sequence, which is 1 where that has no loss token
             weight = torch.where(lengths[:, 0] > 0, sums[:, [*vectors].index(name)] / lengths[:, 0], 1.0)
             metrics[name] = weight.sum() / max(sequences, 1)
@@ -73,7 +73,7 @@ def reduce_metrics(
         {name: 0-dim fp32 tensor}, the same on every process.
     """
     values = {name: value.detach().float() for name, value in metrics.items()}
-    if "policy_loss" in values and not objective.record.over_items:
+    if "policy_loss" in values and objective.averaging.counts != "tokens":
         values["policy_loss"] = values["policy_loss"] * accumulation  # TRL logs those per micro-batch, others by share
     packed = torch.stack([*values.values(), mask.sum().float()])
     *columns, tokens = accelerator.gather(packed).view(-1, len(packed)).T

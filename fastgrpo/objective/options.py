@@ -1,82 +1,30 @@
-"""`Objective`, every option of the loss; and what a loss type is, as a record that others register."""
+"""`Objective`, every option of the loss, checked on construction."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from fastgrpo.batch.batch import Batch
 from fastgrpo.batch.checks import wrong
+from fastgrpo.objective.averages import AVERAGES, Average
+from fastgrpo.objective.kl import KL_ESTIMATORS
+from fastgrpo.objective.own import name_of, record_of, title
+from fastgrpo.objective.presets import PRESETS
+from fastgrpo.objective.record import LOSSES, Loss, TokenLoss
 
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
-
-
-class Tokens(NamedTuple):
-    """What the loss of a token may read; (N,) each, one value a row. Rows without a score hold harmless numbers."""
-
-    logps: Tensor  # differentiable
-    log_ratio: Tensor  # of the objective's level, differentiable
-    token_log_ratio: Tensor  # logp - old, detached
-    advantages: Tensor
-    importance_ratio: Tensor | None
-    off: Tensor | None  # bool: a factor of 0 awaits the loss
-    mask: Tensor  # the loss tokens, 0 or 1
-    scored: Tensor | None  # bool; None: all
-    batch: Batch
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a loss type is. Everything that depends on one is read from here.
-
-    Args:
-        token: (N,) the loss of each token, without KL and entropy bonus; and for each name in `logs` (N,) weights.
-        average: (N,) the factor of each token's loss from the mask in numbers: how tokens are averaged.
-        over_items: the average is over `num_items_in_batch`, so that the losses of micro-batches add up to a step's.
-        kind, numbers: the fused objective that does the same, a `Kind`, and its numbers, at most 4; None: there is
-            none.
-        whole_sequences: a token's loss needs the other tokens of its sequence at every level.
-        takes_importance_ratio: `token` reads the importance sampling ratio; otherwise it multiplies the loss.
-        clip_high: the upper bound of the ratio.
-        logs: metrics, each the mean over sequences of a weight that is one number for each sequence.
-        shares: what else is logged of (objective, ratio, advantages): (N,) bools by their metric's name.
-        needs: option that must be given.
-    """
-
-    token: Callable[[Objective, Tokens], tuple[Tensor, ...]]
-    average: Callable[[Objective, Batch, Tensor], Tensor]
-    over_items: bool = False
-    kind: int | None = None
-    numbers: Callable[[Objective], tuple[float, ...]] = lambda o: ()
-    whole_sequences: bool = False
-    takes_importance_ratio: bool = False
-    clip_high: Callable[[float], float] = lambda epsilon_high: 1 + epsilon_high
-    logs: tuple[str, ...] = ()
-    shares: Callable[[Objective, Tensor, Tensor], dict[str, Tensor]] = lambda o, ratio, advantages: {}
-    needs: str | None = None
-
-
-LOSSES: dict[str, Loss] = {}  # by loss_type; `fastgrpo.objective.losses` fills it
-
-# the settings of papers
-PRESETS: dict[str, dict[str, Any]] = {
-    "grpo-paper": dict(loss_type="grpo", beta=0.04, use_bias_correction_kl=False),  # arXiv:2402.03300
-    "dapo": dict(loss_type="dapo", epsilon_high=0.28),  # arXiv:2503.14476
-    "dr_grpo": dict(loss_type="dr_grpo"),  # arXiv:2503.20783; needs max_completion_length
-    "bnpo": dict(loss_type="bnpo"),  # TRL's: an average over the tokens of a batch
-    # GSPO, arXiv:2507.18071
-    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
-    "gspo-token": dict(loss_type="grpo", importance_sampling_level="sequence_token", epsilon=3e-4, epsilon_high=4e-4),
-    # arXiv:2602.05261
-    "luspo": dict(loss_type="luspo", importance_sampling_level="sequence", epsilon=2e-3, epsilon_high=2.5e-3),
-    "cispo": dict(loss_type="cispo", epsilon_high=5.0),  # arXiv:2506.13585
-    "sapo": dict(loss_type="sapo"),  # arXiv:2511.20347
-    "vespo": dict(loss_type="vespo"),  # arXiv:2602.10693
+CHOICES: dict[str, tuple[str, ...]] = {  # of options that are names
+    "importance_sampling_level": IMPORTANCE_SAMPLING_LEVELS,
+    "average": tuple(AVERAGES),
+    "ratio_anchor": ("old", "sampling"),
+    "kl_estimator": KL_ESTIMATORS,
+    "kl_anchor": ("old", "current"),
+    "kl_average": tuple(AVERAGES),
 }
 
 
@@ -90,7 +38,8 @@ class Objective:
         loss_type: the loss of a token, and how tokens are averaged. The loss is the clipped ratio for "grpo"
             (arXiv:2402.03300), "bnpo", "dr_grpo" (arXiv:2503.20783), "dapo" (arXiv:2503.14476) and "luspo"
             (arXiv:2602.05261), which differ in the average. "cispo" (arXiv:2506.13585), "sapo" (arXiv:2511.20347)
-            and "vespo" (arXiv:2602.10693) have losses of their own.
+            and "vespo" (arXiv:2602.10693) have losses of their own. Or a function of one's own, from `Tokens` to (N,)
+            the loss of each token; "module:function"; or a name given by `register_loss`.
         importance_sampling_level: what the ratio is of: "token"; "sequence" (GSPO, arXiv:2507.18071); or
             "sequence_token" (GSPO-token), which has the value of the sequence's ratio and the gradient of the token's.
         beta: coefficient of the KL to the reference policy, estimated by k3; 0: no reference is needed.
@@ -104,16 +53,33 @@ class Objective:
             (arXiv:2506.01939); 1: all.
         off_policy_mask_threshold: sequences of negative advantage have no policy gradient if their mean of
             sampler's logp - logp exceeds it (DeepSeek-V3.2); None: all have.
-        max_completion_length: the constant that "dr_grpo" divides by, and needs.
+        max_completion_length: the constant that the average "dr_grpo" divides by, and needs.
         sapo_temperature_pos, sapo_temperature_neg: temperatures of SAPO's gate, by the advantage's sign.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: parameters of VESPO's weight, by the advantage's
             sign.
+        average: how tokens are averaged, whatever the loss: "dapo", "grpo", "bnpo", "dr_grpo" or "luspo", as those
+            loss types do; verl's "token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
+            "seq-mean-token-sum-norm" and "token-sum"; or "prompt-mean". None: the loss type's own.
+        ratio_anchor: the policy that the ratio is to: "old", or "sampling", the sampler's logps where they are given.
+        log_ratio_clamp: the log ratio of a token is bounded to ± this, that of a sequence from above; no gradient
+            beyond; None: it is not.
+        clip_ratio_c: bound of the ratio where A < 0, for the clipped losses (dual clip, arXiv:1912.09729); for
+            "dppo_tv" and "dppo_kl" of the weight; None: none.
+        log_ratio_penalty: coefficient of (logp - old)², which is added to the loss of each token.
+        kl_estimator: of the KL to the reference: "k1", "abs", "k2", "k3" or "low_var_kl", or with a "+" the value of
+            that and the gradient of k2.
+        kl_log_ratio_clamp, kl_clamp: bounds of ref - logp and of the estimate, on both sides; None: none.
+        kl_anchor: the policy of the ratio in `use_bias_correction_kl`: "old", or "current", whose ratio is 1.
+        kl_average: how the KL is averaged; None: as the loss.
+        cov_share: share of the tokens that "clip_cov" and "kl_cov" select by covariance (arXiv:2505.22617).
+        cov_low, cov_high: "clip_cov" selects between them.
+        cov_coef: coefficient of |logp - old| at the tokens that "kl_cov" selects.
 
     Raises:
         ValueError: names the option, what was expected and what came.
     """
 
-    loss_type: str = "dapo"
+    loss_type: str | TokenLoss = "dapo"
     importance_sampling_level: str = "token"
     beta: float = 0.0
     epsilon: float = 0.2
@@ -130,51 +96,68 @@ class Objective:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0
     vespo_lambda_neg: float = 2.0
+    average: str | None = None
+    ratio_anchor: str = "old"
+    log_ratio_clamp: float | None = None
+    clip_ratio_c: float | None = None
+    log_ratio_penalty: float = 0.0
+    kl_estimator: str = "k3"
+    kl_log_ratio_clamp: float | None = None
+    kl_clamp: float | None = None
+    kl_anchor: str = "old"
+    kl_average: str | None = None
+    cov_share: float = 2e-4
+    cov_low: float = 1.0
+    cov_high: float = 5.0
+    cov_coef: float = 1.0
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
             if not ok:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
-        check("loss_type", self.loss_type in LOSSES, f"one of {', '.join(LOSSES)}")
-        check(
-            "importance_sampling_level",
-            self.importance_sampling_level in IMPORTANCE_SAMPLING_LEVELS,
-            f"one of {', '.join(IMPORTANCE_SAMPLING_LEVELS)}",
-        )
+        record = self.record  # a ValueError if there is none
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("loss_type", "importance_sampling_level"):
+            value, choices = getattr(self, field.name), CHOICES.get(field.name)
+            if field.name == "loss_type" or (value is None and field.default is None):
+                continue
+            if choices is not None:
+                check(field.name, value in choices, f"one of {', '.join(choices)}")
                 continue
             if isinstance(field.default, bool):
                 check(field.name, isinstance(value, bool), "True or False")
-                continue
-            if value is None and field.default is None:
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             check(field.name, number and math.isfinite(value), "a finite number")
         for name in ("beta", "epsilon"):
             check(name, getattr(self, name) >= 0, "a number >= 0")
         check("epsilon_high", self.epsilon_high is None or self.epsilon_high >= 0, "None or a number >= 0")
-        check("delta", self.delta is None or self.delta > 0, "None or a number > 0")
+        for name in ("delta", "log_ratio_clamp", "clip_ratio_c", "kl_log_ratio_clamp", "kl_clamp"):
+            value = getattr(self, name)
+            check(name, value is None or value > 0, "None or a number > 0")
+        check("cov_share", 0 < self.cov_share <= 1, "a share above 0, at most 1")
         check("top_entropy_quantile", 0 <= self.top_entropy_quantile <= 1, "a share between 0 and 1")
         check("sapo_temperature_pos", self.sapo_temperature_pos > 0, "a number > 0")
         check("sapo_temperature_neg", self.sapo_temperature_neg > 0, "a number > 0")
-        length, needed = self.max_completion_length, self.record.needs
+        needed, length = AVERAGES[self.average or record.average].needs, self.max_completion_length
         if needed is not None:
             given = getattr(self, needed)
-            check(needed, given is not None and given > 0, f"a number > 0 with loss_type {self.loss_type!r}")
+            check(needed, given is not None and given > 0, f"a number > 0 with average {self.average_name!r}")
         check("max_completion_length", length is None or length > 0, "None or a number > 0")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Objective:
-        """An objective with the settings of a paper.
+        """An objective with the settings of a paper, or of another framework.
 
         Args:
-            name: "grpo-paper" (arXiv:2402.03300), "dapo" (arXiv:2503.14476), "dr_grpo" (arXiv:2503.20783), "bnpo"
-                (TRL's), "gspo" and "gspo-token" (arXiv:2507.18071), "luspo" (arXiv:2602.05261), "cispo"
-                (arXiv:2506.13585), "sapo" (arXiv:2511.20347) or "vespo" (arXiv:2602.10693).
-            **overrides: options that take other values than the paper's.
+            name: a paper's: "grpo-paper" (arXiv:2402.03300), "dapo" (arXiv:2503.14476), "dr_grpo" (arXiv:2503.20783),
+                "bnpo" (TRL's), "gspo" and "gspo-token" (arXiv:2507.18071), "luspo" (arXiv:2602.05261), "cispo"
+                (arXiv:2506.13585), "scale-rl" (arXiv:2510.13786), "sapo" (arXiv:2511.20347), "vespo"
+                (arXiv:2602.10693), "dual-clip" (arXiv:1912.09729), "gmpo" (arXiv:2507.20673), "dppo-tv" and "dppo-kl"
+                (arXiv:2602.04879), "clip-cov" and "kl-cov" (arXiv:2505.22617), "gpg" (arXiv:2504.02546), "reinforce",
+                "rloo" (arXiv:2402.14740), "dro" (arXiv:2405.19107) or "icepop" (arXiv:2510.18855). Or the defaults of
+                a framework: "verl", "prime-rl", "skyrl", "nemo-rl", "openrlhf" or "slime".
+            **overrides: options that take other values.
 
         Raises:
             ValueError: another name, or an option's bad value.
@@ -186,7 +169,27 @@ class Objective:
     @property
     def record(self) -> Loss:
         """What `loss_type` stands for."""
-        return LOSSES[self.loss_type]
+        return LOSSES[self.loss_type] if self.loss_type in LOSSES else record_of(self.loss_type)
+
+    @property
+    def loss_name(self) -> str:
+        """What the loss is called in an error."""
+        return repr(self.loss_type) if isinstance(self.loss_type, str) else title(self.loss_type)
+
+    @property
+    def registered_name(self) -> str | None:
+        """The name by which an operator of a compiled graph finds the loss; None: it has none."""
+        return name_of(self.loss_type)
+
+    @property
+    def average_name(self) -> str:
+        """How tokens are averaged, a name in `AVERAGES`."""
+        return self.record.average if self.average is None else self.average
+
+    @property
+    def averaging(self) -> Average:
+        """What `average_name` stands for."""
+        return AVERAGES[self.average_name]
 
     @property
     def clip_high(self) -> float:
@@ -199,19 +202,48 @@ class Objective:
         return (
             self.importance_sampling_level == "token"
             and not self.record.whole_sequences
-            and self.top_entropy_quantile == 1
+            and not self.needs_whole_batch
             and self.off_policy_mask_threshold is None
         )
 
     @property
     def is_fused(self) -> bool:
         """Whether kernels can hold it, between two looks at a row of logits."""
-        return self.is_token_local and self.record.kind is not None
+        unheld = self.log_ratio_clamp is not None or self.log_ratio_penalty != 0 or self.clip_ratio_c is not None
+        if self.beta != 0:
+            held = self.kl_estimator == "k3" and self.kl_anchor == "old" and self.kl_average is None
+            unheld = unheld or not held or self.kl_clamp is not None or self.kl_log_ratio_clamp is not None
+        return self.is_token_local and self.record.kind is not None and not unheld
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a token's loss depends on all tokens of the batch."""
+        return self.record.whole_batch or self.top_entropy_quantile < 1
 
     @property
     def needs_entropy(self) -> bool:
         """Whether the loss, not only its statistics, depends on entropies."""
-        return self.entropy_coef != 0 or self.top_entropy_quantile < 1
+        return self.differentiates_entropy or self.top_entropy_quantile < 1
+
+    @property
+    def differentiates_entropy(self) -> bool:
+        """Whether the loss has a gradient in the entropies."""
+        return self.entropy_coef != 0 or self.record.needs_entropy
+
+    @property
+    def needs_ref(self) -> bool:
+        """Whether the loss depends on the reference policy."""
+        return self.beta != 0 or self.record.needs_ref
+
+    def items_in_batch(self, *, tokens: Tensor, sequences: float) -> Tensor | float | None:
+        """`num_items_in_batch` as the average counts it, from a micro-batch's share of tokens and of sequences.
+
+        Raises:
+            ValueError: it counts prompts, whose completions micro-batches part.
+        """
+        if self.averaging.counts == "prompts":
+            raise ValueError(f"average: expected one of tokens or sequences in a trainer, got {self.average_name!r}")
+        return tokens if self.averaging.counts == "tokens" else sequences
 
     def wants_entropy(self, statistics: bool) -> bool:
         """Whether a call computes entropies, given whether it returns statistics."""
@@ -219,7 +251,7 @@ class Objective:
 
     def may_be_inert(self, advantages_per_token: bool) -> bool:
         """Whether a row of advantage 0 is known to add exactly nothing to loss and gradient."""
-        nothing_else = self.beta == 0 and not self.needs_entropy
+        nothing_else = (self.beta, self.log_ratio_penalty) == (0, 0) and not self.needs_entropy and self.record.inert
         return nothing_else and (self.is_token_local or not advantages_per_token)
 
 
@@ -227,5 +259,6 @@ def check_objective(objective: object, inputs: Mapping[str, Any]) -> None:
     """Raise a ValueError unless it is an Objective that can be computed from a call's inputs."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective: expected an Objective, got {objective!r}")
-    if objective.beta != 0 and inputs.get("ref_per_token_logps") is None:
-        raise wrong("ref_per_token_logps", "a tensor because beta is not 0", None)
+    if objective.needs_ref and inputs.get("ref_per_token_logps") is None:
+        why = "beta is not 0" if objective.beta != 0 else f"{objective.loss_name} reads t.ref_logp"
+        raise wrong("ref_per_token_logps", f"a tensor because {why}", None)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgrpo.batch.batch import Batch
 from fastgrpo.batch.layout import Layout
+from fastgrpo.objective.averages import AVERAGES, Average
+from fastgrpo.objective.kl import estimate
 from fastgrpo.objective.losses import bounded_exp
-from fastgrpo.objective.options import Objective, Tokens
+from fastgrpo.objective.options import Objective
+from fastgrpo.objective.own import check_gradient, check_loss
+from fastgrpo.objective.record import Tokens
 
 _QUANTILE_LIMIT = 16_000_000  # elements; before 2.14 torch takes 2^24 at most
 
@@ -20,6 +26,7 @@ class Weights(NamedTuple):
 
     loss: Tensor  # mask, average and loss_scale in one number
     entropy: Tensor | None  # dL/dentropy; None: no entropy bonus
+    kl: Tensor | None = None  # of the KL; None: those of the loss
 
 
 class Terms(NamedTuple):
@@ -48,12 +55,38 @@ def term_columns(o: Objective) -> list[str]:
 def row_weights(o: Objective, batch: Batch) -> Weights:
     """The weights of a batch's rows."""
     mask = batch.mask.to(batch.dtype)
-    weight = o.record.average(o, batch, mask)
-    if isinstance(batch.loss_scale, Tensor) or batch.loss_scale != 1:
-        weight = weight * batch.loss_scale
-    if o.entropy_coef == 0:
-        return Weights(weight, None)
-    return Weights(weight, mask * (-o.entropy_coef * batch.loss_scale) / mask.sum().clamp(min=1))
+
+    def weights(average: Average) -> Tensor:
+        weight = average.weights(o, batch, mask)
+        if batch.token_weights is not None:
+            weight = weight * only_where(batch.mask, batch.token_weights)
+        return weight * batch.loss_scale if isinstance(batch.loss_scale, Tensor) or batch.loss_scale != 1 else weight
+
+    weight, kl, entropy = weights(o.averaging), None, None
+    if o.beta != 0 and o.kl_average not in (None, o.average_name):
+        kl = weights(AVERAGES[o.kl_average])
+    if o.entropy_coef != 0:
+        entropy = mask * (-o.entropy_coef * batch.loss_scale) / mask.sum().clamp(min=1)
+    return Weights(weight, entropy, kl)
+
+
+def anchor_of(o: Objective, batch: Batch) -> Tensor | None:
+    """(N,) the logps that the ratio is to; None: the current ones, detached."""
+    return batch.sampling if o.ratio_anchor == "sampling" and batch.sampling is not None else batch.old
+
+
+class _Watched(torch.autograd.Function):
+    """x, whose gradient is NaN where x is: a loss such as -A·logp has a finite one in a logp that is no number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where(x.isnan(), x, gradient)
 
 
 def only_where(scored: Tensor | None, x: Tensor, fill: float = 0.0) -> Tensor:
@@ -68,47 +101,76 @@ def compute_terms(
 
     Rows that are not `scored` (N,) bool may hold anything in any input; they add exactly 0. None: all are scored.
     """
-    mask = batch.mask.to(batch.dtype)
-    advantages, logps = only_where(scored, batch.row_advantages()), only_where(scored, logps)
-    old = logps.detach() if batch.old is None else only_where(scored, batch.old)
-    is_ratio = batch.importance_ratio
-    is_ratio = None if is_ratio is None else only_where(scored, is_ratio, fill=1.0)
-    log_ratio = _log_ratio(o, batch.layout, mask, logps, old)
-
-    factors, entropy_mask = [], None  # of the policy term alone
-    if o.off_policy_mask_threshold is not None:
-        sampling = old if batch.sampling is None else only_where(scored, batch.sampling)
-        drift = _seq_mean(batch.layout, mask, torch.nan_to_num(sampling - logps.detach(), nan=0.0))
-        factors.append((advantages >= 0) | (drift <= o.off_policy_mask_threshold))
-    if o.top_entropy_quantile < 1:
-        assert entropies is not None  # as needs_entropy says
-        entropy_mask = high_entropy_mask(entropies, batch.mask, 1 - o.top_entropy_quantile)
-        factors.append(entropy_mask)
-    if is_ratio is not None and not o.record.takes_importance_ratio:
-        factors.append(is_ratio)
-    off = None
-    for factor in factors:
-        off = factor == 0 if off is None else off | (factor == 0)
-
-    token_log_ratio = (logps - old).detach()
-    tokens = Tokens(logps, log_ratio, token_log_ratio, advantages, is_ratio, off, mask, scored, batch)
-    loss, *logged = o.record.token(o, tokens)
+    t = _tokens(o, batch, logps, entropies, scored)
+    factors, high = _factors(t)
+    if factors:
+        zero = [factor == 0 for factor in factors]
+        t = dataclasses.replace(t, off=functools.reduce(torch.logical_or, zero))
+    made = o.record.token(t)
+    loss, *logged = made if isinstance(made, tuple) else (made,)
+    check_loss(loss, o.loss_name, t.logp)
+    check_gradient(loss, o.loss_name, t.logp)
+    if t.off is not None:
+        loss = torch.where(t.off & loss.isinf(), 0.0, loss)
     for factor in factors:
         loss = loss * factor
-    kl = None
-    if o.beta != 0:
-        assert batch.ref is not None  # as check_objective says
-        kl = _kl(o, batch, mask, logps, old, only_where(scored, batch.ref))
+    if o.log_ratio_penalty != 0:
+        loss = loss + o.log_ratio_penalty * (t.logp - t.old_logp).square()
+    kl = None if o.beta == 0 else _kl(t)
+    if kl is not None and weights.kl is None:
         loss = loss + o.beta * kl
 
     total, h, bonus = (loss * weights.loss).sum(), weights.entropy, None
+    if kl is not None and weights.kl is not None:
+        total = total + (o.beta * kl * weights.kl).sum()
     if h is not None:
-        if entropy_mask is not None:
-            h = h * entropy_mask * (mask.sum().clamp(min=1) / (mask * entropy_mask).sum().clamp(min=1))
-        assert entropies is not None  # as needs_entropy says
-        bonus = (h * only_where(scored, entropies)).sum()
+        if high is not None:
+            h = h * high * (t.mask.sum().clamp(min=1) / (t.mask * high).sum().clamp(min=1))
+        assert t.entropies is not None  # as needs_entropy says
+        bonus = (h * t.entropies).sum()
         total, bonus = total + bonus, bonus.detach()
-    return Terms(total, log_ratio.detach().exp(), None if kl is None else kl.detach(), tuple(logged), bonus)
+    return Terms(total, t.log_ratio.detach().exp(), None if kl is None else kl.detach(), tuple(logged), bonus)
+
+
+def _tokens(o: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None, scored: Tensor | None) -> Tokens:
+    """What the loss of a token may read, of a batch with harmless numbers in the rows that are not scored."""
+
+    def given(x: Tensor | None, fill: float = 0.0) -> Tensor | None:
+        return None if x is None else only_where(scored, x, fill)
+
+    mask, logps = batch.mask.to(batch.dtype), _Watched.apply(only_where(scored, logps))
+    anchor, sampling = given(anchor_of(o, batch)), given(batch.sampling)
+    old = logps.detach() if anchor is None else anchor
+    return Tokens(
+        objective=o,
+        batch=batch,
+        logp=logps,
+        old_logp=old,
+        sampling_logp=old if sampling is None else sampling,
+        log_ratio=_log_ratio(o, batch.layout, mask, logps, old),
+        advantages=only_where(scored, batch.row_advantages()),
+        mask=mask,
+        importance_ratio=given(batch.importance_ratio, fill=1.0),
+        reference=given(batch.ref),
+        entropies=given(entropies),
+        scored=scored,
+    )
+
+
+def _factors(t: Tokens) -> tuple[list[Tensor], Tensor | None]:
+    """(the factors (N,) of the policy term alone, of which one may be (N,) bool, the tokens of high entropy)."""
+    o, factors, high = t.objective, [], None
+    if o.off_policy_mask_threshold is not None:
+        drift = torch.nan_to_num(t.sampling_logp - t.logp.detach(), nan=0.0)
+        mean = _seq_mean(t.batch.layout, t.mask, drift)
+        factors.append((t.advantages >= 0) | (mean <= o.off_policy_mask_threshold))
+    if o.top_entropy_quantile < 1:
+        assert t.entropies is not None  # as needs_entropy says
+        high = high_entropy_mask(t.entropies, t.batch.mask, 1 - o.top_entropy_quantile)
+        factors.append(high)
+    if t.importance_ratio is not None and not o.record.takes_importance_ratio:
+        factors.append(t.importance_ratio)
+    return factors, high
 
 
 def _seq_mean(layout: Layout, mask: Tensor, x: Tensor) -> Tensor:
@@ -118,20 +180,34 @@ def _seq_mean(layout: Layout, mask: Tensor, x: Tensor) -> Tensor:
 
 def _log_ratio(o: Objective, layout: Layout, mask: Tensor, logps: Tensor, old: Tensor) -> Tensor:
     """(N,) the logarithm of the ratio of the objective's level."""
+    bound = o.log_ratio_clamp
     if o.importance_sampling_level == "token":
-        return logps - old
+        return logps - old if bound is None else (logps - old).clamp(-bound, bound)
     mean = _seq_mean(layout, mask, logps - old)
-    return mean if o.importance_sampling_level == "sequence" else mean.detach() + (logps - logps.detach())
+    ratio = mean if o.importance_sampling_level == "sequence" else mean.detach() + (logps - logps.detach())
+    return ratio if bound is None else ratio.clamp(max=bound)
 
 
-def _kl(o: Objective, batch: Batch, mask: Tensor, logps: Tensor, old: Tensor, ref: Tensor) -> Tensor:
-    """(N,) the k3 estimate of the KL to the reference policy, or that times the ratio."""
+def _kl(t: Tokens) -> Tensor:
+    """(N,) the estimate of the KL to the reference policy, or that times the ratio."""
+    o, logps, ref = t.objective, t.logp, t.reference
+    assert ref is not None  # as check_objective says
+
+    def log_ratio(logps: Tensor) -> Tensor:
+        if o.kl_anchor == "current":
+            return logps - logps.detach()
+        return _log_ratio(o, t.batch.layout, t.mask, logps, t.old_logp)
+
     if not o.use_bias_correction_kl:
-        diff = ref - logps
-        return torch.expm1(diff) - diff  # exp(d) - 1 - d without its cancellation
+        return estimate(o.kl_estimator, ref - logps, o.kl_log_ratio_clamp, o.kl_clamp)
     # in float64 up to the logps: its derivatives cancel, and are as large as exp(ref - logps) themselves
     wide = logps.double()
-    return _kl_times_ratio(ref - wide, _log_ratio(o, batch.layout, mask, wide, old)).to(logps.dtype)
+    if o.kl_estimator == "k3" and o.kl_log_ratio_clamp is None:
+        kl = _kl_times_ratio(ref - wide, log_ratio(wide))
+    else:
+        kl = estimate(o.kl_estimator, ref - wide, o.kl_log_ratio_clamp)
+        kl = kl * bounded_exp(log_ratio(wide), kl == 0, 1.0)
+    return (kl if o.kl_clamp is None else kl.clamp(-o.kl_clamp, o.kl_clamp)).to(logps.dtype)
 
 
 def _kl_times_ratio(d: Tensor, log_ratio: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def completion_loss(
     args: GRPOConfig,
     objective: Objective,
     *,
-    num_items: Tensor,
+    num_items: Tensor | float | None,
     loss_scale: float,
 ) -> tuple[Tensor, GRPOOutput]:
     """(the fused loss, through which the gradient goes back into the model; all results of `linear_grpo_loss`)."""

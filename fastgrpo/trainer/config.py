@@ -18,14 +18,14 @@ from fastgrpo.objective import Objective
 _FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
 
-# the options of the objective, with its defaults; one of them has a default of its own here
+# the options of the objective, with its defaults; one of them has a default of its own here, and the loss is a text
 if TYPE_CHECKING:
     _Options = Objective
 else:
     _Options = dataclasses.make_dataclass(
         "_Options",
         [
-            (f.name, typing.get_type_hints(Objective)[f.name], f.default)
+            (f.name, str if f.name == "loss_type" else typing.get_type_hints(Objective)[f.name], f.default)
             for f in dataclasses.fields(Objective)
             if f.name != "max_completion_length"
         ],
@@ -169,12 +169,18 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
             # the reentrant kind, once the default, needs inputs that require grad
             given = as_dict(self.gradient_checkpointing_kwargs)
             self.gradient_checkpointing_kwargs = {"use_reentrant": False, **given}
+        if not isinstance(self.loss_type, str):  # a config is saved as JSON
+            raise ValueError(
+                f"loss_type: expected a name or 'module:function' in a config, got {self.loss_type!r}; "
+                "fastgrpo.register_loss gives a function a name"
+            )
         older: dict[Any, str] = {True: "group", False: "none"}
         self.scale_rewards = older.get(self.scale_rewards, self.scale_rewards)
         self.logits_dtype = name_of_logits_dtype(self.logits_dtype, self)
         self._check_choices()
         self._size_generation()
-        self.objective()  # so that a bad option is refused here rather than at the first step
+        objective = self.objective()  # so that a bad option is refused here rather than at the first step
+        objective.items_in_batch(tokens=torch.ones(()), sequences=1)
 
     @property
     def checkpoints_activations(self) -> bool:

@@ -135,7 +135,7 @@ class GRPOTrainer(GroupTrainer):
         processing_class = prepare_tokenizer(model, processing_class, args.trust_remote_code)
         self.eos_token_ids = end_tokens(model, processing_class)
         self.ref_model = None
-        if args.beta != 0 and not is_peft(model):
+        if args.objective().needs_ref and not is_peft(model):
             self.ref_model = sharding.copy_model(unwrap(model), args.trust_remote_code).requires_grad_(False).eval()
             self._check_head_early(self.ref_model)
         self._check_head_early(model)
@@ -241,7 +241,7 @@ class GRPOTrainer(GroupTrainer):
         # When every optimiser step ends with its round, the learner has not moved since it sampled: old = current.
         if args.gradient_accumulation_steps % self._requests_of_a_round:
             logps["old_per_token_logps"] = self._score_logps(self.model, batch, mode)
-        if args.beta != 0:
+        if self.objective.needs_ref:
             if self.ref_model is not None:
                 logps["ref_per_token_logps"] = self._score_logps(self.ref_model, batch, mode)
             else:
@@ -314,7 +314,8 @@ class GRPOTrainer(GroupTrainer):
         # The denominator of dapo and the like is a global number of tokens: those of the round, shared out to the
         # micro-batches and processes whose sum (over the window) or mean (over processes) makes the gradient.
         parts = self.accelerator.num_processes * (self._steps_per_generation if train else 1)
-        num_items = inputs["num_items_in_batch"].clamp(min=1) / parts
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / parts
+        num_items = self.objective.items_in_batch(tokens=tokens, sequences=len(inputs["completion_ids"]))
         loss, output = completion_loss(
             model, inputs, self.args, self.objective, num_items=num_items, loss_scale=1.0 / accumulation
         )

@@ -72,7 +72,7 @@ def load_policy(model: str | AnyModel, args: GRPOConfig, peft_config: Any) -> tu
     elif args.model_init_kwargs:
         warnings.warn("model_init_kwargs has no effect on a model that is passed as an object", stacklevel=3)
     if peft_config is None:
-        return model, add_reference(model) if args.beta != 0 and is_peft(model) else []
+        return model, add_reference(model) if args.objective().needs_ref and is_peft(model) else []
     from peft import get_peft_model
 
     if is_peft(model):

@@ -37,7 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add = train.add_argument_group("reward and loss").add_argument
     add("--reward", help=f"exact, numeric, contains, accuracy, format, ..., or module:function (default: "
         f"{defaults.REWARD})")  # fmt: skip
-    add("--loss-type", default=Objective.loss_type, help=f"one of {', '.join(LOSS_TYPES)}")
+    add("--loss-type", default=Objective.loss_type, help=f"one of {', '.join(LOSS_TYPES)}, or module:function")
     add("--beta", type=number(least=0), default=Objective.beta, help="coefficient of the KL to the first model")
     add("--num-iterations", type=whole(1), default=defaults.NUM_ITERATIONS, help="passes over each batch")
     add("--backend", choices=("auto", *backends.NAMES), default=defaults.BACKEND, help="of the loss")

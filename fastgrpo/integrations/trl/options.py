@@ -23,17 +23,14 @@ def objective_of(trainer) -> Objective:
     Raises:
         NotHonoured: an option, a method of a subclass or a model that the loss at the head has no counterpart of.
     """
-    check_model(trainer)
     for name in _PARTS:
         if getattr(type(trainer), name, None) is not getattr(OwnGRPOTrainer, name, None):
             raise NotHonoured(f"{type(trainer).__name__} overrides {name}")
-    if trainer.top_entropy_quantile < 1 and trainer.accelerator.num_processes > 1:
-        raise NotHonoured("top_entropy_quantile is of the tokens of all processes")
     coefficient = trainer.entropy_coef if trainer._entropy_bonus_enabled else 0.0
     if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
         coefficient = 0.0
     try:
-        return Objective(
+        objective = Objective(
             epsilon=trainer.epsilon_low,
             entropy_coef=coefficient,
             **{name: getattr(trainer, name) for name in _OF_TRAINER},
@@ -41,3 +38,17 @@ def objective_of(trainer) -> Objective:
         )
     except (ValueError, AttributeError) as error:
         raise NotHonoured(str(error)) from error
+    return checked(trainer, objective)
+
+
+def checked(trainer, objective: Objective) -> Objective:
+    """The objective, if the loss at the head of this trainer's model is that of all its processes.
+
+    Raises:
+        NotHonoured: it is not.
+    """
+    check_model(trainer)
+    if objective.needs_whole_batch and trainer.accelerator.num_processes > 1:
+        name = "top_entropy_quantile" if objective.top_entropy_quantile < 1 else f"the loss {objective.loss_name}"
+        raise NotHonoured(f"{name} is of the tokens of all processes")
+    return objective

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgrpo import Objective
 from fastgrpo.integrations.seam import NotHonoured, in_place
 from fastgrpo.integrations.trl.at_head import LossAtHead
-from fastgrpo.integrations.trl.options import objective_of
+from fastgrpo.integrations.trl.options import checked, objective_of
 from fastgrpo.integrations.trl.versions import SCORE, TRL, OwnGRPOTrainer, places_of
 from fastgrpo.objective.metrics import reduce_metrics
 
@@ -24,14 +24,40 @@ class GRPOTrainer(OwnGRPOTrainer):
 
     If a subclass overrides a method that makes the loss, or an option has no counterpart in `Objective`, the loss is
     TRL's own, and a RuntimeWarning says why.
+
+    Args:
+        objective: a loss that TRL does not have, such as `Objective(loss_type=function)`. The options of the loss in
+            the config are then not read, but for `beta`: if it is not 0, TRL loads a reference policy. None: the
+            config's loss.
+
+    Raises:
+        ValueError: an objective that is none, or that needs a reference policy where the config's beta is 0.
+        RuntimeError: with `objective`, where TRL's own loss would stand otherwise; at the first step.
     """
 
+    def __init__(self, *args, objective: Objective | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._fastgrpo_objective = objective
+        if objective is None:
+            return
+        if not isinstance(objective, Objective):
+            raise ValueError(f"objective: expected an Objective or None, got {objective!r}")
+        objective.items_in_batch(tokens=torch.ones(()), sequences=1)  # a ValueError for an average of prompts
+        if objective.needs_ref and self.beta == 0:
+            raise ValueError("objective: expected one that needs no reference policy, because the config's beta is 0; "
+                             f"got {objective!r}")  # fmt: skip
+
     def _compute_loss(self, model, inputs):
+        objective = vars(self).get("_fastgrpo_objective")
         try:
             if (why := vars(self).get("_fastgrpo_left")) is not None:
                 raise NotHonoured(why)
-            return self._fused_loss(model, inputs, objective_of(self))
+            return self._fused_loss(
+                model, inputs, objective_of(self) if objective is None else checked(self, objective)
+            )
         except NotHonoured as why:
+            if objective is not None:
+                raise RuntimeError(f"objective: the loss cannot be made at the head: {why}") from why
             TRL.leave(self, why)
             return super()._compute_loss(model, inputs)
 
@@ -52,10 +78,12 @@ class GRPOTrainer(OwnGRPOTrainer):
                 advantages=inputs["advantages"],
                 completion_mask=mask,
                 old_per_token_logps=inputs.get("old_per_token_logps"),
-                ref_per_token_logps=inputs["ref_per_token_logps"] if self.beta != 0 else None,
+                ref_per_token_logps=inputs["ref_per_token_logps"] if objective.needs_ref else None,
                 sampling_per_token_logps=inputs.get("sampling_per_token_logps"),
                 importance_sampling_ratio=inputs.get("importance_sampling_ratio") if corrected else None,
-                num_items_in_batch=inputs["num_items_in_batch"].clamp(min=1) / parts,
+                num_items_in_batch=objective.items_in_batch(
+                    tokens=inputs["num_items_in_batch"].clamp(min=1) / parts, sequences=len(mask)
+                ),
                 loss_scale=1.0 / accumulation,
                 objective=objective,
             ),
@@ -67,7 +95,8 @@ class GRPOTrainer(OwnGRPOTrainer):
         loss = output.loss.detach() + (carrier - carrier.detach())
         made = {"policy_loss": output.loss, **output.metrics}  # without an entropy bonus that is the whole loss
         reduced = reduce_metrics(self.accelerator, objective, made, mask, accumulation)
-        if not self._entropy_bonus_enabled:
+        of_config = vars(self).get("_fastgrpo_objective") is None
+        if not (self._entropy_bonus_enabled if of_config else objective.entropy_coef != 0):
             del reduced["policy_loss"]
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
@@ -75,7 +104,7 @@ class GRPOTrainer(OwnGRPOTrainer):
         names, values = list(reduced), torch.stack([x.to(loss.device) for x in reduced.values()]).tolist()
         for name, value in zip(names, values, strict=True):
             metrics[name].append(value)
-        if self._entropy_bonus_enabled and train:
+        if self._entropy_bonus_enabled and train and of_config:
             self._control_entropy(entropies, mask)
         return loss
 

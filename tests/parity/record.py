@@ -1,0 +1,361 @@
+"""Records what other frameworks' own loss functions give: inputs, outputs, package and version, as JSON.
+
+Their packages bring much that a loss does not need, so a function is loaded from its file, and what the file imports
+and does not have is a stand-in that is never called. Unpack a wheel, then for example
+
+    pip download --no-deps verl==0.9.1 && unzip -d verl verl-0.9.1-py3-none-any.whl
+    python tests/parity/record.py verl 0.9.1 verl
+
+and likewise openrlhf 0.11.2, skyrl 0.4.0; for prime-rl and slime a checkout, and its commit as the version.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import torch
+
+HERE = Path(__file__).parent
+B, T = 6, 8
+
+
+def inputs():
+    """Float64 vectors (B, T) of a batch whose ratios leave every clip range, its mask and its advantages (B,)."""
+    gen = torch.Generator().manual_seed(0)
+
+    def noise(*shape, scale=1.0):
+        return torch.randn(*shape, generator=gen, dtype=torch.float64) * scale
+
+    logp = -(noise(B, T).abs() * 1.5 + 0.02)
+    old = torch.minimum(logp + noise(B, T, scale=0.4), torch.tensor(-0.01))
+    sampling = torch.minimum(old + noise(B, T, scale=0.2), torch.tensor(-0.01))
+    ref = logp + noise(B, T, scale=0.5)
+    old[0, 0], old[1, 1], ref[0, 1], ref[2, 0] = logp[0, 0] - 25, logp[1, 1] - 3, logp[0, 1] + 22, logp[2, 0] + 3
+    mask = torch.arange(T) < torch.tensor([8, 7, 5, 1, 6, 3])[:, None]
+    advantages = noise(B)
+    return dict(logp=logp, old=old, sampling=sampling, ref=ref, mask=mask.double(), advantages=advantages)
+
+
+class _Stand(ModuleType):
+    """A module that has every name; as a package, every module below it."""
+
+    __path__: list = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return mock.MagicMock(name=f"{self.__name__}.{name}")
+
+
+class _Stands(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, packages):
+        self.packages = packages
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in self.packages:
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return _Stand(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+@contextlib.contextmanager
+def stands(*packages):
+    """What of `packages` is not installed is a stand-in; torch.compile is left out."""
+    before, finder = dict(sys.modules), _Stands(packages)
+    sys.meta_path.append(finder)
+    try:
+        with mock.patch.object(torch, "compile", lambda f=None, **_: f or (lambda g: g)):
+            yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in set(sys.modules) - set(before):
+            del sys.modules[name]
+
+
+def load(path, name):
+    module = ModuleType(name)
+    module.__package__ = name.rpartition(".")[0]
+    sys.modules[name] = module
+    exec(compile(Path(path).read_text(), str(path), "exec"), module.__dict__)
+    return module
+
+
+def as_is(function=None, **_):
+    return function or (lambda f: f)
+
+
+class _Case:
+    """(name, options of fastgrpo's Objective, the framework's call of a leaf) of each case."""
+
+    def __init__(self):
+        self.x, self.rows = inputs(), {}
+
+    def add(self, name, options, call):
+        leaf = self.x["logp"].clone().requires_grad_()
+        loss = call(leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        self.rows[name] = dict(objective=options, loss=loss.item(), gradient=gradient.tolist())
+
+
+class Config(SimpleNamespace):
+    """The options of a framework, in place of its own class."""
+
+
+def verl(root):
+    root = Path(root)
+    config = Config(
+        clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.2, global_batch_info={}, clip_ratio_c=3.0,
+        tau_pos=1.0, tau_neg=1.05, loss_agg_mode="token-mean",
+        policy_loss=SimpleNamespace(clip_cov_ratio=1.0, clip_cov_lb=0.1, clip_cov_ub=5.0, kl_cov_ratio=0.3,
+                                    ppo_kl_coef=0.1, dro_beta=0.1),
+    )  # fmt: skip
+    config.get = lambda name, default=None: getattr(config, name, default)
+    with stands("verl", "omegaconf", "tensordict", "ray", "codetiming"):
+        sys.modules["verl.utils.torch_functional"] = load(root / "verl/utils/torch_functional.py", "verl_functional")
+        sys.modules["verl.utils"].torch_functional = sys.modules["verl.utils.torch_functional"]
+        for name in ("verl.trainer.config", "verl.workers.config"):
+            __import__(name)
+            sys.modules[name].AlgoConfig, sys.modules[name].ActorConfig = type("AlgoConfig", (), {}), Config
+        __import__("verl.utils.import_utils")
+        sys.modules["verl.utils.import_utils"].deprecated = lambda *_: as_is
+        core = load(root / "verl/trainer/ppo/core_algos.py", "verl_core")
+        case = _Case()
+        x = case.x
+        a, mask = x["advantages"][:, None].expand(B, T), x["mask"]
+
+        def loss(mode, average="token-mean"):
+            function = core.get_policy_loss_fn(mode)
+            return lambda leaf: function(x["old"], leaf, a, mask, average, config, None)[0]
+
+        cov = dict(cov_low=0.1, cov_share=1.0)
+        ours = {
+            "vanilla": dict(preset="verl"),
+            "gspo": dict(preset="verl", importance_sampling_level="sequence_token", log_ratio_clamp=10.0,
+                         clip_ratio_c=None),
+            "sapo": dict(loss_type="sapo", log_ratio_clamp=20.0, average="seq-mean-token-mean"),
+            "gpg": dict(preset="gpg"),
+            "clip_cov": dict(loss_type="clip_cov", **cov),
+            "kl_cov": dict(loss_type="kl_cov", cov_share=0.3, cov_coef=0.1),
+            "geo_mean": dict(loss_type="gmpo"),
+            "dro": dict(preset="dro"),
+            "cispo": dict(loss_type="cispo_clip", log_ratio_clamp=20.0),
+            "dppo_tv": dict(loss_type="dppo_tv", log_ratio_clamp=20.0, clip_ratio_c=3.0),
+            "dppo_kl": dict(loss_type="dppo_kl", log_ratio_clamp=20.0, clip_ratio_c=3.0),
+        }  # fmt: skip
+        for mode, options in ours.items():
+            averages = dict(gspo="seq-mean-token-mean")
+            if mode in averages:
+                options["average"] = averages[mode]
+            case.add(mode, options, loss(mode, averages.get(mode, "token-mean")))
+        for average in ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm",
+                        "token-sum"):  # fmt: skip
+            case.add(f"average {average}", dict(preset="verl", average=average), loss("vanilla", average))
+        for name in ("k1", "abs", "k2", "low_var_kl", "k1+", "abs+", "low_var_kl+"):
+
+            def kl(leaf, name=name):
+                return (core.kl_penalty(leaf, x["ref"], name) * mask).sum() / mask.sum()
+
+            options = dict(preset="verl", beta=1.0, kl_estimator=name)
+            case.add(f"kl {name}", dict(options, only_kl=True), kl)
+        return case
+
+
+def openrlhf(root):
+    folder = next(Path(root).rglob("openrlhf/models"))
+    with stands("flash_attn", "deepspeed", "peft", "ray"):
+        load(folder / "utils.py", "openrlhf_models.utils")
+        module = load(folder / "loss.py", "openrlhf_models.loss")
+        utils = sys.modules["openrlhf_models.utils"]
+        case = _Case()
+        x = case.x
+        a, mask = x["advantages"][:, None].expand(B, T), x["mask"]
+
+        def loss(**options):
+            function = module.PolicyLoss(**options)
+            return lambda leaf: function(leaf, x["old"], a, mask)[0]
+
+        case.add("default", dict(preset="openrlhf"), loss())
+        case.add("dual clip", dict(preset="openrlhf", clip_ratio_c=3.0), loss(dual_clip=3.0))
+        case.add("gspo", dict(importance_sampling_level="sequence", average="grpo"), loss(policy_loss_type="gspo"))
+        for name in ("k1", "k2", "k3"):
+
+            def kl(leaf, name=name):
+                # whose k3 is in fp32 and ends at a log ratio of 10
+                return (utils.compute_approx_kl(leaf, x["ref"], kl_estimator=name).double() * mask).sum() / mask.sum()
+
+            case.add(f"kl {name}", dict(preset="openrlhf", beta=1.0, kl_estimator=name, only_kl=True, fp32=True), kl)
+        return case
+
+
+def skyrl(root):
+    folder = Path(root) / "skyrl/backends/skyrl_train/utils"
+    with stands("skyrl", "ray", "jaxtyping", "loguru", "omegaconf", "flash_attn"):
+        torch_utils = load(folder / "torch_utils.py", "skyrl_torch_utils")
+        sys.modules["skyrl.backends.skyrl_train.utils.torch_utils"] = torch_utils
+        __import__("skyrl.backends.skyrl_train.utils.off_policy_correction_utils")
+        corrections = sys.modules["skyrl.backends.skyrl_train.utils.off_policy_correction_utils"]
+        corrections.apply_off_policy_correction = lambda loss, old, rollout, mask, config: (loss, mask, {})
+        __import__("ray")
+        sys.modules["ray"].is_initialized = lambda: False
+        __import__("jaxtyping")
+        sys.modules["jaxtyping"].Float = sys.modules["jaxtyping"].Integer = mock.MagicMock()
+        module = load(folder / "ppo_utils.py", "skyrl_ppo_utils")
+        case = _Case()
+        x = case.x
+        a, mask = x["advantages"][:, None].expand(B, T), x["mask"]
+        config = SimpleNamespace(
+            policy_loss_type="regular", eps_clip_low=0.2, eps_clip_high=0.2, clip_ratio_c=3.0,
+            off_policy_correction=SimpleNamespace(tis_ratio_type=None),
+            cispo=SimpleNamespace(cispo_anchor="old", cispo_eps_clip_low=1.0, cispo_eps_clip_high=4.0),
+            dppo=SimpleNamespace(dppo_type="binary_tv", delta_low=0.2, delta_high=0.2),
+        )  # fmt: skip
+
+        def loss(function, reduction="token_mean", **options):
+            def call(leaf):
+                for name, value in options.items():
+                    setattr(config, name, value)
+                scaled = module.apply_loss_reduction_to_advantages_minibatch(
+                    a, mask, reduction, B, T, prompt_boundaries=[(0, 2), (2, 4), (4, 6)]
+                )
+                return function(leaf, x["old"], scaled, config, mask, x["sampling"])[0]
+
+            return call
+
+        regular = module.ppo_policy_loss
+        sampled = dict(log_ratio_clamp=20.0, ratio_anchor="sampling")
+        without_kl = dict(preset="skyrl", beta=0.0)
+        case.add("regular", without_kl, loss(regular))
+        case.add("dual_clip", dict(without_kl, clip_ratio_c=3.0), loss(regular, policy_loss_type="dual_clip"))
+        for name, average in (("sequence_mean", "grpo"), ("seq_mean_token_sum_norm", "seq-mean-token-sum-norm"),
+                              ("prompt_mean", "prompt-mean")):  # fmt: skip
+            options = dict(without_kl, average=average)
+            case.add(f"average {name}", options, loss(regular, name, policy_loss_type="regular"))
+        case.add("cispo", dict(loss_type="cispo_clip", epsilon=1.0, epsilon_high=4.0, log_ratio_clamp=20.0),
+                 loss(module.compute_policy_loss_cispo))  # fmt: skip
+        case.add("rollout_is", dict(sampled, loss_type="icepop"), loss(module.rollout_is_policy_loss))
+        case.add("dppo", dict(sampled, loss_type="dppo"), loss(module.dppo_policy_loss))
+
+        def kl(leaf):
+            each = module.compute_approx_kl(leaf, x["ref"], mask, "k3")
+            return (each.sum(1) / mask.sum(1)).mean()
+
+        case.add("kl", dict(preset="skyrl", beta=1.0, only_kl=True), kl)
+        return case
+
+
+def prime_rl(root):
+    with stands("prime_rl", "jaxtyping", "beartype"):
+        __import__("jaxtyping")
+        sys.modules["jaxtyping"].jaxtyped = lambda **_: as_is
+        module = load(Path(root) / "src/prime_rl/trainer/rl/loss.py", "prime_loss")
+        case = _Case()
+        x = case.x
+        config = SimpleNamespace(dppo_mask_low=0.2, dppo_mask_high=0.2, adv_tau=1.0, kl_tau=1e-3)
+
+        def call(leaf):
+            total = 0.0
+            for i in range(B):
+                advantages, mask = x["advantages"][i].expand(T), x["mask"][i].bool()
+                given = module.LossInputs(leaf[i], x["sampling"][i], None, advantages, mask)
+                total = total + module.default_loss_fn(given, config).loss
+            return total / x["mask"].sum()
+
+        case.add("default", dict(preset="prime-rl"), call)
+        return case
+
+
+def slime(root):
+    with stands("slime", "megatron"):
+        module = load(Path(root) / "slime/utils/ppo_utils.py", "slime_ppo_utils")
+        case = _Case()
+        x = case.x
+        a, mask = x["advantages"][:, None].expand(B, T), x["mask"]
+
+        def loss(**options):
+            def call(leaf):
+                losses, _ = module.compute_policy_loss(x["old"] - leaf, a, 0.2, 0.2, **options)
+                return ((losses * mask).sum(1) / mask.sum(1)).mean()
+
+            return call
+
+        case.add("default", dict(preset="slime"), loss())
+        case.add("dual clip", dict(preset="slime", clip_ratio_c=3.0), loss(eps_clip_c=3.0))
+        return case
+
+
+def nemo_rl(root):
+    folder = Path(root) / "nemo_rl/algorithms"
+    with stands("nemo_rl", "pydantic", "ray"):
+        name = "nemo_rl.algorithms.utils"
+        __import__(name)
+        utils = load(folder / "utils.py", name)
+        name = "nemo_rl.algorithms.loss.interfaces"
+        __import__(name)
+        load(folder / "loss/interfaces.py", name)
+        module = load(folder / "loss/loss_functions.py", "nemo_loss_functions")
+        assert utils.calculate_kl is module.calculate_kl
+        case = _Case()
+        x = case.x
+        config = Config(
+            disable_ppo_ratio=False, ratio_clip_min=0.2, ratio_clip_max=0.2, ratio_clip_c=None,
+            reference_policy_kl_penalty=0.01, reference_policy_kl_type="k3", use_kl_in_reward=False,
+            kl_input_clamp_value=20.0, kl_output_clamp_value=10.0, use_importance_sampling_correction=False,
+            truncated_importance_sampling_type=None, truncated_importance_sampling_ratio=None,
+            truncated_importance_sampling_ratio_min=None, use_on_policy_kl_approximation=False,
+            force_on_policy_ratio=False, sequence_level_importance_ratios=False, positive_example_nll_weight=0.0,
+            token_level_loss=True, use_cispo=False,
+        )  # fmt: skip
+
+        def first(values):  # the token before the first, which is not looked at
+            return torch.cat([values[:, :1], values], dim=1)
+
+        data = dict(
+            token_mask=first(x["mask"]), sample_mask=torch.ones(B, dtype=torch.float64), prev_logprobs=first(x["old"]),
+            advantages=x["advantages"][:, None].expand(B, T + 1), generation_logprobs=first(x["sampling"]),
+            reference_policy_logprobs=first(x["ref"]),
+        )  # fmt: skip
+
+        def loss(**options):
+            function = module.ClippedPGLossFn(Config(**{**vars(config), **options}))
+            return lambda leaf: function(leaf, data, torch.tensor(float(B)), x["mask"].sum())[0]
+
+        case.add("default", dict(preset="nemo-rl"), loss())
+        case.add("dual clip", dict(preset="nemo-rl", clip_ratio_c=3.0), loss(ratio_clip_c=3.0))
+        case.add("reinforce", dict(preset="nemo-rl", loss_type="reinforce"), loss(disable_ppo_ratio=True))
+        case.add("cispo", dict(preset="nemo-rl", loss_type="cispo_clip"), loss(use_cispo=True))
+        options = dict(preset="nemo-rl", importance_sampling_level="sequence", average="grpo")
+        sequences = dict(sequence_level_importance_ratios=True, token_level_loss=False)
+        case.add("gspo", options, loss(**sequences))
+        return case
+
+
+FRAMEWORKS = {
+    "verl": verl,
+    "openrlhf": openrlhf,
+    "skyrl": skyrl,
+    "prime-rl": prime_rl,
+    "slime": slime,
+    "nemo-rl": nemo_rl,
+}
+
+
+def main(name, version, root):
+    case = FRAMEWORKS[name](root)
+    given = {key: value.tolist() for key, value in case.x.items()}
+    text = json.dumps(dict(package=name, version=version, inputs=given, cases=case.rows), indent=None)
+    (HERE / f"{name}.json").write_text(text.replace('}, "', '},\n"') + "\n")
+    print(f"{name} {version}: {', '.join(case.rows)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
