@@ -69,7 +69,7 @@ def linear_grpo_loss(
         logits_dtype: what the GEMM writes. torch.float32: its fp32 sums as they are, on which bias, scale, softcap and
             temperature act; from bf16 or fp16, whose products are exact in fp32, that is the precision of an fp32
             head. hidden's dtype (under autocast, autocast's): the sums rounded to it. "auto": fp32 where a GEMM writes
-            it at the speed of hidden's dtype, which is on NVIDIA GPUs; hidden's dtype elsewhere.
+            it at the speed of hidden's dtype, which is on CPUs and NVIDIA GPUs; hidden's dtype elsewhere.
         The rest: as in `grpo_loss`.
 
     Returns:

@@ -129,8 +129,9 @@ def linear_logps(
         logp_t = z_t[id_t] - logsumexp(z_t)   with z = softcap(logit_scale · (hidden @ weightᵀ + bias)) / temperature
 
     The forward pass takes 2NHV FLOPs for N rows. The backward pass projects only the rows whose upstream gradient is
-    not 0, and takes 6HV for each. The logps may differ in the last bits from those inside `linear_grpo_loss`, because
-    the GEMM may sum in another order for another number of rows. With fp32 logits those are the last bits of fp32.
+    not 0, and takes 6HV for each. On a CPU the logps have the bits of those inside
+    `linear_grpo_loss`, and their logits never lie in memory as a whole. On a GPU they may differ in the last bits,
+    because the GEMM may sum in another order for another number of rows; with fp32 logits those are fp32's.
 
     Args:
         hidden (B, T, H) or (N, H), fp32, bf16 or fp16: row t predicts completion_ids[:, t]. Any strides.
