@@ -203,7 +203,7 @@ step() { gpu_py step; }
 compiled() { gpu_py compiled --cuda "$cuda" --triton "$triton" --overlap "$overlap"; }
 
 export -f gpu_py build ceilings smoke smoke_of sweeps hidden counters memcheck tests peers step compiled
-export here root out scratch site wheels rehearse cuda triton
+export here root out scratch site wheels rehearse cuda triton overlap
 export files_text="${files[*]}"
 failed=0 table=""
 for stage in "${stages[@]}"; do
