@@ -31,6 +31,7 @@ from fastgrpo import (
     grpo_loss,
     linear_grpo_loss,
     linear_grpo_loss_reference,
+    linear_logps,
 )
 from fastgrpo.backends import cpu
 from fastgrpo.batch import inputs
@@ -629,3 +630,22 @@ def test_agrees_with_the_loss_from_logits(backend, device):
     output, d_logits = loss_and_grad(grpo_loss, logits, ids, backend=backend, **kwargs)
     assert_close(got[0].loss, output.loss, 1e-6)
     assert_close(got[1], d_logits @ weight, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_any_strides_of_weight_and_bias(backend, device, dtype):
+    """Every second column, every second element, one element for all: as their contiguous copies."""
+    gen = torch.Generator().manual_seed(3)
+    hidden, weight, bias = (torch.randn(*s, generator=gen) for s in ((2, 5, 8), (33, 16), (66,)))
+    hidden, weight = hidden.to(device, dtype), weight.to(device, dtype)[:, ::2]
+    ids, advantages = torch.randint(33, (2, 5), generator=gen).to(device), torch.ones(2, device=device)
+    for given in (bias.to(device)[::2], bias.to(device)[:1].expand(33)):
+        results = []
+        for w, b in ((weight, given), (weight.contiguous(), given.contiguous())):
+            leaves = [x.clone().requires_grad_() for x in (hidden, w, b)]
+            call = dict(bias=leaves[2], backend=backend, logits_dtype=torch.float32)
+            scored = linear_logps(hidden, w, ids, **call | dict(bias=b))
+            linear_grpo_loss(*leaves[:2], ids, advantages, **call).loss.backward()
+            results.append((scored, *(x.grad for x in leaves)))
+        for got, want in zip(*results, strict=True):
+            assert_close(got, want, 1e-5)

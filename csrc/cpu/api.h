@@ -23,7 +23,7 @@ FASTGRPO_API void fastgrpo_cpu_token_loss(const FastgrpoArgs* args, int32_t isa,
 // out (M, N) = a (M, K) @ b (K, N) (+ bias (N), fp32), or += with `add`.
 struct FastgrpoMatmul {
   int64_t M, N, K;
-  int64_t a_stride[2], b_stride[2], out_stride;  // in elements; one of a's two is 1, one of b's, and out's second
+  int64_t a_stride[2], b_stride[2], out_stride;  // in elements; out's second is 1
   int32_t dtype, out_dtype;                      // of a and b; of out: fp32, or that of a and b
   int32_t add;
   const void *a, *b;

@@ -13,8 +13,7 @@ struct Tiles {
   int32_t rows, columns;  // of the largest tile; a packed right operand is `columns` wide
   int32_t elements;       // of k in a lane
   bool reads_rows;        // of a left operand with unit stride in k, as they are
-  // x: element (k, i) lies k * k_stride + i * i_stride elements from it, and one of the two is 1. k_stride is that of
-  // k.
+  // x: element (k, i) lies k * k_stride + i * i_stride elements from it.
   void (*pack)(const void* x, int64_t k_stride, int64_t i_stride, int64_t K, int64_t count, int64_t width, float* out);
   // sums (rows, columns) = or += the product of K <= depth elements; the lane s of row r lies r * row + s * lane
   // bytes from a. A last lane that K fills by half is read by half.

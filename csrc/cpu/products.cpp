@@ -106,6 +106,29 @@ class Product {
     return {(const char*)scratch.data(), 4, width * 4};
   }
 
+  // Rows [first, first + count) over all of K, some of kGroup at a time; packed, where they have to be, by the
+  // threads.
+  class Groups {
+   public:
+    Groups(const Product& product, int64_t first, int64_t count, int64_t threads)
+        : groups_(product.direct() ? 1 : (count + kGroup - 1) / kGroup), held_(groups_), left_(groups_) {
+      if (groups_ <= 1) threads = 1;
+      share(groups_, threads, [&](const auto& next) {
+        for (int64_t group; (group = next()) >= 0;) {
+          const int64_t m = group * kGroup, rows = product.direct() ? count : std::min(kGroup, count - m);
+          left_[group] = product.left(first + m, rows, 0, product.a_.K, held_[group]);
+        }
+      });
+    }
+
+    Left at(int64_t m) const { return held_[0].empty() ? left_[0].from(m, 0) : left_[m / kGroup]; }
+
+   private:
+    const int64_t groups_;
+    std::vector<std::vector<float>> held_;
+    std::vector<Left> left_;
+  };
+
   // The sums (count <= kGroup, columns) of rows of `left` and a packed panel, over k < K.
   void multiply(const Left& left, int64_t count, int64_t K, const float* right, Desk& desk) const {
     float* const sums = desk.sums.data();
@@ -147,15 +170,14 @@ class Product {
 
   // All of K at a time. Panels go over the threads, each packed by the one that multiplies it.
   void by_panels(int64_t threads) const {
-    std::vector<float> whole;
-    const Left rows = left(0, a_.M, 0, a_.K, whole);
+    const Groups rows(*this, 0, a_.M, threads);
     share(panels(), threads, [&](const auto& next) {
       Desk desk(*this, a_.K);
       for (int64_t panel; (panel = next()) >= 0;) {
         pack_right(panel, 0, a_.K, desk.right.data());
         for (int64_t m = 0; m < a_.M; m += kGroup) {
           const int64_t count = std::min(kGroup, a_.M - m);
-          multiply(rows.from(m, 0), count, a_.K, desk.right.data(), desk);
+          multiply(rows.at(m), count, a_.K, desk.right.data(), desk);
           finish(m, count, panel, desk.sums.data(), tiles_.columns);
         }
       }
@@ -186,7 +208,8 @@ class Product {
   // Segments of K go over the threads, some rows at a time; their sums are added in the order of K.
   void by_segments(int64_t threads) const {
     const int64_t stride = panels() * tiles_.columns;
-    const int64_t some = std::max<int64_t>(1, std::min(a_.M, kPartial / 4 / stride));
+    const int64_t most = direct() ? a_.M : kPartial / 4 / kSegment;  // rows that are packed take memory, too
+    const int64_t some = std::max<int64_t>(1, std::min({a_.M, most, kPartial / 4 / stride}));
     const int64_t segments = (a_.K + kSegment - 1) / kSegment;
     for (int64_t first = 0; first < a_.M; first += some) {
       const int64_t count = std::min(some, a_.M - first);
@@ -227,15 +250,21 @@ class Product {
     }
   }
 
-  int64_t worth(int64_t threads) const {
-    return std::max<int64_t>(1, std::min(threads, a_.M * a_.N * std::max<int64_t>(1, a_.K) / kWorth));
+  // The threads that so many rows are worth.
+  int64_t worth(int64_t rows, int64_t threads) const {
+    return std::max<int64_t>(1, std::min(threads, rows * a_.N * std::max<int64_t>(1, a_.K) / kWorth));
   }
 
   void run(int64_t threads) {
     if (a_.M == 0 || a_.N == 0) return;
-    threads = worth(threads);
+    threads = worth(a_.M, threads);
     streams_ = !a_.add && a_.M * a_.N * element_size(a_.out_dtype) >= kStreamed;
-    if (a_.K > kDeep) return by_segments(threads);
+    // Segments keep no more threads busy than there are; panels of so much of K fit beside each other while it is
+    // short.
+    const int64_t segments = (a_.K + kSegment - 1) / kSegment;
+    const bool few = segments < std::min(threads, panels()) && panel_floats(a_.K) * 4 <= 2 * kPartial;
+    if (a_.K > kDeep && !(few && direct())) return by_segments(threads);
+    if (a_.K > kDeep) return by_panels(threads);
     return a_.N > a_.M ? by_panels(threads) : by_rows(threads);
   }
 
@@ -318,11 +347,11 @@ class Scores : Product {
       : Product(product, made), rows_(rows), sweeps_(table[kFloat32]) {}
 
   void run(int64_t threads) {
-    threads = worth(threads);
     const int64_t slices = (a_.M + kSlice - 1) / kSlice;
     for (int64_t i = 0; i < slices; ++i) {
       const int64_t m = a_.M * i / slices;
-      run_slice(m, a_.M * (i + 1) / slices - m, threads);
+      const int64_t count = a_.M * (i + 1) / slices - m;
+      run_slice(m, count, worth(count, threads));
     }
   }
 
@@ -369,10 +398,8 @@ class Scores : Product {
     find_targets(first, targets, threads);
     const int64_t blocks = (a_.N + kBlock - 1) / kBlock, each = kBlock / tiles_.columns;
     std::vector<RowSums> sums_of(count * blocks);
-    std::vector<float> whole;
-    const Left rows = left(first, count, 0, a_.K, whole);
-
-    Queue queue(blocks, each, panels(), std::min<int64_t>(threads, 4), count * kStride);
+    const Groups rows(*this, first, count, threads);
+    Queue queue(blocks, each, panels(), std::min(threads, std::clamp<int64_t>(threads / 4, 4, 16)), count * kStride);
     share(threads, threads, [&](const auto&) {
       Desk desk(*this, a_.K);
       for (int64_t block = -1, panel; (panel = queue.next(block)) >= 0;) {
@@ -382,7 +409,7 @@ class Scores : Product {
         pack_right(panel, 0, a_.K, desk.right.data());
         for (int64_t m = 0; m < count; m += kGroup) {
           const int64_t here = std::min(kGroup, count - m);
-          multiply(rows.from(m, 0), here, a_.K, desk.right.data(), desk);
+          multiply(rows.at(m), here, a_.K, desk.right.data(), desk);
           for (int64_t r = 0; r < here; ++r) {
             made_.finish(desk.sums.data() + r * tiles_.columns, columns, a_.bias == nullptr ? nullptr : a_.bias + n,
                          false, false, buffer + (m + r) * kStride + (n - begin), kFloat32);

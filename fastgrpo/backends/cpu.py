@@ -101,7 +101,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, bias: Tensor
     An element has the same bits whatever the other rows and columns and the number of threads are.
 
     Args:
-        a (M, K), b (K, N): fp32, bf16 or fp16, both of one dtype; each with unit stride in one dimension.
+        a (M, K), b (K, N): fp32, bf16 or fp16, both of one dtype; any strides, but quickest with a unit stride.
         out (M, N): fp32, or of the dtype of a and b; unit stride in N. It overlaps neither.
         bias (N,) fp32, contiguous.
     """
@@ -113,18 +113,10 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = Non
     like = a if out is None else out
     return _Matmul(
         *(a.shape[0], b.shape[1], a.shape[1]),
-        *(_strides(a), _strides(b), like.stride(0)),
+        *(a.stride(), b.stride(), like.stride(0)),
         *(DTYPES[a.dtype], DTYPES[like.dtype], add),
         *(a.data_ptr(), b.data_ptr(), None if bias is None else bias.data_ptr(), like.data_ptr()),
     )
-
-
-def _strides(x: Tensor) -> tuple[int, int]:
-    """Those of a matrix; a dimension of one element has whatever stride suits the other."""
-    rows, columns = x.stride()
-    if 1 not in (rows, columns):
-        rows, columns = (rows, 1) if x.shape[1] <= 1 else (1, columns)
-    return rows, columns
 
 
 def head_stats(

@@ -27,9 +27,9 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, bias: Tenso
     """out = a @ b, or a @ b + bias, or with `add` out + a @ b.
 
     Args:
-        a (M, K), b (K, N): of one dtype, each with unit stride in one dimension.
+        a (M, K), b (K, N): of one dtype.
         out (M, N): in their dtype or, from bf16 or fp16, in fp32; unit stride in N.
-        bias (N,): added in the dtype of out; not with `add`.
+        bias (N,) fp32 (float64 for float64), contiguous: added before a sum is rounded; not with `add`.
     """
     assert not add or bias is None
     if a.device.type == "cpu" and a.dtype != torch.float64 and writes_fp32("cpu"):

@@ -19,6 +19,7 @@ from fastgrpo.engine.overlap import Lanes
 from fastgrpo.engine.plan import Plan, Roles, plan_rows
 from fastgrpo.engine.projection import Gradients, Projection
 
+SHORT = 4096  # logits of a row: so few cost less in memory than the search for the target's beforehand
 HeadGradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
 
 
@@ -62,8 +63,8 @@ def score(hidden: Tensor, head: Head, rows: Rows, plan: Plan, want_entropy: bool
 
 
 def _stats(projection: Projection, head: Head, rows: Rows, at: slice | Tensor, want_entropy: bool) -> Scores:
-    """The scores of some rows; fp32 logits do not leave a CPU's caches for them, with the same bits."""
-    if head.backend == "cpu" and head.logits_dtype == torch.float32:
+    """The scores of some rows; long rows of fp32 logits do not leave a CPU's caches for them, with the same bits."""
+    if head.backend == "cpu" and head.logits_dtype == torch.float32 and head.vocab > SHORT:
         h, weight, bias = projection.gather(at), projection.weight, projection.bias
         return cpu.head_stats(h, weight, bias, rows, want_entropy=want_entropy, softcap=head.softcap)
     return head.sweeps.stats(projection.logits(at), rows, want_entropy)  # (1, n, V)

@@ -45,7 +45,7 @@ class Projection:
         self.weight = head.weight[:vocab]
         if head.weight.dtype != dtype:
             self.weight = _large(vocab, head.weight.shape[1], dtype, device).copy_(self.weight)
-        self.bias = None if head.bias is None else head.bias[:vocab].to(wide(dtype))
+        self.bias = None if head.bias is None else head.bias[:vocab].to(wide(dtype)).contiguous()
         self._rows, self._logits_dtype = rows, head.logits_dtype
 
     @functools.cached_property
@@ -61,6 +61,7 @@ class Projection:
 
     def take(self, rows: slice | Tensor) -> None:
         """These rows are the chunk."""
+        _ = self._buffer  # made here, where the chunk begins: a stream beside this one must not own it
         self.h = self.gather(rows)
 
     def project(self, part: slice = slice(None)) -> Tensor:

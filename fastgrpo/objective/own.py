@@ -79,8 +79,8 @@ def register_loss(
     if token is None:
         needs = dict(needs_sequences=needs_sequences, needs_entropy=needs_entropy, needs_ref=needs_ref)
         return lambda function: register_loss(name, function, average=average, **needs)
-    if not isinstance(name, str) or not name or not name.isprintable() or set(name) & set(": "):
-        raise ValueError(f"name: expected a text without colons and spaces, got {name!r}")
+    if not isinstance(name, str) or not name or not name.isprintable() or set(name) & set(": ") or name == "-":
+        raise ValueError(f"name: expected a text without colons and spaces, but '-', got {name!r}")
     if name in LOSSES and LOSSES[name].token is not token:
         raise ValueError(f"name: expected one that no loss has, got {name!r}")
     if average not in AVERAGES:

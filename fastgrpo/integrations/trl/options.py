@@ -23,9 +23,6 @@ def objective_of(trainer) -> Objective:
     Raises:
         NotHonoured: an option, a method of a subclass or a model that the loss at the head has no counterpart of.
     """
-    for name in _PARTS:
-        if getattr(type(trainer), name, None) is not getattr(OwnGRPOTrainer, name, None):
-            raise NotHonoured(f"{type(trainer).__name__} overrides {name}")
     coefficient = trainer.entropy_coef if trainer._entropy_bonus_enabled else 0.0
     if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
         coefficient = 0.0
@@ -47,6 +44,9 @@ def checked(trainer, objective: Objective) -> Objective:
     Raises:
         NotHonoured: it is not.
     """
+    for name in _PARTS:
+        if getattr(type(trainer), name, None) is not getattr(OwnGRPOTrainer, name, None):
+            raise NotHonoured(f"{type(trainer).__name__} overrides {name}")
     check_model(trainer)
     if objective.needs_whole_batch and trainer.accelerator.num_processes > 1:
         name = "top_entropy_quantile" if objective.top_entropy_quantile < 1 else f"the loss {objective.loss_name}"
