@@ -121,10 +121,13 @@ def _row_grad(
     if n > 0:
         cut = launch.geometry(V, logits.dtype)
         backward = Backward(g, h, scores.lse, None if h is None else scores.entropy)
-        launch.sweep(kernels.grad_kernel, n * cut.parts(V), cut, logits.device, logits, out, rows, backward, softcap,
-                     *launch.layout(logits), out.stride(0), out.stride(1), cut.PART,
-                     SAME_PHASE=launch.same_phase(logits, out),
-                     INPLACE=out.data_ptr() == logits.data_ptr())  # fmt: skip
+        inplace = launch.inplace(logits, out)
+        programs, span = n * cut.parts(V), cut.PART
+        if inplace and out.dtype != logits.dtype:  # a whole row, because part of it lands on what others read
+            programs, span = n, -(-V // cut.K)
+        launch.sweep(kernels.grad_kernel, programs, cut, logits.device, logits, out, rows, backward, softcap,
+                     *launch.layout(logits), out.stride(0), out.stride(1), span,
+                     SAME_PHASE=launch.same_phase(logits, out), INPLACE=inplace)  # fmt: skip
 
 
 def token_loss(
@@ -150,15 +153,18 @@ def token_loss(
         if split:
             partial = _partial(logits, rows, token.advantages, token.seq, numbers.skip_zero, entropy is not None,
                                softcap, cut)  # fmt: skip
-        inplace = out is not None and not split
-        programs = n
-        if inplace:
+        grad = None if split else out
+        programs, grad_strides, same_phase, inplace = n, (0, 0), False, False
+        if grad is not None:
+            same_phase, inplace = launch.same_phase(logits, grad), launch.inplace(logits, grad)
+            grad_strides = grad.stride(0), grad.stride(1)
             choice = launch.choices.get()
             cut = launch.wide(cut, V, choice.lanes)
             in_flight = launch.rows_in_flight(n, V * logits.element_size(), device)
             programs = min(n, choice.programs) if choice.programs else in_flight
-        launch.sweep(kernels.token_kernel, programs, cut, device, logits, partial, rows, token, numbers, result,
-                     softcap, *launch.layout(logits), n, PART=cut.PART, PARTS=cut.PARTS, INPLACE=inplace)  # fmt: skip
+        launch.sweep(kernels.token_kernel, programs, cut, device, logits, partial, (rows, token, numbers),
+                     (result, grad), softcap, *launch.layout(logits), *grad_strides, n, PART=cut.PART, PARTS=cut.PARTS,
+                     SAME_PHASE=same_phase, INPLACE=inplace)  # fmt: skip
         if split and out is not None:
             _row_grad(logits, rows, result, g, token.h, out, softcap)
     return result if want_entropy else result._replace(entropy=None)

@@ -53,27 +53,49 @@ def _gradient(x, row, softcap, HAS_H: tl.constexpr, CAREFUL: tl.constexpr):
 
 
 @triton.jit
+def _tile(body, out, start, left, fence, row, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+          HAS_H: tl.constexpr, CAREFUL: tl.constexpr, SAME_PHASE: tl.constexpr):  # fmt: skip
+    """Gradient of the tile at `start`, of `left` vectors (None: all); if `fence`, with a barrier between its loads and
+    its stores."""
+    x = load(tl.multiple_of(body + start, 16), left, UNROLL, LANES, K, "evict_first")
+    if fence:
+        tl.debug_barrier()
+    y = _gradient(x, row, softcap, HAS_H, CAREFUL)
+    sink = out + start
+    if SAME_PHASE:
+        sink = tl.multiple_of(sink, K * out.dtype.element_ty.primitive_bitwidth // 8)
+    store(sink, y, left, UNROLL, LANES, K)
+
+
+@triton.jit
 def _sweep(body, out, n_vec, row, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-           HAS_H: tl.constexpr, CAREFUL: tl.constexpr, SAME_PHASE: tl.constexpr):  # fmt: skip
-    """Gradient of n_vec vectors, from the last to the first: the end of a row is what a cache still holds of it."""
+           HAS_H: tl.constexpr, CAREFUL: tl.constexpr, SAME_PHASE: tl.constexpr, NARROWER: tl.constexpr):  # fmt: skip
+    """Gradient of n_vec vectors, from the last to the first: the end of a row is what a cache still holds of it.
+
+    NARROWER: `out` lies in the second half of the row, all of whose vectors these are. The gradient of an element that
+    is d elements from the row's end lies on elements that are at most d/2 from there: later tiles read none of them.
+    """
+    # The race: those elements may belong to this tile, or to one that a slower warp has not read yet. After a barrier
+    # between a tile's loads and its stores, every warp has read all from this tile to the row's end, and stores are
+    # free until the sweep is twice as far from there. So a barrier in what is left over at the row's end, and in the
+    # 1st, 3rd, 7th, ... full tile is enough.
     TILE: tl.constexpr = UNROLL * LANES
     full = n_vec // TILE
     if full * TILE < n_vec:
-        left = n_vec - full * TILE
-        x = load(tl.multiple_of(body + full * (TILE * K), 16), left, UNROLL, LANES, K, "evict_first")
-        y = _gradient(x, row, softcap, HAS_H, CAREFUL)
-        sink = out + full * (TILE * K)
-        if SAME_PHASE:
-            sink = tl.multiple_of(sink, 16)
-        store(sink, y, left, UNROLL, LANES, K)
+        _tile(body, out, full * (TILE * K), n_vec - full * TILE, NARROWER, row, softcap, K, LANES, UNROLL, HAS_H,
+              CAREFUL, SAME_PHASE)  # fmt: skip
     for i in range(full):
-        start = (full - 1 - i) * (TILE * K)
-        x = load(tl.multiple_of(body + start, 16), None, UNROLL, LANES, K, "evict_first")
-        y = _gradient(x, row, softcap, HAS_H, CAREFUL)
-        sink = out + start
-        if SAME_PHASE:
-            sink = tl.multiple_of(sink, 16)
-        store(sink, y, None, UNROLL, LANES, K)
+        fence = (((i + 1) & (i + 2)) == 0) if NARROWER else False
+        _tile(body, out, (full - 1 - i) * (TILE * K), None, fence, row, softcap, K, LANES, UNROLL, HAS_H, CAREFUL,
+              SAME_PHASE)  # fmt: skip
+
+
+@triton.jit
+def all_have_the_target(INPLACE: tl.constexpr):
+    """The race: every warp reads the target's logit, and where the gradient lies in the row's memory one of them
+    overwrites it; all must have read before one writes, be it zeroes."""
+    if INPLACE:
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -82,15 +104,13 @@ def row_gradient(row_ptr, out, id, target, V, at_row, inv_temperature, softcap, 
                  SAME_PHASE: tl.constexpr, INPLACE: tl.constexpr):  # fmt: skip
     """Gradient of the vectors [first, first + n_max) of a row, and of its ends if asked, with `target_logit`'s target.
 
-    All of the row: first 0, n_max None, with_ends True. INPLACE: out is row_ptr.
+    All of the row: first 0, n_max None, with_ends True. INPLACE: `out` lies in the row's memory; `all_have_the_target`
+    comes before. If it is narrower, too, then a program takes all of the row.
 
     out_j = inv_temperature * (g * (1[j == id] - p_j) - h * p_j * (log p_j + entropy)) with the `Backward` of the row;
     off the target that is p_j * (a + b * log2 p_j).
     """
-    if INPLACE:
-        # The race: every warp reads the target's logit, and the warp that owns it writes a gradient there; all must
-        # have read before one writes.
-        tl.debug_barrier()
+    NARROWER: tl.constexpr = INPLACE and out.dtype.element_ty != row_ptr.dtype.element_ty
     g, h, lse, entropy = at_row
     c = inv_temperature * LOG2E
     shift = lse * LOG2E
@@ -111,12 +131,10 @@ def row_gradient(row_ptr, out, id, target, V, at_row, inv_temperature, softcap, 
 
     # Gradient of the target element, from log p and expm1, so that nothing cancels when p is near 1.
     logp = tl.where(careful, target * inv_temperature - lse, (tl.fma(target, c, -shift) - low) * LN2)
-    one_minus_p, _ = expm1(logp)
-    one_minus_p = -one_minus_p
-    at_target = g * one_minus_p
+    p_minus_one, _ = expm1(logp)
+    at_target = g * -p_minus_one
     if HAS_H:
-        p = tl.exp2(logp * LOG2E)
-        at_target -= h * p * (tl.maximum(logp, -1000.0) + entropy)
+        at_target -= h * tl.exp2(logp * LOG2E) * (tl.maximum(logp, -1000.0) + entropy)
     at_target *= inv_temperature
     if softcap is not None:
         at_target *= 1.0 - (target / softcap) * (target / softcap)
@@ -128,18 +146,23 @@ def row_gradient(row_ptr, out, id, target, V, at_row, inv_temperature, softcap, 
             y = _gradient(x, row, softcap, HAS_H, True)
         else:
             y = _gradient(x, row, softcap, HAS_H, False)
-        tl.store(out + j, narrow(y, out.dtype.element_ty), mask=inside)
+        if not NARROWER:
+            tl.store(out + j, narrow(y, out.dtype.element_ty), mask=inside)
     body = row_ptr + head + first * K
     sink = out + head + first * K
     n_here = n_vec - first if n_max is None else tl.minimum(n_vec - first, n_max)
     if careful:
-        _sweep(body, sink, n_here, row, softcap, K, LANES, 1, HAS_H, True, SAME_PHASE)
+        _sweep(body, sink, n_here, row, softcap, K, LANES, 1, HAS_H, True, SAME_PHASE, NARROWER)
     else:
-        _sweep(body, sink, n_here, row, softcap, K, LANES, 2 * UNROLL, HAS_H, False, SAME_PHASE)
+        _sweep(body, sink, n_here, row, softcap, K, LANES, 2 * UNROLL, HAS_H, False, SAME_PHASE, NARROWER)
     if n_max is not None:
         at_end = (at < head) | (at >= head + n_vec * K)
         here = (at >= head + first * K) & (at < head + (first + n_here) * K)
         known = known & (here | (at_end & with_ends))
+    if NARROWER:
+        # The race: the gradient of the row's head lies on its middle, which every warp must have read.
+        tl.debug_barrier()
+        tl.store(out + j, narrow(y, out.dtype.element_ty), mask=inside)
     # The race: the sweep's thread that owns the target's vector also writes this element, with the value of a
     # non-target; that store must come first.
     tl.debug_barrier()

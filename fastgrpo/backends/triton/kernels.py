@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gradient import Backward, row_gradient
+from .gradient import Backward, all_have_the_target, row_gradient
 from .memory import afresh, end_elements, ends, load, narrow, row_pointer, store, zero_row
 from .numeric import LOG2E
 from .objective import advantage_of, group_advantage, token_objective, write_token
@@ -86,10 +86,11 @@ def part_kernel(logits, rows, advantages, seq, skip_zero, partial, softcap, V, T
 def grad_kernel(logits, out, rows, backward, softcap, V, T, stride_b, stride_t, out_stride_b, out_stride_t, span,
                 K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, SAME_PHASE: tl.constexpr,
                 INPLACE: tl.constexpr):  # fmt: skip
-    """Grid (N * parts,): the gradient of `span` vectors of a row. Reads and writes span * 16 bytes.
+    """Grid (N * parts,): the gradient of `span` vectors of a row. Reads span * 16 bytes and writes as many, or half.
 
-    INPLACE: `out` is `logits`. SAME_PHASE: every row of `out` starts at the address of its logits modulo 16, so that
-    stores are 128 bits wide too.
+    INPLACE: `out` lies in the memory of `logits`. If it is narrower, too, then one program takes a row, because its
+    stores land where others would still read. SAME_PHASE: the vectors of every row of `out` begin with the same
+    elements as those of its logits, so that stores are as wide as a vector too: 128 bits, or 64.
     A row with mask False, or with g == 0 and h == 0, is zero-filled without being read.
     """
     HAS_H: tl.constexpr = backward.h is not None
@@ -113,22 +114,31 @@ def grad_kernel(logits, out, rows, backward, softcap, V, T, stride_b, stride_t, 
         row_ptr = row_pointer(logits, row, T, stride_b, stride_t)
         id = tl.load(rows.ids + row)
         at_row = Backward(g, h, tl.load(backward.lse + row), entropy)
-        row_gradient(row_ptr, out_row, id, target_logit(row_ptr, id, V, softcap), V, at_row,
-                     tl.load(rows.inv_temperature + row), softcap, part * span, span, part == 0, K, LANES, UNROLL,
-                     HAS_H, SAME_PHASE, INPLACE)  # fmt: skip
+        target = target_logit(row_ptr, id, V, softcap)
+        inv_t = tl.load(rows.inv_temperature + row)
+        all_have_the_target(INPLACE)
+        if INPLACE and out.dtype != logits.dtype:
+            row_gradient(row_ptr, out_row, id, target, V, at_row, inv_t, softcap, 0, None, True, K, LANES, UNROLL,
+                         HAS_H, SAME_PHASE, True)  # fmt: skip
+        else:
+            row_gradient(row_ptr, out_row, id, target, V, at_row, inv_t, softcap, part * span, span, part == 0, K,
+                         LANES, UNROLL, HAS_H, SAME_PHASE, INPLACE)  # fmt: skip
 
 
 @_kernel
-def token_kernel(logits, partial, rows, token, spec, out, softcap, V, T, stride_b, stride_t, n_rows, K: tl.constexpr,
-                 LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
-                 INPLACE: tl.constexpr):  # fmt: skip
-    """Grid (any,), programs stride over the rows: statistics, objective and, if INPLACE, the gradient over the row.
+def token_kernel(logits, partial, inputs, outputs, softcap, V, T, stride_b, stride_t, out_stride_b, out_stride_t,
+                 n_rows, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr,
+                 PARTS: tl.constexpr, SAME_PHASE: tl.constexpr, INPLACE: tl.constexpr):  # fmt: skip
+    """Grid (any,), programs stride over the rows: statistics, objective and, if it is wanted, the gradient.
 
     Reads V logits from memory, and again from the L2 cache when it writes V of gradient; how many rows are in flight
     is the grid's choice. A program holds PARTS parts of its row side by side. With `partial` given the statistics are
-    merged from there and no gradient is written.
+    merged from there. SAME_PHASE and INPLACE are those of `grad_kernel`.
+    inputs: `Rows`, `TokenRows`, `TokenSpec`. outputs: `TokenLoss`, and the gradient or None.
     A row with mask False, or with skip_zero and no advantage, is not read; its outputs and gradient are 0.
     """
+    rows, token, spec = inputs
+    out, grad = outputs
     ENTROPY: tl.constexpr = out.entropy is not None
     HAS_H: tl.constexpr = token.h is not None
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
@@ -149,17 +159,22 @@ def token_kernel(logits, partial, rows, token, spec, out, softcap, V, T, stride_
             advantage = advantage_of(again, token.advantages, token.seq)
             scores = row_scores(row_ptr, target, V, total, weighted, inv_t, softcap, K, LANES // PARTS, ENTROPY)
             g, h = token_objective(again, scores, advantage, token, spec, out)
-            if INPLACE:
+            if grad is not None:
+                if INPLACE and grad.dtype == logits.dtype:
+                    grad_row = row_ptr
+                else:
+                    grad_row = row_pointer(grad, again, T, out_stride_b, out_stride_t)
+                all_have_the_target(INPLACE)
                 if (g == 0.0) & (h == 0.0):
-                    zero_row(row_ptr, V, 0, V, True, K, LANES, UNROLL)
+                    zero_row(grad_row, V, 0, V, True, K, LANES, UNROLL)
                 else:
                     at_row = Backward(g, h, scores[1], scores[2])
-                    row_gradient(row_ptr, row_ptr, id, target, V, at_row, inv_t, softcap, 0, None, True, K, LANES,
-                                 UNROLL, HAS_H, True, True)  # fmt: skip
+                    row_gradient(row_ptr, grad_row, id, target, V, at_row, inv_t, softcap, 0, None, True, K, LANES,
+                                 UNROLL, HAS_H, SAME_PHASE, INPLACE)  # fmt: skip
         else:
             write_token(row, out, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-            if INPLACE:
-                zero_row(row_pointer(logits, row, T, stride_b, stride_t), V, 0, V, True, K, LANES, UNROLL)
+            if grad is not None:
+                zero_row(row_pointer(grad, row, T, out_stride_b, out_stride_t), V, 0, V, True, K, LANES, UNROLL)
 
 
 @_kernel

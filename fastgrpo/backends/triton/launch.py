@@ -20,7 +20,7 @@ REGISTERS = 64  # a thread, on NVIDIA: 1024 threads per multiprocessor; left alo
 
 @dataclasses.dataclass(frozen=True)
 class InPlace:
-    """How the token kernel is launched where it writes the gradient over the logits; no choice changes a bit.
+    """How the token kernel is launched where it writes the gradient; no choice changes a bit.
 
     lanes: threads of a program, 512, or 1024, which hold two parts of a row side by side (a row of one part, of at
     most 128 KB, keeps the threads that it has). programs: how many there are at most; 0 leaves it to the device.
@@ -77,12 +77,26 @@ def layout(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def same_phase(a: Tensor, b: Tensor) -> bool:
-    """Whether every row of b starts at the address of a's row modulo 16."""
+    """Whether in every row the vectors of b begin with the elements that a's begin with: as many as a has in 16 bytes,
+    at multiples of their size."""
     if a is b:
         return True
-    apart = [b.data_ptr() - a.data_ptr()]
-    apart += [(b.stride(d) - a.stride(d)) * a.element_size() for d in (0, 1) if a.shape[d] > 1]
-    return all(n % 16 == 0 for n in apart)
+    apart = [b.data_ptr() // b.element_size() - a.data_ptr() // a.element_size()]
+    apart += [b.stride(d) - a.stride(d) for d in (0, 1) if a.shape[d] > 1]
+    return all(n % (16 // a.element_size()) == 0 for n in apart)
+
+
+def inplace(logits: Tensor, out: Tensor) -> bool:
+    """Whether `out` is the logits or, narrower, may lie in their rows' memory: between the first and the last byte."""
+    if out.dtype == logits.dtype:
+        return out.data_ptr() == logits.data_ptr()
+    return out.data_ptr() < _end(logits) and logits.data_ptr() < _end(out)
+
+
+def _end(x: Tensor) -> int:
+    """The address behind the last element."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr() + (last + 1) * x.element_size()
 
 
 # ---- devices

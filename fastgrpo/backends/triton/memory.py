@@ -125,14 +125,20 @@ def store(body, y, left, UNROLL: tl.constexpr, LANES: tl.constexpr, K: tl.conste
 
 @triton.jit
 def zero_row(out, V, first, n_max, with_ends, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr):
-    """Zeros over the vectors [first, first + n_max) of a row of `out`, and over its ends if asked."""
-    head, n_vec = ends(out, V, K)
-    body = out + head + first * K
-    n_here = tl.minimum(n_vec - first, n_max)
-    zero = tl.zeros([UNROLL, LANES, K], tl.float32)
+    """Zeros over as much of a row of `out` as the vectors [first, first + n_max) of its logits are, K elements each,
+    and over its ends if asked.
+
+    Of a narrower `out` 16 bytes hold twice as many elements. Then first is even, and n_max too or beyond the row.
+    """
+    WIDE: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
+    head, n_vec = ends(out, V, WIDE)
+    first = first // (WIDE // K)
+    body = out + head + first * WIDE
+    n_here = tl.minimum(n_vec - first, n_max // (WIDE // K))
+    zero = tl.zeros([UNROLL, LANES, WIDE], tl.float32)
     for start in range(0, n_here, UNROLL * LANES):
-        sink = tl.multiple_of(body + start * K, 16)
-        store(sink, zero, n_here - start, UNROLL, LANES, K)
+        sink = tl.multiple_of(body + start * WIDE, 16)
+        store(sink, zero, n_here - start, UNROLL, LANES, WIDE)
     if with_ends:
-        j, inside = end_elements(V, head, n_vec, K, LANES)
+        j, inside = end_elements(V, head, n_vec, WIDE, LANES)
         tl.store(out + j, tl.zeros([LANES], out.dtype.element_ty), mask=inside)
