@@ -173,7 +173,7 @@ DRIVER
 
 # What needs no GPU is left to other machines, and so are datasets and trl, which need not be here.
 files=(test_backend_contract.py test_backend_cuda.py test_backend_triton.py test_cuda_bits.py)
-files+=(test_loss.py test_linear.py test_logps.py test_ops.py)
+files+=(test_triton_narrower.py test_loss.py test_linear.py test_logps.py test_ops.py)
 tests() {
   local run=(python3 -m pytest -p no:cacheprovider -rfE -k "cuda or triton or gpu" "${files[@]}") spread=()
   if python3 -c "import xdist, pytest_timeout" 2> /dev/null; then
