@@ -185,12 +185,7 @@ def functions():
 def test_no_long_lists_of_parameters():
     long = {}
     for module, node in functions():
-        # of a kernel: Triton's constants, and strides, which it would specialise upon as members of a tuple
-        apart = ("stride_b", "stride_t")
-        constants = [
-            a for a in node.args.args
-            if ast.unparse(a.annotation or ast.Constant(0)) == "tl.constexpr" or a.arg.endswith(apart)
-        ]  # fmt: skip
+        constants = [a for a in node.args.args if ast.unparse(a.annotation or ast.Constant(0)) == "tl.constexpr"]
         count = len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]) - len(constants)
         if count > 12:
             long[f"{module}, line {node.lineno}"] = count

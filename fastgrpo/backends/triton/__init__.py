@@ -162,8 +162,8 @@ def token_loss(
             cut = launch.wide(cut, V, choice.lanes)
             in_flight = launch.rows_in_flight(n, V * logits.element_size(), device)
             programs = min(n, choice.programs) if choice.programs else in_flight
-        launch.sweep(kernels.token_kernel, programs, cut, device, logits, partial, rows, token, numbers, result, grad,
-                     softcap, *launch.layout(logits), *grad_strides, n, PART=cut.PART, PARTS=cut.PARTS,
+        launch.sweep(kernels.token_kernel, programs, cut, device, logits, partial, (rows, token, numbers),
+                     (result, grad), softcap, *launch.layout(logits), *grad_strides, n, PART=cut.PART, PARTS=cut.PARTS,
                      SAME_PHASE=same_phase, INPLACE=inplace)  # fmt: skip
         if split and out is not None:
             _row_grad(logits, rows, result, g, token.h, out, softcap)

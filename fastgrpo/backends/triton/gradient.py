@@ -99,20 +99,6 @@ def all_have_the_target(INPLACE: tl.constexpr):
 
 
 @triton.jit
-def _of_target(target, logp, g, h, entropy, inv_temperature, softcap, HAS_H: tl.constexpr):
-    """Gradient of the target element, from log p and expm1, so that nothing cancels when p is near 1."""
-    minus, _ = expm1(logp)
-    value = g * -minus
-    if HAS_H:
-        p = tl.exp2(logp * LOG2E)
-        value -= h * p * (tl.maximum(logp, -1000.0) + entropy)
-    value *= inv_temperature
-    if softcap is not None:
-        value *= 1.0 - (target / softcap) * (target / softcap)
-    return value
-
-
-@triton.jit
 def row_gradient(row_ptr, out, id, target, V, at_row, inv_temperature, softcap, first, n_max, with_ends,
                  K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, HAS_H: tl.constexpr,
                  SAME_PHASE: tl.constexpr, INPLACE: tl.constexpr):  # fmt: skip
@@ -143,8 +129,15 @@ def row_gradient(row_ptr, out, id, target, V, at_row, inv_temperature, softcap, 
     known = (id >= 0) & (id < V)
     at = tl.where(known, id, 0).to(tl.int32)
 
+    # Gradient of the target element, from log p and expm1, so that nothing cancels when p is near 1.
     logp = tl.where(careful, target * inv_temperature - lse, (tl.fma(target, c, -shift) - low) * LN2)
-    at_target = _of_target(target, logp, g, h, entropy, inv_temperature, softcap, HAS_H)
+    p_minus_one, _ = expm1(logp)
+    at_target = g * -p_minus_one
+    if HAS_H:
+        at_target -= h * tl.exp2(logp * LOG2E) * (tl.maximum(logp, -1000.0) + entropy)
+    at_target *= inv_temperature
+    if softcap is not None:
+        at_target *= 1.0 - (target / softcap) * (target / softcap)
 
     if with_ends:
         j, inside = end_elements(V, head, n_vec, K, LANES)

@@ -17,8 +17,7 @@ from .objective import advantage_of, group_advantage, token_objective, write_tok
 from .statistics import merged_sums, part_sums, reference, row_scores, row_sums, target_logit, totals
 
 _kernel = triton.jit(do_not_specialize=[
-    "V", "T", "stride_b", "stride_t", "out_stride_b", "out_stride_t", "grad_stride_b",
-    "grad_stride_t", "n_rows", "group_size", "span",
+    "V", "T", "stride_b", "stride_t", "out_stride_b", "out_stride_t", "n_rows", "group_size", "span",
 ])  # fmt: skip
 
 
@@ -127,16 +126,19 @@ def grad_kernel(logits, out, rows, backward, softcap, V, T, stride_b, stride_t, 
 
 
 @_kernel
-def token_kernel(logits, partial, rows, token, spec, out, grad, softcap, V, T, stride_b, stride_t, grad_stride_b,
-                 grad_stride_t, n_rows, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr,
+def token_kernel(logits, partial, inputs, outputs, softcap, V, T, stride_b, stride_t, out_stride_b, out_stride_t,
+                 n_rows, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, PART: tl.constexpr,
                  PARTS: tl.constexpr, SAME_PHASE: tl.constexpr, INPLACE: tl.constexpr):  # fmt: skip
-    """Grid (any,), programs stride over the rows: statistics, objective and, if there is a `grad`, the gradient.
+    """Grid (any,), programs stride over the rows: statistics, objective and, if it is wanted, the gradient.
 
     Reads V logits from memory, and again from the L2 cache when it writes V of gradient; how many rows are in flight
     is the grid's choice. A program holds PARTS parts of its row side by side. With `partial` given the statistics are
     merged from there. SAME_PHASE and INPLACE are those of `grad_kernel`.
+    inputs: `Rows`, `TokenRows`, `TokenSpec`. outputs: `TokenLoss`, and the gradient or None.
     A row with mask False, or with skip_zero and no advantage, is not read; its outputs and gradient are 0.
     """
+    rows, token, spec = inputs
+    out, grad = outputs
     ENTROPY: tl.constexpr = out.entropy is not None
     HAS_H: tl.constexpr = token.h is not None
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
@@ -161,7 +163,7 @@ def token_kernel(logits, partial, rows, token, spec, out, grad, softcap, V, T, s
                 if INPLACE and grad.dtype == logits.dtype:
                     grad_row = row_ptr
                 else:
-                    grad_row = row_pointer(grad, again, T, grad_stride_b, grad_stride_t)
+                    grad_row = row_pointer(grad, again, T, out_stride_b, out_stride_t)
                 all_have_the_target(INPLACE)
                 if (g == 0.0) & (h == 0.0):
                     zero_row(grad_row, V, 0, V, True, K, LANES, UNROLL)
@@ -172,7 +174,7 @@ def token_kernel(logits, partial, rows, token, spec, out, grad, softcap, V, T, s
         else:
             write_token(row, out, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
             if grad is not None:
-                zero_row(row_pointer(grad, row, T, grad_stride_b, grad_stride_t), V, 0, V, True, K, LANES, UNROLL)
+                zero_row(row_pointer(grad, row, T, out_stride_b, out_stride_t), V, 0, V, True, K, LANES, UNROLL)
 
 
 @_kernel
