@@ -17,14 +17,8 @@ STORED, KEPT = ({torch.bfloat16: x, torch.float16: y} for x, y in ((3e-3, 4e-4),
 B, T, V, H = 4, 24, 1500, 96  # V is not a multiple of 64
 
 
-@pytest.fixture(params=["torch", "cpu", "cuda"])
-def backend(request):
-    """Those that are quick everywhere; Triton's interpreter has a test of its own, with few rows."""
-    if request.param == "cuda":
-        request.getfixturevalue("cuda_anywhere")
-    elif (why := backends.get(request.param).unavailable()) is not None:
-        pytest.skip(f"backend {request.param}: {why}")
-    return request.param
+# those that are quick everywhere; Triton's interpreter has a test of its own, with few rows
+on_backends = pytest.mark.parametrize("backend", ["torch", "cpu", "cuda"], indirect=True)
 
 
 def random_head(gen):
@@ -93,6 +87,7 @@ def assert_exact(grads, true_grads, most):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@on_backends
 def test_loss(backend, device, dtype, name, option, chunk_size):
     """Gradients made in the forward pass, in one chunk and in several, of tokens and of sequences."""
     for level in ("token", "sequence"):
@@ -111,6 +106,7 @@ def test_loss(backend, device, dtype, name, option, chunk_size):
 
 @pytest.mark.parametrize("option", ["plain", "all"])
 @pytest.mark.parametrize("dtype", DTYPES)
+@on_backends
 def test_gradients_of_fp32_tensors_leave_in_fp32(backend, device, dtype, option):
     """Under autocast, with fp32 hidden states, weight or both: one rounding, that of dL/dlogits, as in no chunk."""
     masters = {"both": (True, True), "weight": (False, True), "hidden": (True, False)}
@@ -133,6 +129,7 @@ def test_gradients_of_fp32_tensors_leave_in_fp32(backend, device, dtype, option)
 @pytest.mark.parametrize("option", ["plain", "all"])
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@on_backends
 def test_logps(backend, device, dtype, name, option):
     """Gradients that project again, from upstream gradients of logps and entropies; operands' and fp32 gradients."""
     hidden, weight, ids, options, loss = case(HEADS[name], option, dtype, backend=backend, device=device)
@@ -164,6 +161,7 @@ def test_logps(backend, device, dtype, name, option):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@on_backends
 def test_rounded_logits_are_the_error_that_goes(backend, device, dtype):
     """On a realistic head in bf16, rounding the logits costs ten times as much as all that is left."""
     hidden, weight, ids, options, loss = case(realistic_head, "plain", dtype, backend=backend, device=device)
@@ -179,6 +177,7 @@ def test_rounded_logits_are_the_error_that_goes(backend, device, dtype):
     assert all(a > (8 if dtype == torch.bfloat16 else 2) * b for a, b in zip(rounded[1:], exact[1:], strict=True))
 
 
+@on_backends
 def test_a_frozen_weight_and_frozen_hidden_states(backend, device):
     hidden, weight, ids, _, loss = case(realistic_head, "plain", torch.bfloat16, backend=backend, device=device)
     _, *want = linear_truth(hidden, weight, ids, **loss)
@@ -191,6 +190,7 @@ def test_a_frozen_weight_and_frozen_hidden_states(backend, device):
 
 
 @pytest.mark.parametrize("name", HEADS)
+@on_backends
 def test_the_ratio_of_a_first_step_is_1(backend, device, name):
     """Old logps scored one completion at a time, in chunks and row by row: within 1e-5 of those in the loss."""
     hidden, weight, ids, _, loss = case(HEADS[name], "plain", torch.bfloat16, backend=backend, device=device)
@@ -244,6 +244,7 @@ def test_the_backend_is_chosen_by_the_logits(monkeypatch):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
+@on_backends
 def test_compile_fullgraph(backend, device, level):
     hidden, weight, ids, _, loss = case(
         random_head, "plain", torch.bfloat16, level=level, backend=backend, device=device
