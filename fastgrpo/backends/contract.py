@@ -185,7 +185,7 @@ class ColumnBackend(Protocol):
         names are not touched.
 
         Args:
-            dz (P,) fp32, ids (P,) int32, rows (P,) int32: the pairs, contiguous; rows in [0, n) where the id is not -1.
+            dz (P,) fp32, ids (P,) int32, rows (P,) int32: contiguous; rows in [0, n) where the id is not -1.
             hidden (n, H).
             out (V, H): fp32, bf16 or fp16.
             d_bias (V,) fp32.

@@ -173,9 +173,7 @@ def column_d_hidden(dz: Tensor, ids: Tensor, weight: Tensor, out: Tensor) -> Non
         out[part] = total.to(out.dtype)
 
 
-def column_d_weight(
-    dz: Tensor, ids: Tensor, rows: Tensor, hidden: Tensor, out: Tensor, d_bias: Tensor | None
-) -> None:
+def column_d_weight(dz: Tensor, ids: Tensor, rows: Tensor, hidden: Tensor, out: Tensor, d_bias: Tensor | None) -> None:
     dtype = _sums_in(hidden)
     ordered, order = ids.sort(stable=True)
     order = order[ordered >= 0]
