@@ -110,8 +110,7 @@ def d_weight_kernel(dz, ids, rows, hidden, out, d_bias, H, hidden_stride, out_st
 class Source(NamedTuple):
     """Where the gradient of a row comes from: from its logits, or from candidates that were made of them."""
 
-    base: Any  # of the logits, rounded down to 16 bytes; or of the candidates' dz
-    ids: Any  # of the candidates
+    base: Any  # of the logits, rounded down to 16 bytes; or of the candidates, (column << 32 | bits of dz) each
     lead: Any  # elements between the base and the row; 0
     count: Any  # V; how many candidates
     careful: Any
@@ -200,20 +199,16 @@ def _sum_of_row(source, curve, softcap, K: tl.constexpr, LANES: tl.constexpr, UN
 
 
 @triton.jit
-def _tile(source, curve, i, softcap, K: tl.constexpr, LANES: tl.constexpr, HAS_H: tl.constexpr,
-          WANT_IDS: tl.constexpr):  # fmt: skip
+def _tile(source, curve, i, softcap, K: tl.constexpr, LANES: tl.constexpr, HAS_H: tl.constexpr):
     """(dz, columns, which of them count) of tile i of a source: inf for the target, which so is never small."""
-    if source.ids is None:
-        y, j = _row_tile(source, curve, i, INF, softcap, K, LANES, HAS_H)
-        there = (j >= 0) & (j < source.count)
-    else:
+    if source.base.dtype.element_ty == tl.int64:
         k = _place(i, K, LANES)
         there = k < source.count
-        y = tl.load(source.base + k, mask=there, other=0.0)
-        j = k
-        if WANT_IDS:
-            j = tl.load(source.ids + k, mask=there, other=0)
-    return y, j, there
+        both = tl.load(source.base + k, mask=there, other=0)
+        return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32), there
+    else:
+        y, j = _row_tile(source, curve, i, INF, softcap, K, LANES, HAS_H)
+        return y, j, (j >= 0) & (j < source.count)
 
 
 @triton.jit
@@ -232,7 +227,7 @@ def _sum_below(source, curve, edge, softcap, K: tl.constexpr, LANES: tl.constexp
     """The sum of the magnitudes below `edge`."""
     s = tl.zeros([1, LANES, K], tl.float32)
     for i in range(tl.cdiv(source.lead + source.count, LANES * K)):
-        y, _, _ = _tile(source, curve, i, softcap, K, LANES, HAS_H, False)
+        y, _, _ = _tile(source, curve, i, softcap, K, LANES, HAS_H)
         s += tl.where(tl.abs(y) < edge, tl.abs(y), 0.0)
     s, _ = totals(s, s)
     return s
@@ -247,9 +242,9 @@ def _running(x):
 
 
 @triton.jit
-def _candidates(source, curve, ids, dz, capacity, floor, large, softcap, most, K: tl.constexpr, LANES: tl.constexpr,
+def _candidates(source, curve, out, capacity, floor, large, softcap, most, K: tl.constexpr, LANES: tl.constexpr,
                 HAS_H: tl.constexpr):  # fmt: skip
-    """Write what is not below `floor`, in the order of the row, as far as there is room.
+    """Write what is not below `floor`, in the order of the row and as far as there is room, for a `Source`.
 
     Returns (how many, the sum of what is below, how many are not below `large`); ends early where these are more than
     `most`.
@@ -260,7 +255,7 @@ def _candidates(source, curve, ids, dz, capacity, floor, large, softcap, most, K
     i = 0
     tiles = tl.cdiv(source.lead + source.count, LANES * K)
     while (i < tiles) & (n_large <= most):
-        y, j, there = _tile(source, curve, i, softcap, K, LANES, HAS_H, True)
+        y, j, there = _tile(source, curve, i, softcap, K, LANES, HAS_H)
         size = tl.abs(y)
         taken = there & (size >= floor)
         s += tl.where(size < floor, size, 0.0)
@@ -268,8 +263,8 @@ def _candidates(source, curve, ids, dz, capacity, floor, large, softcap, most, K
         k, both = _running(taken.to(tl.int32) + ((size >= large).to(tl.int32) << 16))
         k = count + (k & 0xFFFF) - 1
         taken = taken & (k < capacity)
-        tl.store(ids + k, j, mask=taken)
-        tl.store(dz + k, y, mask=taken)
+        bits = y.to(tl.uint32, bitcast=True).to(tl.int64)
+        tl.store(out + k, (j.to(tl.int64) << 32) | bits, mask=taken)
         count += both & 0xFFFF
         n_large += both >> 16
         i += 1
@@ -288,7 +283,7 @@ def _choose(source, curve, ids, dz, room, bin, end, below, budget, softcap, K: t
     below: the sum of what the source leaves out.
     """
     fits = below
-    if source.ids is None:
+    if source.base.dtype.element_ty != tl.int64:
         fits = _sum_below(source, curve, _edge(bin), softcap, K, LANES, HAS_H)
     while end - bin > 1:
         middle = (bin + end) // 2
@@ -305,7 +300,7 @@ def _choose(source, curve, ids, dz, room, bin, end, below, budget, softcap, K: t
     i = 0
     tiles = tl.cdiv(source.lead + source.count, LANES * K)
     while (i < tiles) & (n <= room):
-        y, j, there = _tile(source, curve, i, softcap, K, LANES, HAS_H, True)
+        y, j, there = _tile(source, curve, i, softcap, K, LANES, HAS_H)
         size = tl.abs(y)
         between = there & (size >= low) & (size < high)
         cost, all_of_them = _running(tl.where(between, (size / high * UNIT).to(tl.int32) + 1, 0))
@@ -321,7 +316,7 @@ def _choose(source, curve, ids, dz, room, bin, end, below, budget, softcap, K: t
 
 
 @_kernel
-def choose_kernel(logits, rows, backward, ids, dz, count, candidate_ids, candidate_dz, tolerance, softcap, V, T,
+def choose_kernel(logits, rows, backward, ids, dz, count, candidates, tolerance, softcap, V, T,
                   stride_b, stride_t, n_rows, room, capacity, K: tl.constexpr, LANES: tl.constexpr,
                   UNROLL: tl.constexpr):  # fmt: skip
     """Grid (any,), programs stride over the rows: the columns of each that carry its gradient.
@@ -331,8 +326,7 @@ def choose_kernel(logits, rows, backward, ids, dz, count, candidate_ids, candida
     overflows ends earlier. Rows where g == 0 and h == 0 are not read.
     """
     HAS_H: tl.constexpr = backward.h is not None
-    candidate_ids += tl.program_id(0).to(tl.int64) * capacity
-    candidate_dz += tl.program_id(0).to(tl.int64) * capacity
+    candidates += capacity.to(tl.int64) * tl.program_id(0)
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         g = tl.load(backward.g + row)
         h = 0.0
@@ -347,7 +341,7 @@ def choose_kernel(logits, rows, backward, ids, dz, count, candidate_ids, candida
             n = _columns_of_row(row_pointer(logits, row, T, stride_b, stride_t), tl.load(rows.ids + row),
                                 Backward(g, h, tl.load(backward.lse + row), entropy),
                                 tl.load(rows.inv_temperature + row), tolerance, softcap, V, out_ids, out_dz, room,
-                                candidate_ids, candidate_dz, capacity, K, LANES, UNROLL, HAS_H)  # fmt: skip
+                                candidates, capacity, K, LANES, UNROLL, HAS_H)  # fmt: skip
         tl.store(count + row, n)
         # The race: of a row that overflowed, places were written by other warps; those writes must come first. And the
         # candidates of the next row must come after this one's are read.
@@ -359,16 +353,16 @@ def choose_kernel(logits, rows, backward, ids, dz, count, candidate_ids, candida
 
 
 @triton.jit
-def _columns_of_row(row_ptr, id, at_row, inv_temperature, tolerance, softcap, V, ids, dz, room, candidate_ids,
-                    candidate_dz, capacity, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+def _columns_of_row(row_ptr, id, at_row, inv_temperature, tolerance, softcap, V, ids, dz, room, candidates,
+                    capacity, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
                     HAS_H: tl.constexpr):  # fmt: skip
     """Write a row's K, and return its size, or another above `room`."""
     curve, low, careful = _curve(at_row, inv_temperature, HAS_H)
     at_target = _at_target(target_logit(row_ptr, id, V, softcap), at_row, curve, low, careful, softcap, HAS_H)
     known = (id >= 0) & (id < V)
     base = tl.multiple_of((row_ptr.to(tl.int64) & -16).to(row_ptr.dtype), 16)
-    lead = (row_ptr.to(tl.int64) & 15).to(tl.int32) // (16 // K)
-    source = Source(base, None, lead, V, careful, tl.where(known, id, -1).to(tl.int32), at_target)
+    lead = (row_ptr.to(tl.int64) & 15).to(tl.int32) // (row_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    source = Source(base, lead, V, careful, tl.where(known, id, -1).to(tl.int32), at_target)
     if careful:
         total = _sum_of_row(source, curve, softcap, K, LANES, 1, HAS_H, True)
     else:
@@ -380,13 +374,13 @@ def _columns_of_row(row_ptr, id, at_row, inv_temperature, tolerance, softcap, V,
         bin = tl.maximum(_bin(budget / V), 1)
         end = tl.maximum(_bin(budget) + 2, bin + 1)
         # Of the columns of at least budget / room at most `room` can be dropped.
-        found, below, n_large = _candidates(source, curve, candidate_ids, candidate_dz, capacity, _edge(bin),
+        found, below, n_large = _candidates(source, curve, candidates, capacity, _edge(bin),
                                             budget / room, softcap, 2 * room, K, LANES, HAS_H)  # fmt: skip
         # The race: what one warp has written apart, others read.
         tl.debug_barrier()
         if n_large <= 2 * room:
             if found <= capacity:
-                few = Source(candidate_dz, candidate_ids, 0, found, careful, 0, at_target)
+                few = Source(candidates, 0, found, careful, 0, at_target)
                 n = _choose(few, curve, ids, dz, room, bin, end, below, budget, softcap, K, LANES, HAS_H)
             else:
                 n = _choose(source, curve, ids, dz, room, bin, end, 0.0, budget, softcap, K, LANES, HAS_H)

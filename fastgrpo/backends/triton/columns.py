@@ -63,13 +63,12 @@ def select_columns(
     ids = torch.empty((n, room), dtype=torch.int32, device=device)
     columns = Columns(ids, ids.new_empty(ids.shape, dtype=torch.float32), ids.new_empty(n))
     if n > 0:
-        cut, capacity = launch.geometry(V, logits.dtype), min(V, _CANDIDATES * room)
+        cut, capacity = launch.geometry(V, logits.dtype)._replace(K=4), min(V, _CANDIDATES * room)
         row_bytes = V * logits.element_size() + capacity * 8
         programs = launch.rows_in_flight(n, row_bytes, device)
-        candidate_ids = ids.new_empty(programs, capacity)
-        candidate_dz = candidate_ids.new_empty(candidate_ids.shape, dtype=torch.float32)
+        candidates = ids.new_empty(programs, capacity, dtype=torch.int64)
         backward = Backward(g, h, scores.lse, None if h is None else scores.entropy)
         launch.sweep(kernels.choose_kernel, programs, cut, device, logits, Rows(rows.ids, None, rows.inv_temperature),
-                     backward, *columns, candidate_ids, candidate_dz, float(tolerance), softcap,
+                     backward, *columns, candidates, float(tolerance), softcap,
                      *launch.layout(logits), n, room, capacity)  # fmt: skip
     return columns
