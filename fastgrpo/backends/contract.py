@@ -86,7 +86,8 @@ class Columns(NamedTuple):
 
     ids: Tensor  # (N, room) int32, rising; -1 behind the row's count
     dz: Tensor  # (N, room), dL/dlogits there; 0 behind the row's count
-    count: Tensor  # (N,) int32, |K|; more than `room`: the row did not fit, and has no ids here
+    # (N,) int32, |K|; more than `room`: the row did not fit, and has no ids here
+    count: Tensor  # type: ignore[assignment]  # of tuples, too
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""The functions of `contract.ColumnBackend`: which kernels of `column_kernels`, over which grid."""
+"""The functions of `contract.ColumnBackend`: which kernels, over which grid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..contract import Columns, Rows, Scores
 from . import launch
 
 with contextlib.suppress(ImportError):  # without Triton the backend is unavailable, and says so
-    from . import column_kernels as kernels
+    from . import products, selection
     from .gradient import Backward
 
 _LANES = 128  # threads of a program of the products
@@ -26,7 +26,7 @@ def column_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tens
     n, w = ids.shape
     out = hidden.new_empty(n, w, dtype=torch.float32)
     if out.numel() > 0:
-        launch.run(kernels.logits_kernel, n * -(-w // _COLUMNS), _LANES, hidden.device, hidden, weight, bias, ids, out,
+        launch.run(products.logits_kernel, n * -(-w // _COLUMNS), _LANES, out.device, hidden, weight, bias, ids, out,
                    hidden.shape[1], hidden.stride(0), weight.stride(0), w, COLUMNS=_COLUMNS,
                    BLOCK=_BLOCK)  # fmt: skip
     return out
@@ -35,7 +35,7 @@ def column_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tens
 def column_d_hidden(dz: Tensor, ids: Tensor, weight: Tensor, out: Tensor) -> None:
     n, H = out.shape
     if out.numel() > 0:
-        launch.run(kernels.d_hidden_kernel, n * -(-H // _ROW_BLOCK), _LANES, out.device, dz, ids, weight, out, H,
+        launch.run(products.d_hidden_kernel, n * -(-H // _ROW_BLOCK), _LANES, out.device, dz, ids, weight, out, H,
                    weight.stride(0), out.stride(0), ids.shape[1], BLOCK=_ROW_BLOCK, UNROLL=_UNROLL)  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def column_d_weight(dz: Tensor, ids: Tensor, rows: Tensor, hidden: Tensor, out: 
     P, H = ids.numel(), hidden.shape[1]
     if P > 0:
         ids, order = ids.sort(stable=True)
-        launch.run(kernels.d_weight_kernel, P * -(-H // _ROW_BLOCK), _LANES, out.device, dz[order], ids, rows[order],
+        launch.run(products.d_weight_kernel, P * -(-H // _ROW_BLOCK), _LANES, out.device, dz[order], ids, rows[order],
                    hidden, out, d_bias, H, hidden.stride(0), out.stride(0), P, BLOCK=_ROW_BLOCK,
                    UNROLL=_UNROLL)  # fmt: skip
 
@@ -63,12 +63,13 @@ def select_columns(
     ids = torch.empty((n, room), dtype=torch.int32, device=device)
     columns = Columns(ids, ids.new_empty(ids.shape, dtype=torch.float32), ids.new_empty(n))
     if n > 0:
+        # vectors of 4 elements of a narrow dtype, too: what of 8 a thread would hold does not fit into its registers
         cut, capacity = launch.geometry(V, logits.dtype)._replace(K=4), min(V, _CANDIDATES * room)
         row_bytes = V * logits.element_size() + capacity * 8
         programs = launch.rows_in_flight(n, row_bytes, device)
         candidates = ids.new_empty(programs, capacity, dtype=torch.int64)
         backward = Backward(g, h, scores.lse, None if h is None else scores.entropy)
-        launch.sweep(kernels.choose_kernel, programs, cut, device, logits, Rows(rows.ids, None, rows.inv_temperature),
-                     backward, *columns, candidates, float(tolerance), softcap,
-                     *launch.layout(logits), n, room, capacity)  # fmt: skip
+        launch.sweep(selection.choose_kernel, programs, cut, device, logits, rows._replace(mask=None), backward,
+                     selection.Chosen(*columns, candidates), float(tolerance), softcap, *launch.layout(logits), n, room,
+                     CANDIDATES=_CANDIDATES)  # fmt: skip
     return columns

@@ -1,7 +1,9 @@
-"""The kernels on a few columns of each row: products of a table of ids, and the choice of the columns of a gradient.
+"""The columns of a row of logits that carry its gradient: all but a tail whose sum is within a tolerance.
 
-The products read rows of the weight or of the hidden states, the tables' places beside them; in `choose_kernel` a
-program takes a row of logits after another.
+One reading of a row gives its sum of |dz|. The next sets the columns apart that may be kept, those above the least
+threshold that there can be, for they are few. The threshold is found on them alone, by bisection over bins of
+magnitude, and the bin that fits in part is dropped column by column. Sums are over classes of columns as in
+`statistics`, so that bits depend on the row alone.
 """
 
 from __future__ import annotations
@@ -12,99 +14,24 @@ import triton
 import triton.language as tl
 
 from .gradient import Backward, _Curve, _gradient
-from .memory import load, narrow, row_pointer
+from .memory import load, row_pointer
 from .numeric import INF, LN2, LOG2E, LOG2E_LOW, RANGE, expm1
-from .statistics import target_logit, totals
+from .statistics import _power_of_two, _sum, target_logit
 
 BITS = tl.constexpr(20)  # of a magnitude's 31 that its bin leaves out: 3 bits of the mantissa stay
 BELOW_ONE = tl.constexpr(1.0 - 2.0**-16)  # of the tolerance: what rounding may take from a sum
 UNIT = tl.constexpr(2.0**18)  # of integers whose sum over a tile is exact: 2^12 of them stay below 2^31
 
-_kernel = triton.jit(do_not_specialize=["V", "T", "stride_b", "stride_t", "n_rows", "room", "capacity", "w", "P"])
+_kernel = triton.jit(do_not_specialize=["V", "T", "stride_b", "stride_t", "n_rows", "room"])
 
 
-# ---- products
+class Chosen(NamedTuple):
+    """What `choose_kernel` writes, as pointers."""
 
-
-@_kernel
-def logits_kernel(hidden, weight, bias, ids, out, H, hidden_stride, weight_stride, w, COLUMNS: tl.constexpr,
-                  BLOCK: tl.constexpr):  # fmt: skip
-    """Grid (n * ceil(w / COLUMNS),): the logits of COLUMNS places of a row. Reads a row of the weight for each id."""
-    blocks = tl.cdiv(w, COLUMNS)
-    row = tl.program_id(0) // blocks
-    k = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    at = row.to(tl.int64) * w + k
-    id = tl.load(ids + at, mask=k < w, other=-1)
-    there = id >= 0
-    rows = weight + id.to(tl.int64)[:, None] * weight_stride
-    hidden += row.to(tl.int64) * hidden_stride
-    sums = tl.zeros([COLUMNS, BLOCK], tl.float32)
-    if tl.max(id, 0) >= 0:
-        for start in range(0, H, BLOCK):
-            d = start + tl.arange(0, BLOCK)
-            x = tl.load(hidden + d, mask=d < H, other=0.0).to(tl.float32)
-            y = tl.load(rows + d[None, :], mask=there[:, None] & (d < H)[None, :], other=0.0).to(tl.float32)
-            sums = tl.fma(y, tl.broadcast_to(x[None, :], [COLUMNS, BLOCK]), sums)
-    z = tl.sum(sums, 1)
-    if bias is not None:
-        z += tl.load(bias + id, mask=there, other=0.0)
-    tl.store(out + at, tl.where(there, z, -INF), mask=k < w)
-
-
-@_kernel
-def d_hidden_kernel(dz, ids, weight, out, H, weight_stride, out_stride, w, BLOCK: tl.constexpr,
-                    UNROLL: tl.constexpr):  # fmt: skip
-    """Grid (n * ceil(H / BLOCK),): BLOCK elements of a row of `out`. Reads as many of the weight's row of each id."""
-    blocks = tl.cdiv(H, BLOCK)
-    row = tl.program_id(0) // blocks
-    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    first = row.to(tl.int64) * w
-    total = tl.zeros([BLOCK], tl.float32)
-    for k in range(0, w, UNROLL):
-        for u in tl.static_range(UNROLL):
-            id = tl.load(ids + first + k + u, mask=k + u < w, other=-1)
-            a = tl.load(dz + first + k + u, mask=id >= 0, other=0.0)
-            x = tl.load(weight + id.to(tl.int64) * weight_stride + d, mask=(d < H) & (id >= 0), other=0.0)
-            total = tl.fma(x.to(tl.float32), tl.full([BLOCK], 1.0, tl.float32) * a, total)
-    out += row.to(tl.int64) * out_stride
-    tl.store(out + d, narrow(total, out.dtype.element_ty), mask=d < H)
-
-
-@_kernel
-def d_weight_kernel(dz, ids, rows, hidden, out, d_bias, H, hidden_stride, out_stride, P, BLOCK: tl.constexpr,
-                    UNROLL: tl.constexpr):  # fmt: skip
-    """Grid (P * ceil(H / BLOCK),): BLOCK elements of a row of `out`, by the first of the pairs that name it.
-
-    The pairs are sorted by id, those of an id in their order. Reads BLOCK elements of each pair's hidden state.
-    """
-    blocks = tl.cdiv(H, BLOCK)
-    pair = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    id = tl.load(ids + pair)
-    before = tl.load(ids + pair - 1, mask=pair > 0, other=-1)
-    if id != before:  # an id of -1 is as if it came before the first
-        d = block * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], tl.float32)
-        sum_dz = 0.0
-        more = True
-        while more:
-            for u in tl.static_range(UNROLL):
-                more = tl.load(ids + pair + u, mask=pair + u < P, other=-1) == id
-                a = tl.load(dz + pair + u, mask=more, other=0.0)
-                row = tl.load(rows + pair + u, mask=more, other=0).to(tl.int64)
-                x = tl.load(hidden + row * hidden_stride + d, mask=(d < H) & more, other=0.0)
-                total = tl.fma(x.to(tl.float32), tl.full([BLOCK], 1.0, tl.float32) * a, total)
-                sum_dz += a
-            pair += UNROLL
-        out += id.to(tl.int64) * out_stride
-        total += tl.load(out + d, mask=d < H, other=0.0).to(tl.float32)
-        tl.store(out + d, narrow(total, out.dtype.element_ty), mask=d < H)
-        if d_bias is not None:
-            if block == 0:
-                tl.store(d_bias + id, tl.load(d_bias + id) + sum_dz)
-
-
-# ---- the columns that carry a row's gradient
+    ids: Any  # as in `Columns`
+    dz: Any
+    count: Any
+    candidates: Any  # (programs, capacity) int64, for a program's own use
 
 
 class Source(NamedTuple):
@@ -151,6 +78,15 @@ def _at_target(target, at_row, curve, low, careful, softcap, HAS_H: tl.constexpr
 
 
 @triton.jit
+def _total(s):
+    """The sum of a tile, in 64-bit integers as in `statistics.totals`. inf where one is NaN."""
+    top = tl.max(tl.max(tl.max(tl.where(s == s, s, INF), 2), 1), 0)
+    up, down = _power_of_two(top)
+    total = _sum((s * up).to(tl.int64)).to(tl.float32) * down
+    return tl.where(top < INF, total, INF)
+
+
+@triton.jit
 def _place(i, K: tl.constexpr, LANES: tl.constexpr):
     """The places of tile i, [1, LANES, K]."""
     return tl.arange(0, LANES)[None, :, None] * K + tl.arange(0, K)[None, None, :] + i * (LANES * K)
@@ -194,8 +130,7 @@ def _sum_of_row(source, curve, softcap, K: tl.constexpr, LANES: tl.constexpr, UN
     for i in range(rest, tl.cdiv(end, TILE)):
         y, _ = _row_tile(source, curve, i, source.at_target, softcap, K, LANES, HAS_H)
         s += tl.abs(y)
-    s, _ = totals(s, s)
-    return s
+    return _total(s)
 
 
 @triton.jit
@@ -229,8 +164,7 @@ def _sum_below(source, curve, edge, softcap, K: tl.constexpr, LANES: tl.constexp
     for i in range(tl.cdiv(source.lead + source.count, LANES * K)):
         y, _, _ = _tile(source, curve, i, softcap, K, LANES, HAS_H)
         s += tl.where(tl.abs(y) < edge, tl.abs(y), 0.0)
-    s, _ = totals(s, s)
-    return s
+    return _total(s)
 
 
 @triton.jit
@@ -260,7 +194,7 @@ def _candidates(source, curve, out, capacity, floor, large, softcap, most, K: tl
         taken = there & (size >= floor)
         s += tl.where(size < floor, size, 0.0)
         # both counts of a tile, of at most 2^13, in one number
-        k, both = _running(taken.to(tl.int32) + ((size >= large).to(tl.int32) << 16))
+        k, both = _running(taken.to(tl.int32) + ((there & (size >= large)).to(tl.int32) << 16))
         k = count + (k & 0xFFFF) - 1
         taken = taken & (k < capacity)
         bits = y.to(tl.uint32, bitcast=True).to(tl.int64)
@@ -268,8 +202,7 @@ def _candidates(source, curve, out, capacity, floor, large, softcap, most, K: tl
         count += both & 0xFFFF
         n_large += both >> 16
         i += 1
-    s, _ = totals(s, s)
-    return count, s, n_large
+    return count, _total(s), n_large
 
 
 @triton.jit
@@ -277,10 +210,8 @@ def _choose(source, curve, ids, dz, room, bin, end, below, budget, softcap, K: t
             HAS_H: tl.constexpr):  # fmt: skip
     """Write K, as far as there is room, and return its size, or another above `room`.
 
-    The bin from `bin` (below which the sum fits into the budget) up to `end` is searched whose lower ones fit, but not
-    it beside them; it is dropped column by column as far as it does.
-
-    below: the sum of what the source leaves out.
+    Of the bins from `bin` on, below which all fits into the budget, and before `end`, the last is searched below which
+    all still fits. It is itself dropped column by column as far as that goes. below: the sum that the source lacks.
     """
     fits = below
     if source.base.dtype.element_ty != tl.int64:
@@ -316,17 +247,18 @@ def _choose(source, curve, ids, dz, room, bin, end, below, budget, softcap, K: t
 
 
 @_kernel
-def choose_kernel(logits, rows, backward, ids, dz, count, candidates, tolerance, softcap, V, T,
-                  stride_b, stride_t, n_rows, room, capacity, K: tl.constexpr, LANES: tl.constexpr,
-                  UNROLL: tl.constexpr):  # fmt: skip
+def choose_kernel(logits, rows, backward, out, tolerance, softcap, V, T,
+                  stride_b, stride_t, n_rows, room, K: tl.constexpr, LANES: tl.constexpr,
+                  UNROLL: tl.constexpr, CANDIDATES: tl.constexpr):  # fmt: skip
     """Grid (any,), programs stride over the rows: the columns of each that carry its gradient.
 
     Reads V logits from memory, and again from the L2 cache, where the columns that may belong to K are written apart,
-    for they are few; a row with more than `capacity` of them is read again and again instead. A row that certainly
-    overflows ends earlier. Rows where g == 0 and h == 0 are not read.
+    for they are few; a row with more than CANDIDATES * room of them is read again and again instead. A row that
+    certainly overflows ends earlier. Rows where g == 0 and h == 0 are not read.
     """
     HAS_H: tl.constexpr = backward.h is not None
-    candidates += capacity.to(tl.int64) * tl.program_id(0)
+    capacity = tl.minimum(V, CANDIDATES * room)
+    candidates = out.candidates + capacity.to(tl.int64) * tl.program_id(0)
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         g = tl.load(backward.g + row)
         h = 0.0
@@ -334,22 +266,22 @@ def choose_kernel(logits, rows, backward, ids, dz, count, candidates, tolerance,
         if HAS_H:
             h = tl.load(backward.h + row)
             entropy = tl.load(backward.entropy + row)
-        out_ids = ids + room.to(tl.int64) * row
-        out_dz = dz + room.to(tl.int64) * row
+        ids = out.ids + room.to(tl.int64) * row
+        dz = out.dz + room.to(tl.int64) * row
         n = 0
         if (g != 0.0) | (h != 0.0):
             n = _columns_of_row(row_pointer(logits, row, T, stride_b, stride_t), tl.load(rows.ids + row),
                                 Backward(g, h, tl.load(backward.lse + row), entropy),
-                                tl.load(rows.inv_temperature + row), tolerance, softcap, V, out_ids, out_dz, room,
+                                tl.load(rows.inv_temperature + row), tolerance, softcap, V, ids, dz, room,
                                 candidates, capacity, K, LANES, UNROLL, HAS_H)  # fmt: skip
-        tl.store(count + row, n)
+        tl.store(out.count + row, n)
         # The race: of a row that overflowed, places were written by other warps; those writes must come first. And the
         # candidates of the next row must come after this one's are read.
         tl.debug_barrier()
         for start in range(tl.where(n <= room, n, 0), room, LANES):
             k = start + tl.arange(0, LANES)
-            tl.store(out_ids + k, tl.full([LANES], -1, tl.int32), mask=k < room)
-            tl.store(out_dz + k, tl.zeros([LANES], tl.float32), mask=k < room)
+            tl.store(ids + k, tl.full([LANES], -1, tl.int32), mask=k < room)
+            tl.store(dz + k, tl.zeros([LANES], tl.float32), mask=k < room)
 
 
 @triton.jit
