@@ -99,7 +99,7 @@ def read_sass(cubin: bytes) -> dict:
         "spilled": kernel.spilled,
         "spilled_in_loops": in_loops(sass.LOCAL, kernel.code, kernel.labels),
         "wide": in_loops(r"\bLDG.*\.128\b", kernel.code, kernel.labels),
-        "atomics": sum(bool(re.search(r"\b(?:ATOM|RED)", x)) for x in kernel.code),
+        "atomics": sum(bool(re.search(r"\b(?:ATOM[GS]?|RED)\b", x)) for x in kernel.code),
     }
 
 
@@ -146,7 +146,7 @@ def test_machine_code(case, machine_code):
     if kernel in PRODUCTS:
         assert found["spilled"] == 0 and found["wide"] >= 2, found
     else:
-        assert found["spilled"] <= 112 and found["spilled_in_loops"] <= 2, found
+        assert found["spilled"] <= 80 and found["spilled_in_loops"] == 0, found
         assert found["wide"] >= 4 or dtype == "bf16", found  # whose vectors are of 64 bits, to need no more registers
 
 
