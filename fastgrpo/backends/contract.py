@@ -81,6 +81,14 @@ class TokenLoss(NamedTuple):
     g: Tensor  # dL/dlogp
 
 
+class Columns(NamedTuple):
+    """The columns that carry the gradient of each row: those in K, and what row_grad would write there."""
+
+    ids: Tensor  # (N, room) int32, rising; -1 behind the row's count
+    dz: Tensor  # (N, room), dL/dlogits there; 0 behind the row's count
+    count: Tensor  # (N,) int32, |K|; more than `room`: the row did not fit, and has no ids here
+
+
 @runtime_checkable
 class Backend(Protocol):
     """The functions of a backend's module."""
@@ -137,3 +145,71 @@ class Backend(Protocol):
 
     def scale_(self, x: Tensor, factor: Tensor) -> None:
         """x *= factor, for (B, T, V) x and a factor of one element; x is not touched when it is 1."""
+
+
+@runtime_checkable
+class ColumnBackend(Protocol):
+    """The functions on a few columns of each row, of the module that `select.columns` gives.
+
+    A table of ids (n, w) int32 holds row i's columns in any places of its row; -1 is a place without one. What a row
+    gives has the same bits in any company and for any w: sums go in the order of the places, and a place without a
+    column adds nothing. All ids are in [-1, V). Hidden states and weights are bf16, fp16 or fp32 (float64 in the
+    backend "torch"), of one dtype, with unit stride in H; sums are in fp32 (float64).
+
+    Statistics and gradients of such rows are those of the sweeps over the (1, n, w) table of their logits, with the
+    place of the target for its id.
+    """
+
+    def column_logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+        """The logits (n, w) in fp32 of the columns alone: hidden_i . weight_id + bias_id, and -inf where id is -1.
+
+        Args:
+            hidden (n, H), weight (V, H), bias (V,) fp32, ids (n, w) int32 contiguous.
+        """
+
+    def column_d_hidden(self, dz: Tensor, ids: Tensor, weight: Tensor, out: Tensor) -> None:
+        """out_i = sum over k of dz_ik * weight_id, with id = ids_ik; dz is not used where the id is -1.
+
+        Args:
+            dz (n, w) fp32, ids (n, w) int32: contiguous.
+            weight (V, H).
+            out (n, H): fp32, or of the dtype of weight.
+        """
+
+    def column_d_weight(
+        self, dz: Tensor, ids: Tensor, rows: Tensor, hidden: Tensor, out: Tensor, d_bias: Tensor | None
+    ) -> None:
+        """out_id += sum of dz * hidden_row, and d_bias_id += sum of dz, over the pairs of each id that is not -1.
+
+        An id's pairs are summed in their order here, and the sum is added to `out` once. Rows of `out` that no pair
+        names are not touched.
+
+        Args:
+            dz (P,) fp32, ids (P,) int32, rows (P,) int32: contiguous; rows in [0, n) where the id is not -1.
+            hidden (n, H).
+            out (V, H): fp32, bf16 or fp16.
+            d_bias (V,) fp32.
+        """
+
+    def select_columns(
+        self,
+        logits: Tensor,
+        rows: Rows,
+        scores: Scores,
+        g: Tensor,
+        h: Tensor | None,
+        tolerance: float,
+        room: int,
+        *,
+        softcap: float | None = None,
+    ) -> Columns:
+        """The columns K of each row that carry its gradient, as `row_grad` would write it in fp32.
+
+        What is dropped is small: the sum of |dz| over the columns outside of K is at most `tolerance` times the sum
+        over all columns. K is at most about 1.2 times as large as it must be. The target is in K whatever its dz, if
+        its id is in [0, V).
+
+        Rows where g and h (None: 0) are both 0 are not read, and have the count 0. A row whose K is larger than `room`
+        has a count above `room`, and no ids; so has one whose gradient is not finite somewhere, whatever its K. Of
+        `rows` and `scores` the same is read as by `row_grad`.
+        """

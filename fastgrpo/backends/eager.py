@@ -1,4 +1,5 @@
-"""The backend "torch": the row sweeps in plain torch, for any device and float dtype; slower, no fused objective.
+"""The backend "torch": rows and a few columns of them in plain torch, for any device and float dtype; slower, no fused
+objective.
 
 Works through the rows a few at a time, so that its fp32 copies stay small whatever N is.
 """
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Call, Rows, Scores, TokenLoss, TokenRows, TokenSpec
+from .contract import Call, Columns, Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
 _BYTES = 64 << 20  # of one temporary
 
@@ -84,27 +85,36 @@ def row_grad(
     *,
     softcap: float | None = None,
 ) -> None:
+    for part, x, gradient in _chunks(logits, out):
+        gradient.copy_(_gradient(x, *_of(part, rows, scores, g, h), softcap))
+
+
+def _of(part: slice, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None) -> tuple[Rows, Scores, Tensor, Any]:
+    """What row_grad reads of a few rows."""
+    entropy = None if h is None or scores.entropy is None else scores.entropy[part]
+    few = Rows(rows.ids[part], None, rows.inv_temperature[part])
+    return few, Scores(scores.logp, scores.lse[part], entropy), g[part], None if h is None else h[part]
+
+
+def _gradient(x: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, softcap: float | None) -> Tensor:
+    """dL/dlogits (n, V) of a few rows x (n, V), in the dtype of their temperature."""
     ids, _, inv_temperature = rows
     _, lse, entropy = scores
-    dtype, vocab = inv_temperature.dtype, logits.size(-1)
-    for part, x, gradient in _chunks(logits, out):
-        active = g[part] != 0 if h is None else (g[part] != 0) | (h[part] != 0)
-        capped = _capped(torch.where(active[:, None], x.to(dtype), 0.0), softcap)
-        z = capped * inv_temperature[part, None]
-        logp = z - lse[part, None]
-        p = logp.exp()
-        coefficient = -g[part, None]
-        if h is not None:
-            assert entropy is not None
-            coefficient = coefficient - h[part, None] * torch.where(p == 0, 0.0, logp + entropy[part, None])
-        grad = p * coefficient
-        inside = (ids[part] >= 0) & (ids[part] < vocab)
-        grad.scatter_add_(
-            -1, ids[part].clamp(0, vocab - 1)[:, None], torch.where(inside, g[part], 0.0)[:, None].to(dtype)
-        )
-        if softcap is not None:
-            grad *= 1 - (capped / softcap).square()
-        gradient.copy_(torch.where(active[:, None], grad * inv_temperature[part, None], 0.0))
+    dtype, vocab = inv_temperature.dtype, x.size(-1)
+    active = g != 0 if h is None else (g != 0) | (h != 0)
+    capped = _capped(torch.where(active[:, None], x.to(dtype), 0.0), softcap)
+    logp = capped * inv_temperature[:, None] - lse[:, None]
+    p = logp.exp()
+    coefficient = -g[:, None]
+    if h is not None:
+        assert entropy is not None
+        coefficient = coefficient - h[:, None] * torch.where(p == 0, 0.0, logp + entropy[:, None])
+    grad = p * coefficient
+    inside = (ids >= 0) & (ids < vocab)
+    grad.scatter_add_(-1, ids.clamp(0, vocab - 1)[:, None], torch.where(inside, g, 0.0)[:, None].to(dtype))
+    if softcap is not None:
+        grad *= 1 - (capped / softcap).square()
+    return torch.where(active[:, None], grad * inv_temperature[:, None], 0.0)
 
 
 def token_loss(
@@ -122,3 +132,98 @@ def token_loss(
 
 def scale_(x: Tensor, factor: Tensor) -> None:
     x.mul_(factor)
+
+
+# ---- a few columns of each row
+
+
+def _few(length: int, elements: int) -> Iterator[slice]:
+    """Slices of [0, length), each of so few steps of so many elements that an fp32 copy is small."""
+    step = max(1, _BYTES // (4 * max(1, elements)))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
+
+
+def _sums_in(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def column_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    (n, w), H, dtype = ids.shape, hidden.shape[1], _sums_in(hidden)
+    z = hidden.new_empty(n, w, dtype=dtype)
+    for part in _few(n, w * H):
+        at = ids[part].clamp(min=0).long()
+        products = (weight[at].to(dtype) * hidden[part, None].to(dtype)).view(-1, H)
+        if len(products) == 1:
+            products = products.repeat(2, 1)  # torch would split a lone sum over threads
+        z[part] = products.sum(-1)[: at.numel()].view(at.shape)
+        if bias is not None:
+            z[part] += bias[at]
+    return z.masked_fill_(ids < 0, -torch.inf)
+
+
+def column_d_hidden(dz: Tensor, ids: Tensor, weight: Tensor, out: Tensor) -> None:
+    dtype = _sums_in(weight)
+    for part in _few(len(ids), weight.shape[1]):
+        total = out.new_zeros(ids[part].shape[0], weight.shape[1], dtype=dtype)
+        for k in range(ids.shape[1]):
+            at = ids[part, k].long()
+            product = dz[part, k, None] * weight[at.clamp(min=0)].to(dtype)
+            total += product.masked_fill_(at[:, None] < 0, 0)
+        out[part] = total.to(out.dtype)
+
+
+def column_d_weight(dz: Tensor, ids: Tensor, rows: Tensor, hidden: Tensor, out: Tensor, d_bias: Tensor | None) -> None:
+    dtype = _sums_in(hidden)
+    ordered, order = ids.sort(stable=True)
+    order = order[ordered >= 0]
+    named, lengths = ids[order].long().unique_consecutive(return_counts=True)
+    if len(named) == 0:
+        return
+    dz, rows = dz[order].to(dtype), rows[order].long()
+
+    def sums(x: Tensor) -> Tensor:  # in order, on any device
+        return torch.segment_reduce(x.contiguous(), "sum", lengths=lengths, axis=0)
+
+    for part in _few(hidden.shape[1], len(order)):
+        columns = out[:, part]
+        total = sums(dz[:, None] * hidden[:, part][rows].to(dtype))
+        columns[named] = (columns[named].to(dtype) + total).to(out.dtype)
+    if d_bias is not None:
+        d_bias[named] += sums(dz[:, None])[:, 0]
+
+
+def select_columns(
+    logits: Tensor,
+    rows: Rows,
+    scores: Scores,
+    g: Tensor,
+    h: Tensor | None,
+    tolerance: float,
+    room: int,
+    *,
+    softcap: float | None = None,
+) -> Columns:
+    """K is as small as it can be: columns are dropped from the smallest |dz| on, of equal ones the first."""
+    n, vocab = rows.ids.numel(), logits.shape[-1]
+    ids = torch.full((n, room), -1, dtype=torch.int32, device=logits.device)
+    dz = torch.zeros((n, room), dtype=rows.inv_temperature.dtype, device=logits.device)
+    count = torch.zeros(n, dtype=torch.int32, device=logits.device)
+    for part, x in _chunks(logits):
+        few = _of(part, rows, scores, g, h)
+        gradient = _gradient(x, *few, softcap)
+        target = rows.ids[part, None]
+        is_target = torch.arange(vocab, device=logits.device) == target
+        others, order = gradient.abs().masked_fill(is_target, 0).sort(dim=-1, stable=True)
+        sums = others.double().cumsum(-1)
+        total = sums[:, -1:] + gradient.gather(-1, target.clamp(0, vocab - 1)).abs() * is_target.any(-1, keepdim=True)
+        kept = torch.empty_like(is_target).scatter_(-1, order, ~(sums <= tolerance * total)) | is_target
+        size = torch.where(total[:, 0].isfinite(), kept.sum(-1), room + 1)
+        active = g[part] != 0 if h is None else (g[part] != 0) | (h[part] != 0)
+        count[part] = torch.where(active, size, 0)
+        kept &= (active & (size <= room))[:, None]
+        row, column = kept.nonzero(as_tuple=True)
+        place = kept.cumsum(-1)[row, column] - 1
+        ids[part][row, place] = column.int()
+        dz[part][row, place] = gradient[row, column]
+    return Columns(ids, dz, count)

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .contract import Backend, Call
+from .contract import Backend, Call, ColumnBackend
 
 NAMES = ("cpu", "cuda", "triton", "torch")
 
@@ -22,6 +22,12 @@ def get(name: str) -> Backend:
     if name not in NAMES:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {name!r}")
     return cast(Backend, importlib.import_module(f"{__package__}.{'eager' if name == 'torch' else name}"))
+
+
+def columns(name: str) -> ColumnBackend:
+    """What works on a few columns of each row where the backend is `name`: cuda has no such kernels, and takes
+    triton's."""
+    return cast(ColumnBackend, get("triton" if name == "cuda" else name))
 
 
 @functools.cache

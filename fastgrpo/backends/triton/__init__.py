@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..contract import Call, Rows, Scores, TokenLoss, TokenRows, TokenSpec
 from . import launch
+from .columns import column_d_hidden, column_d_weight, column_logits, select_columns
 from .launch import InPlace, using
 
 try:
@@ -25,7 +26,20 @@ except ImportError as error:
     kernels = None  # type: ignore[assignment]  # what `unavailable` goes by
     _missing = f"Triton cannot be imported ({error})"
 
-__all__ = ["InPlace", "refuses", "row_grad", "row_stats", "scale_", "token_loss", "unavailable", "using"]
+__all__ = [
+    "InPlace",
+    "column_d_hidden",
+    "column_d_weight",
+    "column_logits",
+    "refuses",
+    "row_grad",
+    "row_stats",
+    "scale_",
+    "select_columns",
+    "token_loss",
+    "unavailable",
+    "using",
+]
 
 # The interpreter is chosen when Triton is imported, by TRITON_INTERPRET; what became of the kernels is the evidence.
 _INTERPRETED = kernels is not None and not isinstance(kernels.stats_kernel, triton.JITFunction)
