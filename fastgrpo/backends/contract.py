@@ -43,14 +43,6 @@ class Scores(NamedTuple):
     entropy: Tensor | None  # (N,), in nats; None: not wanted
 
 
-class Columns(NamedTuple):
-    """A few columns of each row, with a gradient."""
-
-    ids: Tensor
-    dz: Tensor
-    count: Tensor
-
-
 class TokenRows(NamedTuple):
     """What the fused objective reads per row; (N,) fp32 unless said otherwise."""
 
