@@ -90,8 +90,8 @@ def linear_grpo_loss(
     head = make_head(hidden, weight, backend=backend, **head_options(inputs))
     batch = make_batch(completion_ids, advantages, inputs, dtype=wide(head.dtype), vocab_size=head.vocab)
     hidden = hidden if hidden.dim() == 3 else hidden[None]
-    logps, entropies, terms = autograd.hidden_loss(hidden, head, objective, batch, return_stats)
-    return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats)
+    logps, entropies, terms, kept = autograd.hidden_loss(hidden, head, objective, batch, return_stats)
+    return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats, kept)
 
 
 class Options(LinearInputs, total=False):

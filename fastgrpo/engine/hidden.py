@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.backends import Rows, Scores, cpu
+from fastgrpo.engine.columns import FewColumns
 from fastgrpo.engine.head import Head
 from fastgrpo.engine.logits import How
 from fastgrpo.engine.plan import Plan, Roles, plan_rows
@@ -28,6 +29,7 @@ class Learned(NamedTuple):
     columns: dict[str, Tensor]  # (N,) by name: "logp", "entropy" if wanted, and those of the objective's terms
     bonus: Tensor | None
     gradients: HeadGradients  # of the loss; those of fp16 tensors in fp32
+    kept: Tensor | None  # (3,) of few columns, `objective.metrics.Kept`; None without a tolerance
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
@@ -73,7 +75,7 @@ def gradients(
 ) -> HeadGradients:
     """The gradients of hidden, weight and bias from g = dL/dlogp and h = dL/dentropy, (N,) each.
 
-    Rows with both 0 enter no GEMM. Waits for the device once.
+    Rows with both 0 enter no GEMM. Waits for the device once, with a tolerance of columns more often.
     """
     learn = g != 0 if h is None else (g != 0) | (h != 0)
     plan = plan_rows(g.shape[0], Roles(learn, None), head.chunk)
@@ -82,12 +84,17 @@ def gradients(
     with no_autocast(hidden):
         projection = Projection(hidden, head, plan.longest)
         collected = Gradients(projection, head, needs, plan)
+        few = FewColumns(head, collected) if head.column_tolerance > 0 else None
         for chunk, _ in plan.learn:
             at = plan.at(chunk)
-            logits = projection.logits(at)  # (1, n, V), and then their gradient
-            per_row, out = Scores._make(None if x is None else x[at] for x in scores), projection.d_logits
-            head.sweeps.grad(logits, take_rows(rows, at), per_row, g[at], None if h is None else h[at], out)
-            collected.add(at)
+            logits, out = projection.logits(at), projection.d_logits  # (1, n, V), and then their gradient
+            per_row = Scores._make(None if x is None else x[at] for x in scores)
+            made_of = take_rows(rows, at), per_row, g[at], None if h is None else h[at]
+            if few is None:
+                head.sweeps.grad(logits, *made_of, out)
+                collected.add(at, out[0], projection.h)
+            else:
+                few.add(at, logits, *made_of)
         logits = out = None
         del projection  # and with both the buffer, before the weight's gradient is rounded
         return collected.result()
@@ -109,15 +116,19 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
     with no_autocast(hidden):
         projection = Projection(hidden, head, plan.longest)
         collected = Gradients(projection, head, needs, plan, hold_dtype)
+        few = FewColumns(head, collected) if head.column_tolerance > 0 else None
         for chunk, layout in plan.learn:
-            at = plan.at(chunk)
-            logits = projection.logits(at)  # (1, n, V), and then their gradient
-            out = projection.d_logits
-            scores, terms = how.part(chunk, layout).overwrite(logits, head.sweeps, want_entropy, out)
+            at, part = plan.at(chunk), how.part(chunk, layout)
+            logits, out = projection.logits(at), projection.d_logits  # (1, n, V), and then their gradient
+            if few is None:
+                scores, terms = part.overwrite(logits, head.sweeps, want_entropy, out)
+                collected.add(at, out[0], projection.h)
+            else:
+                scores, terms, *g_and_h = part.score(logits, head.sweeps, want_entropy)
+                few.add(at, logits, part.rows, scores, *g_and_h)
             _put(table, at, [*columns(scores), *terms.columns()])
             losses.append(terms.loss)
             bonuses += [] if terms.bonus is None else [terms.bonus]
-            collected.add(at)
         for chunk in plan.score:
             at = plan.at(chunk)
             scores = _stats(projection, head, take_rows(how.rows, chunk), at, want_entropy)
@@ -132,7 +143,8 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
         _put(table[of_scores:], at, terms.columns())
     loss = sum(losses[1:], start=losses[0]) if losses else vectors.new_zeros(())
     bonus = sum(bonuses[1:], start=bonuses[0]) if bonuses else None if how.h is None else vectors.new_zeros(())
-    return Learned(loss, dict(zip(names, table.unbind(), strict=True)), bonus, made)
+    columns_of = dict(zip(names, table.unbind(), strict=True))
+    return Learned(loss, columns_of, bonus, made, None if few is None else few.kept())
 
 
 def _put(table: Tensor, at: slice | Tensor, columns: list[Tensor]) -> None:
