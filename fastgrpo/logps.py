@@ -129,7 +129,8 @@ def linear_logps(
         logp_t = z_t[id_t] - logsumexp(z_t)   with z = softcap(logit_scale · (hidden @ weightᵀ + bias)) / temperature
 
     The forward pass takes 2NHV FLOPs for N rows. The backward pass projects only the rows whose upstream gradient is
-    not 0, and takes 6HV for each. The logps may differ in the last bits from those inside `linear_grpo_loss`, because
+    not 0, and takes 6HV for each, or with a `column_tolerance` 2HV and 4H for each column that carries its gradient. The
+    logps may differ in the last bits from those inside `linear_grpo_loss`, because
     the GEMM may sum in another order for another number of rows. With fp32 logits those are the last bits of fp32.
 
     Args:
@@ -139,7 +140,7 @@ def linear_logps(
         mask like completion_ids: nonzero for the tokens to score; the others enter no GEMM and give 0. None: all.
         temperature: number > 0, or a tensor per sequence (B,) or per token (B, T) / (N,).
         return_entropy: also return the entropies, in nats.
-        bias, logit_scale, softcap, vocab_size, chunk_size, logits_dtype: as in `linear_grpo_loss`.
+        bias, logit_scale, softcap, vocab_size, chunk_size, logits_dtype, column_tolerance: as in `linear_grpo_loss`.
         backend: "auto" (see `fastgrpo.backends.select`), "cpu", "cuda", "triton" or "torch".
 
     Returns:

@@ -436,3 +436,43 @@ def test_metrics_of_several_processes():
     assert set(reduced) == {"columns/mean", "columns/dense", "kl"} and reduced["kl"].item() == pytest.approx(0.5)
     assert reduced["columns/mean"].item() == pytest.approx(310 / 35)
     assert reduced["columns/dense"].item() == pytest.approx(55 / 90)
+
+
+# ---- the trainers
+
+
+def test_trainers_hand_it_on(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    import test_sft
+    import test_trainer
+    from datasets import Dataset
+
+    from fastgrpo.trainer import completion, sft, word_problems
+
+    seen, tokenizer = [], word_problems.make_tokenizer()
+    for module, name in ((completion, "linear_grpo_loss"), (sft, "linear_logps")):
+        function = getattr(module, name)
+
+        def spy(*args, function=function, **options):
+            seen.append((function.__name__, options["column_tolerance"]))
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, spy)
+    rows = Dataset.from_list([{"prompt": f"{i}+{i}="} for i in range(8)])
+    model = word_problems.make_model(tokenizer, seed=0)
+    options = dict(column_tolerance=FINER, use_cpu=True, bf16=False, max_steps=1)
+    trainer = test_trainer.make_trainer(model, tokenizer, rows, tmp_path, **options)
+    trainer.train()
+    log = test_trainer.step_logs(trainer)[0]
+    assert {"columns/mean", "columns/dense"} <= set(log) and "columns/rows" not in log
+    args = test_sft.make_trainer(tokenizer, tmp_path).args
+    examples = Dataset.from_list(test_sft.ROWS)
+    supervised = sft.SFTTrainer(model, args, examples, tokenizer, column_tolerance=FINE)
+    supervised.compute_loss(model, sft.collate(tokenizer, test_sft.ROWS)).backward()
+    assert set(seen) == {("linear_grpo_loss", FINER), ("linear_logps", FINE)}
+    for call in (
+        lambda: test_trainer.make_config(tmp_path, column_tolerance=1.0),
+        lambda: sft.SFTTrainer(model, args, examples, tokenizer, column_tolerance=1.0),
+    ):
+        with pytest.raises(ValueError, match=r"column_tolerance: expected a number in \[0, 1\)"):
+            call()

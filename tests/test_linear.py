@@ -249,9 +249,9 @@ class Spy:
             self.projected += len(this.h)
             return result
 
-        def spy_add(this, rows):
-            self.learned += len(this.projection.h)
-            return add(this, rows)
+        def spy_add(this, rows, dz, h):
+            self.learned += len(h)
+            return add(this, rows, dz, h)
 
         def spy_head_stats(h, weight, *args, **options):
             self.flops += 2 * h.numel() * len(weight)

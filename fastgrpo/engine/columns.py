@@ -101,9 +101,8 @@ class FewColumns:
             collected.put_d_hidden(at, len(dz), lambda out: kernels.column_d_hidden(dz, ids, weight, out))
         if not of_weight and collected.d_bias is None:
             return
-        kept = ids >= 0
-        row = kept.nonzero()[:, 0].int()
-        pairs = dz[kept], ids[kept], row
+        kept = (ids.view(-1) >= 0).nonzero()[:, 0]
+        pairs = dz.view(-1)[kept], ids.view(-1)[kept], (kept // ids.shape[1]).int()
         if of_weight:
             kernels.column_d_weight(*pairs, hidden, collected.started_sum(), collected.d_bias)
         elif collected.d_bias is not None:  # the gradient of a weight for hidden states of 1

@@ -42,6 +42,7 @@ def completion_loss(
             temperature=args.temperature,
             objective=objective,
             chunk_size=args.chunk_size,
+            column_tolerance=args.column_tolerance,
             backend=args.backend,
             **head.options,
         )

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from fastgrpo import _defaults
 from fastgrpo.advantages import SCALE_REWARDS
+from fastgrpo.engine.head import check_tolerance
 from fastgrpo.objective import Objective
 
 # transformers 5.2x renamed the option and warns at the old name
@@ -73,6 +74,8 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
         log_completions: write prompts, completions and rewards of each logging step to
             `output_dir/completions/completions_<step>.parquet`.
         chunk_size: rows of logits that exist at once; None: as the device's memory allows, see `linear_grpo_loss`.
+        column_tolerance: the share of each token's gradient that may be left out at the head, see `linear_grpo_loss`; 0:
+            none.
         backend: the backend of the loss, "auto" or one of `fastgrpo.backends.NAMES`.
 
     The remaining options are those of `fastgrpo.Objective`, which explains them, holds their defaults and checks them.
@@ -119,6 +122,7 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
     num_iterations: int = _defaults.NUM_ITERATIONS
     mask_truncated_completions: bool = False
     chunk_size: int | None = None
+    column_tolerance: float = 0.0
     backend: str = _defaults.BACKEND
 
     # training arguments with another default
@@ -164,6 +168,7 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
         for name, least in (("num_generations", 2), ("num_iterations", 1), ("max_completion_length", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_tolerance(self.column_tolerance)
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a number > 0, got {self.temperature}")
         if self.auto_find_batch_size:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from fastgrpo.engine.head import check_tolerance
 from fastgrpo.logps import linear_logps
 from fastgrpo.models.calls import pad
 from fastgrpo.models.head import run_completion_head
@@ -36,6 +37,8 @@ class SFTTrainer(HeadTrainer):
         processing_class: the tokenizer (None: the one at the model's path).
         callbacks: as in transformers' Trainer.
         backend: "auto", or one of `fastgrpo.backends.NAMES`.
+        column_tolerance: the share of each token's gradient that may be left out at the head, see `linear_logps`; 0:
+            none.
 
     Raises:
         ValueError: a missing column, an empty dataset, a row that is not text or messages, a template under which the
@@ -52,7 +55,9 @@ class SFTTrainer(HeadTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         backend: str = "auto",
+        column_tolerance: float = 0.0,
     ):
+        check_tolerance(column_tolerance)
         check_dataset("train_dataset", train_dataset, ("prompt", "completion"))
         if args.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, since the collator reads texts, got True")
@@ -61,7 +66,7 @@ class SFTTrainer(HeadTrainer):
             train_dataset = RepeatedRows(train_dataset, group_size=1)
         tokenizer = prepare_tokenizer(model, processing_class, trust_remote_code=False)
         self._check_head_early(model)
-        self.backend = backend
+        self.head_options = dict(backend=backend, column_tolerance=column_tolerance)
         super().__init__(
             model=model,
             args=args,
@@ -85,7 +90,7 @@ class SFTTrainer(HeadTrainer):
             inputs["attention_mask"],
             mask.shape[1],
             lambda hidden, head: linear_logps(
-                hidden, head.weight, inputs["completion_ids"], mask=mask, backend=self.backend, **head.options
+                hidden, head.weight, inputs["completion_ids"], mask=mask, **self.head_options, **head.options
             ),
         )
         if num_items_in_batch is None:
