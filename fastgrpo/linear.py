@@ -44,9 +44,9 @@ def linear_grpo_loss(
     dL/dweight. For N rows that is 6NHV FLOPs (4NHV if the weight is frozen, 2NHV without gradients). Memory holds one
     chunk of logits, and the gradients until the backward pass. dL/dweight adds up in fp32 over several chunks.
     Gradients of fp32 tensors leave their GEMMs in fp32; those of fp16 tensors, too, and stay fp32 until the backward
-    pass. With a `column_tolerance`, rows whose gradient lies in few columns K are multiplied there alone: 2NHV FLOPs and
-    4H for each column. Masked rows enter no GEMM. Rows of advantage 0, with beta and entropy_coef 0, cost one forward GEMM, or none
-    with `return_stats=False`.
+    pass. With a `column_tolerance`, gradients that lie in few columns are made of these alone, with 4H FLOPs for each
+    column in place of 4HV for the row. Masked rows enter no GEMM. Rows of advantage 0, with beta and entropy_coef 0,
+    cost one forward GEMM, or none with `return_stats=False`.
 
     Objectives beyond token level keep sequences whole. If a sequence does not fit into a chunk (with
     top_entropy_quantile < 1, or in a compiled graph: if the batch does not), the gradient is made in the backward pass

@@ -129,9 +129,10 @@ def linear_logps(
         logp_t = z_t[id_t] - logsumexp(z_t)   with z = softcap(logit_scale · (hidden @ weightᵀ + bias)) / temperature
 
     The forward pass takes 2NHV FLOPs for N rows. The backward pass projects only the rows whose upstream gradient is
-    not 0, and takes 6HV for each, or with a `column_tolerance` 2HV and 4H for each column that carries its gradient. The
-    logps may differ in the last bits from those inside `linear_grpo_loss`, because
-    the GEMM may sum in another order for another number of rows. With fp32 logits those are the last bits of fp32.
+    not 0, and takes 6HV for each; with a `column_tolerance` 2HV, and 4H for each column that carries its gradient.
+
+    The logps may differ in the last bits from those inside `linear_grpo_loss`, because the GEMM may sum in another
+    order for another number of rows. With fp32 logits those are the last bits of fp32.
 
     Args:
         hidden (B, T, H) or (N, H), fp32, bf16 or fp16: row t predicts completion_ids[:, t]. Any strides.

@@ -447,7 +447,8 @@ def test_trainers_hand_it_on(monkeypatch, tmp_path):
     import test_trainer
     from datasets import Dataset
 
-    from fastgrpo.trainer import completion, sft, word_problems
+    from fastgrpo.recipes import word_problems
+    from fastgrpo.trainer import completion, sft
 
     seen, tokenizer = [], word_problems.make_tokenizer()
     for module, name in ((completion, "linear_grpo_loss"), (sft, "linear_logps")):

@@ -74,8 +74,7 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
         log_completions: write prompts, completions and rewards of each logging step to
             `output_dir/completions/completions_<step>.parquet`.
         chunk_size: rows of logits that exist at once; None: as the device's memory allows, see `linear_grpo_loss`.
-        column_tolerance: the share of each token's gradient that may be left out at the head, see `linear_grpo_loss`; 0:
-            none.
+        column_tolerance: the share of a token's gradient that may be left out at the head, see `linear_grpo_loss`.
         backend: the backend of the loss, "auto" or one of `fastgrpo.backends.NAMES`.
 
     The remaining options are those of `fastgrpo.Objective`, which explains them, holds their defaults and checks them.

@@ -37,8 +37,7 @@ class SFTTrainer(HeadTrainer):
         processing_class: the tokenizer (None: the one at the model's path).
         callbacks: as in transformers' Trainer.
         backend: "auto", or one of `fastgrpo.backends.NAMES`.
-        column_tolerance: the share of each token's gradient that may be left out at the head, see `linear_logps`; 0:
-            none.
+        column_tolerance: the share of a token's gradient that may be left out at the head, see `linear_grpo_loss`.
 
     Raises:
         ValueError: a missing column, an empty dataset, a row that is not text or messages, a template under which the
