@@ -36,23 +36,24 @@ from fastgrpo.objective.options import Objective
 from fastgrpo.objective.terms import Terms, Weights, term_columns
 
 
-def _numbers(head: Head) -> tuple[list[int], float | None, float, torch.dtype, str]:
+def _numbers(head: Head) -> tuple[list[int], list[float], torch.dtype, str]:
     sizes = [head.vocab, head.chunk, head.logits_dtype.itemsize]
-    return sizes, head.softcap, head.column_tolerance, head.dtype, head.backend
+    softcap = math.inf if head.softcap is None else head.softcap
+    return sizes, [softcap, head.column_tolerance], head.dtype, head.backend
 
 
 def _head(
     weight: Tensor,
     bias: Tensor | None,
     sizes: Sequence[int],
-    softcap: float | None,
-    column_tolerance: float,
+    amounts: Sequence[float],
     dtype: torch.dtype,
     backend: str,
 ) -> Head:
-    vocab, chunk, of_logit = sizes
+    (vocab, chunk, of_logit), (cap, column_tolerance) = sizes, amounts
     logits_dtype = dtype if of_logit == dtype.itemsize else torch.float32
     scale = 1.0  # it is in the temperature already
+    softcap = None if math.isinf(cap) else cap
     return Head(weight, bias, vocab, scale, softcap, dtype, logits_dtype, chunk, backend, column_tolerance)
 
 
@@ -70,19 +71,18 @@ def linear_stats(
     rows: Vectors,
     want_entropy: bool,
     sizes: Sequence[int],
-    softcap: float | None,
-    column_tolerance: float,
+    amounts: Sequence[float],
     dtype: torch.dtype,
     backend: str,
 ) -> Three:
     """row_stats of the logits of a head, with 2NHV FLOPs; rows that are not scored enter no GEMM.
 
-    `rows` are ids, scored (or None) and inv_temperature, `sizes` V, the rows of a chunk and the bytes of a logit;
-    `dtype` is that of the GEMMs' operands.
+    `rows` are ids, scored (or None) and inv_temperature, `sizes` V, the rows of a chunk and the bytes of a logit,
+    `amounts` the softcap (or infinity) and the tolerance of columns; `dtype` is that of the GEMMs' operands.
     """
     ids, scored, inv_temperature = rows
     assert ids is not None and inv_temperature is not None
-    head = _head(weight, bias, sizes, softcap, column_tolerance, dtype, backend)
+    head = _head(weight, bias, sizes, amounts, dtype, backend)
     plan = plan_rows(ids.numel(), Roles(scored, None), head.chunk, learn=False)
     found = chunks.score(hidden, head, _every(ids, inv_temperature), plan, want_entropy)
     return found.logp, found.lse, given(found.entropy, inv_temperature)
@@ -107,8 +107,7 @@ def linear_grad(
     rows: Vectors,
     needs: Sequence[bool],
     sizes: Sequence[int],
-    softcap: float | None,
-    column_tolerance: float,
+    amounts: Sequence[float],
     dtype: torch.dtype,
     backend: str,
 ) -> Three:
@@ -120,7 +119,7 @@ def linear_grad(
     ids, inv_temperature, lse, entropy, g, h = rows
     assert ids is not None and inv_temperature is not None
     assert lse is not None and entropy is not None and g is not None
-    head = _head(weight, bias, sizes, softcap, column_tolerance, dtype, backend)
+    head = _head(weight, bias, sizes, amounts, dtype, backend)
     found = Scores(lse, lse, taken(entropy))
     made = chunks.gradients(hidden, head, Rows(ids, None, inv_temperature), found, g, h, needs)
     d_hidden, d_weight, d_bias = (given(x, inv_temperature) for x in made)
@@ -263,8 +262,7 @@ def linear_loss(
     objective: str,
     flags: Sequence[bool],
     sizes: Sequence[int],
-    softcap: float | None,
-    column_tolerance: float,
+    amounts: Sequence[float],
     dtype: torch.dtype,
     backend: str,
 ) -> Seven:
@@ -279,7 +277,7 @@ def linear_loss(
     assert ids is not None and inv_temperature is not None
     *needs, want_entropy = flags
     head, how = (
-        _head(weight, bias, sizes, softcap, column_tolerance, dtype, backend),
+        _head(weight, bias, sizes, amounts, dtype, backend),
         _how(ids, scored, inv_temperature, vectors, numbers, objective),
     )
     if isinstance(how, Apart):
@@ -296,7 +294,7 @@ def linear_loss(
 
 @linear_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, *rest: Any) -> Seven:
-    _, numbers, objective, (*needs, want_entropy), _, _, column_tolerance, *_ = rest
+    _, numbers, objective, (*needs, want_entropy), _, (_, column_tolerance), *_ = rest
     inv_temperature = rows[3]
     assert inv_temperature is not None
     terms = len(term_columns(_objective_of(objective, numbers[2:]))) if objective else 1 + (numbers[1] != 0)  # beta
