@@ -285,6 +285,18 @@ def test_nothing_is_larger_than_a_chunk(make):
     assert seen.largest <= max(30 * -(-V // 64) * 64, V * H)
 
 
+def test_nan_comes_through(backend):
+    """A row with NaN overflows, so that its gradient is NaN as without a tolerance; other rows keep theirs."""
+    hidden, weight, ids, _, _ = case(realistic_head, "plain", torch.float32)
+    call = dict(backend=backend, column_tolerance=FINER)
+    _, (want, _) = logps_and_grads(hidden, weight, ids, upstream(), **call)
+    hidden[1, 2, 3] = torch.nan
+    _, (got, d_weight) = logps_and_grads(hidden, weight, ids, upstream(), **call)
+    assert got[1, 2].isnan().all() and d_weight.isnan().any()
+    got[1, 2] = want[1, 2]
+    assert torch.equal(got, want)
+
+
 # ---- bits
 
 

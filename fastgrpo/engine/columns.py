@@ -45,8 +45,8 @@ class _Chunk(NamedTuple):
     h: Tensor | None
 
     def take(self, at: Tensor) -> _Chunk:
-        rows, (logp, lse, entropy), g, h = self
-        factors, logp, lse, entropy, g, h = take([rows.inv_temperature, logp, lse, entropy, g, h], at)
+        rows, scores, *coefficients = self
+        factors, logp, lse, entropy, g, h = take([rows.inv_temperature, *scores, *coefficients], at)
         assert factors is not None and logp is not None and lse is not None and g is not None
         return _Chunk(Rows(rows.ids[at], None, factors), Scores(logp, lse, entropy), g, h)
 

@@ -124,8 +124,8 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
                 scores, terms = part.overwrite(logits, head.sweeps, want_entropy, out)
                 collected.add(at, out[0], projection.h)
             else:
-                scores, terms, *g_and_h = part.score(logits, head.sweeps, want_entropy)
-                few.add(at, logits, part.rows, scores, *g_and_h)
+                scores, terms, g, h = part.score(logits, head.sweeps, want_entropy)
+                few.add(at, logits, part.rows, scores, g, h)
             _put(table, at, [*columns(scores), *terms.columns()])
             losses.append(terms.loss)
             bonuses += [] if terms.bonus is None else [terms.bonus]

@@ -65,7 +65,7 @@ class SFTTrainer(HeadTrainer):
             train_dataset = RepeatedRows(train_dataset, group_size=1)
         tokenizer = prepare_tokenizer(model, processing_class, trust_remote_code=False)
         self._check_head_early(model)
-        self.head_options = dict(backend=backend, column_tolerance=column_tolerance)
+        self.backend, self.column_tolerance = backend, column_tolerance
         super().__init__(
             model=model,
             args=args,
@@ -89,7 +89,13 @@ class SFTTrainer(HeadTrainer):
             inputs["attention_mask"],
             mask.shape[1],
             lambda hidden, head: linear_logps(
-                hidden, head.weight, inputs["completion_ids"], mask=mask, **self.head_options, **head.options
+                hidden,
+                head.weight,
+                inputs["completion_ids"],
+                mask=mask,
+                backend=self.backend,
+                column_tolerance=self.column_tolerance,
+                **head.options,
             ),
         )
         if num_items_in_batch is None:
