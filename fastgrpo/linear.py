@@ -44,8 +44,9 @@ def linear_grpo_loss(
     dL/dweight. For N rows that is 6NHV FLOPs (4NHV if the weight is frozen, 2NHV without gradients). Memory holds one
     chunk of logits, and the gradients until the backward pass. dL/dweight adds up in fp32 over several chunks.
     Gradients of fp32 tensors leave their GEMMs in fp32; those of fp16 tensors, too, and stay fp32 until the backward
-    pass. Masked rows enter no GEMM. Rows of advantage 0, with beta and entropy_coef 0, cost one forward GEMM, or none
-    with `return_stats=False`.
+    pass. With a `column_tolerance`, gradients that lie in few columns are made of these alone, with 4H FLOPs for each
+    column in place of 4HV for the row. Masked rows enter no GEMM. Rows of advantage 0, with beta and entropy_coef 0,
+    cost one forward GEMM, or none with `return_stats=False`.
 
     Objectives beyond token level keep sequences whole. If a sequence does not fit into a chunk (with
     top_entropy_quantile < 1, or in a compiled graph: if the batch does not), the gradient is made in the backward pass
@@ -53,7 +54,8 @@ def linear_grpo_loss(
 
     On a GPU a call waits for the device at most once, to learn how many rows there are to project, or how long packed
     sequences are. It does not wait without a mask and with beta or entropy_coef, at token level or in one chunk. A
-    gradient that is made in the backward pass waits there once more.
+    gradient that is made in the backward pass waits there once more. With a `column_tolerance` it waits with every
+    chunk that learns.
 
     Args:
         hidden (B, T, H) or packed (N, H), fp32, bf16 or fp16: row t predicts completion_ids[:, t]. Any strides.
@@ -70,6 +72,12 @@ def linear_grpo_loss(
             temperature act; from bf16 or fp16, whose products are exact in fp32, that is the precision of an fp32
             head. hidden's dtype (under autocast, autocast's): the sums rounded to it. "auto": fp32 where a GEMM writes
             it at the speed of hidden's dtype, which is on CPUs and NVIDIA GPUs; hidden's dtype elsewhere.
+        column_tolerance: τ, 0 <= τ < 1. 0: gradients of all columns. Else those of a row's smallest
+            dz_j = dL/dlogits_j are left out that sum to at most τ of all |dz_j|; never the target's. The others' are
+            fp32. A row that keeps more than about V/37 columns on a CPU or V/233 on a GPU goes through the GEMMs with
+            all of them. The error for row n, and for the weight in the Frobenius norm, is at most
+
+                ‖ΔdL/dhidden_n‖ <= τ Σ_j |dz_nj| max_j ‖weight_j‖,   ‖ΔdL/dweight‖ <= τ Σ_n ‖hidden_n‖ Σ_j |dz_nj|
         The rest: as in `grpo_loss`.
 
     Returns:
@@ -90,8 +98,8 @@ def linear_grpo_loss(
     head = make_head(hidden, weight, backend=backend, **head_options(inputs))
     batch = make_batch(completion_ids, advantages, inputs, dtype=wide(head.dtype), vocab_size=head.vocab)
     hidden = hidden if hidden.dim() == 3 else hidden[None]
-    logps, entropies, terms = autograd.hidden_loss(hidden, head, objective, batch, return_stats)
-    return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats)
+    logps, entropies, terms, kept = autograd.hidden_loss(hidden, head, objective, batch, return_stats)
+    return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats, kept)
 
 
 class Options(LinearInputs, total=False):

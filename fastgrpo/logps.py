@@ -129,9 +129,11 @@ def linear_logps(
         logp_t = z_t[id_t] - logsumexp(z_t)   with z = softcap(logit_scale · (hidden @ weightᵀ + bias)) / temperature
 
     The forward pass takes 2NHV FLOPs for N rows. The backward pass projects only the rows whose upstream gradient is
-    not 0, and takes 6HV for each. On a CPU the logps have the bits of those inside
-    `linear_grpo_loss`, and their logits never lie in memory as a whole. On a GPU they may differ in the last bits,
-    because the GEMM may sum in another order for another number of rows; with fp32 logits those are fp32's.
+    not 0, and takes 6HV for each; with a `column_tolerance` 2HV, and 4H for each column that carries its gradient.
+
+    On a CPU the logps have the bits of those inside `linear_grpo_loss`, and their logits never lie in memory as a
+    whole. On a GPU they may differ in the last bits, because the GEMM may sum in another order for another number of
+    rows; with fp32 logits those are fp32's.
 
     Args:
         hidden (B, T, H) or (N, H), fp32, bf16 or fp16: row t predicts completion_ids[:, t]. Any strides.
@@ -140,7 +142,7 @@ def linear_logps(
         mask like completion_ids: nonzero for the tokens to score; the others enter no GEMM and give 0. None: all.
         temperature: number > 0, or a tensor per sequence (B,) or per token (B, T) / (N,).
         return_entropy: also return the entropies, in nats.
-        bias, logit_scale, softcap, vocab_size, chunk_size, logits_dtype: as in `linear_grpo_loss`.
+        bias, logit_scale, softcap, vocab_size, chunk_size, logits_dtype, column_tolerance: as in `linear_grpo_loss`.
         backend: "auto" (see `fastgrpo.backends.select`), "cpu", "cuda", "triton" or "torch".
 
     Returns:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastgrpo.batch.batch import Batch
-from fastgrpo.objective.metrics import compute_metrics
+from fastgrpo.objective.metrics import column_metrics, compute_metrics
 from fastgrpo.objective.options import Objective
 from fastgrpo.objective.terms import Terms
 
@@ -26,12 +26,20 @@ class GRPOOutput(NamedTuple):
 
 
 def make_output(
-    objective: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None, terms: Terms, return_stats: bool
+    objective: Objective,
+    batch: Batch,
+    logps: Tensor,
+    entropies: Tensor | None,
+    terms: Terms,
+    return_stats: bool,
+    kept: Tensor | None = None,
 ) -> GRPOOutput:
     """The public result from row vectors."""
     if not return_stats:
         return GRPOOutput(terms.loss)
     metrics = compute_metrics(objective, batch, entropies, terms)
+    if kept is not None:
+        metrics |= column_metrics(kept)
     return GRPOOutput(
         loss=terms.loss,
         per_token_logps=logps.detach().view(batch.shape),

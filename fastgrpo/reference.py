@@ -79,7 +79,7 @@ def linear_grpo_loss_reference(
 
     Args:
         hidden, weight, completion_ids, advantages, bias, logit_scale, softcap, vocab_size and the rest: as in
-            `linear_grpo_loss`, which also has `chunk_size`, `backend` and `logits_dtype`.
+            `linear_grpo_loss`, which also has `chunk_size`, `backend`, `logits_dtype` and `column_tolerance`.
 
     Returns:
         GRPOOutput in that dtype.

@@ -37,6 +37,31 @@ FASTGRPO_API void fastgrpo_cpu_matmul(const FastgrpoMatmul* args, int32_t isa, i
 FASTGRPO_API void fastgrpo_cpu_head_stats(const FastgrpoMatmul* product, const FastgrpoArgs* rows, int32_t isa,
                                           int32_t threads);
 
+// A few columns of each of N rows: ids (N, width), of which -1 is none.
+//   column_logits    reads  hidden, weight, bias, ids               writes values (N, width), -inf where there is none
+//   column_d_hidden  reads  weight, ids, values                     writes out (N, H)
+//   column_d_weight  reads  hidden, values, ids, rows of N pairs    adds to out (V, H) and d_bias
+//   select_columns   reads  tolerance, and of its rows what row_grad reads
+//                    writes found, values (N, width), count; more than width: all columns have to do
+struct FastgrpoColumns {
+  int64_t N, width, H, V;
+  int64_t hidden_stride, weight_stride, out_stride;  // between rows, in elements
+  int32_t dtype, out_dtype;                          // of hidden and weight; of out: fp32, or the same
+  double tolerance;
+  const void *hidden, *weight;
+  const float* bias;
+  const int32_t *ids, *rows;
+  float* values;
+  void* out;
+  float* d_bias;
+  int32_t *found, *count;
+};
+FASTGRPO_API void fastgrpo_cpu_column_logits(const FastgrpoColumns* args, int32_t isa, int32_t threads);
+FASTGRPO_API void fastgrpo_cpu_column_d_hidden(const FastgrpoColumns* args, int32_t isa, int32_t threads);
+FASTGRPO_API void fastgrpo_cpu_column_d_weight(const FastgrpoColumns* args, int32_t isa, int32_t threads);
+FASTGRPO_API void fastgrpo_cpu_select_columns(const FastgrpoColumns* args, const FastgrpoArgs* rows, int32_t isa,
+                                              int32_t threads);
+
 // Asks for large pages where a new buffer is about to be written: mapped page by page, small ones cost several times
 // as much as the writing. Does nothing where the system has no such thing.
 FASTGRPO_API void fastgrpo_cpu_prefer_large_pages(void* buffer, int64_t bytes);

@@ -28,6 +28,7 @@ struct Candidate {
   const char* name;
   const Sweeps* sweeps;
   const Products* products;
+  const Gather* gather;
   bool runs;
 };
 
@@ -70,27 +71,27 @@ bool has_amx() {
 const Candidate* candidates(int* count) {
   static const Candidate all[] = {
 #ifdef FASTGRPO_HAS_AMX
-      {kAmx, "amx", avx512::kSweeps, &amx::kProducts, has_avx512() && has_amx()},
+      {kAmx, "amx", avx512::kSweeps, &amx::kProducts, &avx512::kGather, has_avx512() && has_amx()},
 #endif
 #ifdef FASTGRPO_HAS_AVX512BF16
-      {kAvx512Bf16, "avx512bf16", avx512::kSweeps, &avx512bf16::kProducts,
+      {kAvx512Bf16, "avx512bf16", avx512::kSweeps, &avx512bf16::kProducts, &avx512::kGather,
        has_avx512() && __builtin_cpu_supports("avx512bf16")},
 #endif
 #ifdef FASTGRPO_HAS_AVX512
-      {kAvx512, "avx512", avx512::kSweeps, &avx512::kProducts, has_avx512()},
+      {kAvx512, "avx512", avx512::kSweeps, &avx512::kProducts, &avx512::kGather, has_avx512()},
 #endif
 #ifdef FASTGRPO_HAS_AVX2
       // F16C, which older compilers cannot ask for, came before AVX2.
-      {kAvx2, "avx2", avx2::kSweeps, &avx2::kProducts,
+      {kAvx2, "avx2", avx2::kSweeps, &avx2::kProducts, &avx2::kGather,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
 #ifdef FASTGRPO_HAS_NEONBF16
-      {kNeonBf16, "neonbf16", neon::kSweeps, &neonbf16::kProducts, multiplies_bf16()},
+      {kNeonBf16, "neonbf16", neon::kSweeps, &neonbf16::kProducts, &neon::kGather, multiplies_bf16()},
 #endif
 #ifdef FASTGRPO_HAS_NEON
-      {kNeon, "neon", neon::kSweeps, &neon::kProducts, true},
+      {kNeon, "neon", neon::kSweeps, &neon::kProducts, &neon::kGather, true},
 #endif
-      {kPortable, "portable", portable::kSweeps, &portable::kProducts, true},
+      {kPortable, "portable", portable::kSweeps, &portable::kProducts, &portable::kGather, true},
   };
   *count = sizeof all / sizeof all[0];
   return all;
@@ -115,6 +116,11 @@ const Sweeps* sweeps_for(Isa isa) {
 const Products* products_for(Isa isa) {
   const Candidate* found = candidate(isa);
   return found == nullptr ? nullptr : found->products;
+}
+
+const Gather* gather_for(Isa isa) {
+  const Candidate* found = candidate(isa);
+  return found == nullptr ? nullptr : found->gather;
 }
 
 }  // namespace fastgrpo

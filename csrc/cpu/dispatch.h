@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "gather.h"
 #include "matmul.h"
 #include "sweeps.h"
 
@@ -12,5 +13,6 @@ enum Isa : int32_t { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNeon, kNeonB
 // The tables of an instruction set; null when this library holds none or this CPU cannot run it.
 const Sweeps* sweeps_for(Isa isa);
 const Products* products_for(Isa isa);
+const Gather* gather_for(Isa isa);
 
 }  // namespace fastgrpo

@@ -140,21 +140,28 @@ struct Row {
     return score_of(others, target >= 0, logit, scale, want_entropy);
   }
 
+  RowGradient gradient_of_others(double lse2, float g, float h, float entropy) const {
+    const double factor = inv_temperature;
+    const double constant = h == 0 ? -factor * g : -factor * (g + (double)h * entropy);
+    return {lse2, (float)constant, (float)(-factor * h * scale.unit)};
+  }
+
+  // At the capped logit, if there is a softcap.
+  float gradient_of_target(double logit, double lse2, float g, float h, float entropy) const {
+    // g*(1 - p) keeps its digits when p is near 1.
+    const double lp = (logit * scale.c - lse2) * scale.unit, p = exp(lp);
+    double value = -g * expm1(lp);
+    if (h != 0 && p != 0) value -= h * p * (lp + entropy);
+    return (float)(inv_temperature * value);
+  }
+
   void gradient(double lse2, float g, float h, float entropy, const void* next) const {
     void* const sink = capped == nullptr ? out : capped;
     const int32_t sink_dtype = capped == nullptr ? args.out_dtype : kFloat32;
     const double logit = target < 0 ? 0.0 : target_logit();  // before it is overwritten
-    const double factor = inv_temperature;
-    const double constant = h == 0 ? -factor * g : -factor * (g + (double)h * entropy);
-    const RowGradient gradient = {lse2, (float)constant, (float)(-factor * h * scale.unit)};
-    sweeps().gradient[sink_dtype](source(), sink, args.vocab, scale.c, gradient, next);
-    if (target >= 0) {
-      // g*(1 - p) keeps its digits when p is near 1.
-      const double lp = (logit * scale.c - lse2) * scale.unit, p = exp(lp);
-      double value = -g * expm1(lp);
-      if (h != 0 && p != 0) value -= h * p * (lp + entropy);
-      write_element((float)(factor * value), sink, target, sink_dtype);
-    }
+    const RowGradient others = gradient_of_others(lse2, g, h, entropy);
+    sweeps().gradient[sink_dtype](source(), sink, args.vocab, scale.c, others, next);
+    if (target >= 0) write_element(gradient_of_target(logit, lse2, g, h, entropy), sink, target, sink_dtype);
     if (capped == nullptr) return;
     table[args.dtype].uncap[args.out_dtype](logits, capped, out, args.vocab, args.softcap);
   }

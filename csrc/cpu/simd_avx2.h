@@ -59,6 +59,17 @@ struct Simd {
     _mm256_storeu_si256((__m256i*)p, _mm256_blend_epi16(even, round_up_bits(b), 0xaa));
   }
 
+  template <class T>
+  static void load2_in_order(const T* p, Vec& a, Vec& b) {
+    load2(p, a, b);
+  }
+  static void load2_in_order(const BFloat16* p, Vec& a, Vec& b) {
+    const __m128i low = _mm_loadu_si128((const __m128i*)p), high = _mm_loadu_si128((const __m128i*)(p + 8));
+    a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(low), 16));
+    b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(high), 16));
+  }
+  static uint32_t at_least(Vec a, Vec b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
+
   // a first, then b, as fp32 comes from memory.
   static void store2_in_order(BFloat16* p, Vec a, Vec b) {
     const __m256i low = _mm256_srli_epi32(round_up_bits(a), 16), high = _mm256_srli_epi32(round_up_bits(b), 16);

@@ -111,6 +111,17 @@ struct Simd {
     _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, round_up_bits(b)));
   }
 
+  template <class T>
+  static void load2_in_order(const T* p, Vec& a, Vec& b) {
+    load2(p, a, b);
+  }
+  static void load2_in_order(const BFloat16* p, Vec& a, Vec& b) {
+    const __m256i low = _mm256_loadu_si256((const __m256i*)p), high = _mm256_loadu_si256((const __m256i*)(p + 16));
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(low), 16));
+    b = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+  }
+  static uint32_t at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+
   // a first, then b, as fp32 comes from memory.
   static void store2_in_order(BFloat16* p, Vec a, Vec b) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_up_bits(a), 16)));

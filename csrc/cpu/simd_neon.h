@@ -58,6 +58,20 @@ struct Simd {
     vst1q_u16((uint16_t*)p, vreinterpretq_u16_u32(u));
   }
 
+  template <class T>
+  static void load2_in_order(const T* p, Vec& a, Vec& b) {
+    load2(p, a, b);
+  }
+  static void load2_in_order(const BFloat16* p, Vec& a, Vec& b) {
+    const uint16x8_t u = vld1q_u16((const uint16_t*)p);
+    a = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(u), 16));
+    b = vreinterpretq_f32_u32(vshll_high_n_u16(u, 16));
+  }
+  static uint32_t at_least(Vec a, Vec b) {
+    const uint32x4_t bits = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), bits));
+  }
+
   // a first, then b, as fp32 comes from memory.
   static void store2_in_order(BFloat16* p, Vec a, Vec b) {
     vst1q_u16((uint16_t*)p, vshrn_high_n_u32(vshrn_n_u32(round_up_bits(a), 16), round_up_bits(b), 16));

@@ -74,6 +74,15 @@ struct Simd {
     for (int i = 0; i < kWidth; ++i) from_float(b.lane[i], p + kWidth + i);
   }
   template <class T>
+  static void load2_in_order(const T* p, Vec& a, Vec& b) {
+    load2(p, a, b);
+  }
+  static uint32_t at_least(const Vec& a, const Vec& b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kWidth; ++i) bits |= (uint32_t)(a.lane[i] >= b.lane[i]) << i;
+    return bits;
+  }
+  template <class T>
   static void store2_in_order(T* p, const Vec& a, const Vec& b) {
     store2(p, a, b);
   }

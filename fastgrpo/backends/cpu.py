@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from .contract import Call, Rows, Scores
+from .contract import Call, Columns, Rows, Scores
 from .native import DTYPES, Args, RowCalls, load, make_args
 
 
@@ -27,6 +27,19 @@ class _Matmul(ctypes.Structure):
         ("out_stride", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("dtype", "out_dtype", "add")),
         *((name, ctypes.c_void_p) for name in ("a", "b", "bias", "out")),
+    ]
+
+
+class _Columns(ctypes.Structure):
+    """FastgrpoColumns in csrc/cpu/api.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("N", "width", "H", "V")),
+        *((name, ctypes.c_int64) for name in ("hidden_stride", "weight_stride", "out_stride")),
+        *((name, ctypes.c_int32) for name in ("dtype", "out_dtype")),
+        ("tolerance", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("hidden", "weight", "bias", "ids", "rows")),
+        *((name, ctypes.c_void_p) for name in ("values", "out", "d_bias", "found", "count")),
     ]
 
 
@@ -45,6 +58,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         token_loss=_ROWS,
         matmul=(None, ctypes.POINTER(_Matmul), ctypes.c_int32, ctypes.c_int32),
         head_stats=(None, ctypes.POINTER(_Matmul), *_ROWS[1:]),
+        **{
+            f"column_{name}": (None, ctypes.POINTER(_Columns), ctypes.c_int32, ctypes.c_int32)
+            for name in ("logits", "d_hidden", "d_weight")
+        },
+        select_columns=(None, ctypes.POINTER(_Columns), *_ROWS[1:]),
         prefer_large_pages=(None, ctypes.c_void_p, ctypes.c_int64),
     )
 
@@ -142,6 +160,75 @@ def head_stats(
     isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
     _library().fastgrpo_cpu_head_stats(_product(hidden, weight.t(), bias), args, isa, torch.get_num_threads())
     return scores
+
+
+def _call_columns(function: str, args: _Columns) -> None:
+    isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
+    getattr(_library(), f"fastgrpo_cpu_{function}")(args, isa, torch.get_num_threads())
+
+
+def column_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    """The logits of a few columns of each row; `contract.Backend` says more."""
+    n, width = ids.shape
+    out = torch.empty(n, width, dtype=torch.float32)
+    args = _Columns(
+        N=n, width=width, H=hidden.shape[1], V=weight.shape[0], dtype=DTYPES[hidden.dtype],
+        hidden_stride=hidden.stride(0), weight_stride=weight.stride(0), hidden=hidden.data_ptr(),
+        weight=weight.data_ptr(), bias=None if bias is None else bias.data_ptr(), ids=ids.data_ptr(),
+        values=out.data_ptr(),
+    )  # fmt: skip
+    _call_columns("column_logits", args)
+    return out
+
+
+def column_d_hidden(dz: Tensor, ids: Tensor, weight: Tensor, out: Tensor) -> None:
+    """The gradient of hidden states from that of a few logits of each row; `contract.Backend` says more."""
+    n, width = ids.shape
+    args = _Columns(
+        N=n, width=width, H=weight.shape[1], V=weight.shape[0], dtype=DTYPES[weight.dtype],
+        weight_stride=weight.stride(0), out_stride=out.stride(0), out_dtype=DTYPES[out.dtype],
+        weight=weight.data_ptr(), ids=ids.data_ptr(), values=dz.data_ptr(), out=out.data_ptr(),
+    )  # fmt: skip
+    _call_columns("column_d_hidden", args)
+
+
+def column_d_weight(
+    dz: Tensor, ids: Tensor, rows: Tensor, hidden: Tensor, out: Tensor, d_bias: Tensor | None = None
+) -> None:
+    """Adds the gradient of the weight from that of single logits; `contract.Backend` says more."""
+    args = _Columns(
+        N=ids.numel(), H=hidden.shape[1], V=out.shape[0], dtype=DTYPES[hidden.dtype],
+        hidden_stride=hidden.stride(0), out_stride=out.stride(0), out_dtype=DTYPES[out.dtype],
+        hidden=hidden.data_ptr(), ids=ids.data_ptr(), rows=rows.data_ptr(), values=dz.data_ptr(), out=out.data_ptr(),
+        d_bias=None if d_bias is None else d_bias.data_ptr(),
+    )  # fmt: skip
+    _call_columns("column_d_weight", args)
+
+
+def select_columns(
+    logits: Tensor,
+    rows: Rows,
+    scores: Scores,
+    g: Tensor,
+    h: Tensor | None,
+    tolerance: float,
+    room: int,
+    *,
+    softcap: float | None = None,
+) -> Columns:
+    """The columns of each row that carry its gradient; `contract.Backend` says more."""
+    n = rows.ids.numel()
+    ids, count = torch.empty(n, room, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    dz = torch.empty(n, room, dtype=torch.float32)
+    entropy = None if h is None else scores.entropy
+    per_row = dict(ids=rows.ids, inv_temperature=rows.inv_temperature, lse=scores.lse, entropy=entropy, g=g, h=h)
+    columns = _Columns(
+        width=room, tolerance=tolerance, found=ids.data_ptr(), values=dz.data_ptr(), count=count.data_ptr()
+    )
+    isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
+    args = make_args(logits, None, softcap, **per_row)
+    _library().fastgrpo_cpu_select_columns(columns, args, isa, torch.get_num_threads())
+    return Columns(ids, dz, count)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .contract import Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
-_ABI = 6
+_ABI = 7
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -59,6 +59,7 @@ class HeadOptions(TypedDict, total=False):
     vocab_size: int | None
     chunk_size: int | None
     logits_dtype: torch.dtype | Literal["auto"]
+    column_tolerance: float
 
 
 class LinearInputs(HeadOptions, Inputs, total=False):
@@ -67,7 +68,12 @@ class LinearInputs(HeadOptions, Inputs, total=False):
 
 # of the others: None
 DEFAULTS: dict[str, Any] = dict(
-    scale_rewards="group", loss_scale=1.0, temperature=1.0, logit_scale=1.0, logits_dtype="auto"
+    scale_rewards="group",
+    loss_scale=1.0,
+    temperature=1.0,
+    logit_scale=1.0,
+    logits_dtype="auto",
+    column_tolerance=0.0,
 )
 
 

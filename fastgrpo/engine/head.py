@@ -38,6 +38,7 @@ class Head:
     logits_dtype: torch.dtype  # fp32, or that of the GEMMs
     chunk: int
     backend: str  # whose kernels sweep the logits
+    column_tolerance: float = 0.0  # the share of a row's |dL/dlogits| that its gradients may leave out
 
     @property
     def sweeps(self) -> Sweeps:
@@ -66,6 +67,7 @@ def make_head(
     chunk_size: int | None = None,
     backend: str = "auto",
     logits_dtype: torch.dtype | Literal["auto"] = "auto",
+    column_tolerance: float = 0.0,
 ) -> Head:
     """The head of hidden states that have been checked; the arguments are those of `linear_grpo_loss`.
 
@@ -88,6 +90,7 @@ def make_head(
     if not _is_count(vocab_size) or (vocab_size or 0) > rows:
         raise wrong("vocab_size", f"None or an integer from 1 to {rows}", vocab_size)
     check(_is_count(chunk_size), "chunk_size", "None or an integer > 0", chunk_size)
+    check_tolerance(column_tolerance)
     dtype = hidden.dtype
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
@@ -105,7 +108,14 @@ def make_head(
         logits_dtype=of_logits,
         chunk=chunk_size or default_chunk(vocab, of_logits, device),
         backend=backends.select(hidden, backend, of_logits, vocab=vocab, softcap=cap),
+        column_tolerance=column_tolerance,
     )
+
+
+def check_tolerance(value: float) -> None:
+    """Raise a ValueError unless it is one for columns."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    check(number and 0 <= value < 1, "column_tolerance", "a number in [0, 1)", value)
 
 
 def choose_logits_dtype(

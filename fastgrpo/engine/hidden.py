@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.backends import Rows, Scores, cpu
+from fastgrpo.engine.columns import FewColumns
 from fastgrpo.engine.head import Head
 from fastgrpo.engine.logits import Fused, How
 from fastgrpo.engine.overlap import Lanes
@@ -30,6 +31,7 @@ class Learned(NamedTuple):
     columns: dict[str, Tensor]  # (N,) by name: "logp", "entropy" if wanted, and those of the objective's terms
     bonus: Tensor | None
     gradients: HeadGradients  # of the loss; those of fp16 tensors in fp32
+    kept: Tensor | None  # (3,) of few columns, `objective.metrics.Kept`; None without a tolerance
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
@@ -75,7 +77,7 @@ def gradients(
 ) -> HeadGradients:
     """The gradients of hidden, weight and bias from g = dL/dlogp and h = dL/dentropy, (N,) each.
 
-    Rows with both 0 enter no GEMM. Waits for the device once.
+    Rows with both 0 enter no GEMM. Waits for the device once, with a tolerance of columns more often.
     """
     learn = g != 0 if h is None else (g != 0) | (h != 0)
     plan = plan_rows(g.shape[0], Roles(learn, None), head.chunk)
@@ -84,12 +86,17 @@ def gradients(
     with no_autocast(hidden):
         projection = Projection(hidden, head, plan.longest)
         collected = Gradients(projection, head, needs, plan)
+        few = FewColumns(head, collected) if head.column_tolerance > 0 else None
         for chunk, _ in plan.learn:
             at = plan.at(chunk)
-            logits = projection.logits(at)  # (1, n, V), and then their gradient
-            per_row, out = Scores._make(None if x is None else x[at] for x in scores), projection.d_logits()
-            head.sweeps.grad(logits, take_rows(rows, at), per_row, g[at], None if h is None else h[at], out)
-            collected.add(at)
+            logits, out = projection.logits(at), projection.d_logits()  # (1, n, V), and then their gradient
+            per_row = Scores._make(None if x is None else x[at] for x in scores)
+            made_of = take_rows(rows, at), per_row, g[at], None if h is None else h[at]
+            if few is None:
+                head.sweeps.grad(logits, *made_of, out)
+                collected.add(at, out[0], projection.h)
+            else:
+                few.add(at, logits, *made_of)
         logits = out = None
         del projection  # and with both the buffer, before the weight's gradient is rounded
         return collected.result()
@@ -108,23 +115,30 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
     losses, bonuses = [], []
     logits: Tensor | None
     out: Tensor | None
-    with no_autocast(hidden), Lanes(hidden.device, alone=not isinstance(how, Fused)) as lanes:
+    # few columns wait for the device
+    alone = not isinstance(how, Fused) or head.column_tolerance > 0
+    with no_autocast(hidden), Lanes(hidden.device, alone=alone) as lanes:
         projection = Projection(hidden, head, plan.longest)
         collected = Gradients(projection, head, needs, plan, hold_dtype)
+        few = FewColumns(head, collected) if head.column_tolerance > 0 else None
         for chunk, layout in plan.learn:
             projection.take(plan.at(chunk))
             for rows, part, lane in lanes.cut(chunk):  # all of it, unless parts are to overlap
                 with lane:
-                    at = plan.at(rows)
-                    logits = projection.project(part)  # (1, n, V), and then their gradient
-                    out = projection.d_logits(part)
-                    scores, terms = how.part(rows, layout).overwrite(logits, head.sweeps, want_entropy, out)
+                    at, some = plan.at(rows), how.part(rows, layout)
+                    logits, out = projection.project(part), projection.d_logits(part)  # (1, n, V), then their gradient
+                    if few is None:
+                        scores, terms = some.overwrite(logits, head.sweeps, want_entropy, out)
+                        collected.add_hidden(at, out[0], projection.h[part])
+                    else:
+                        scores, terms, *coefficients = some.score(logits, head.sweeps, want_entropy)
+                        few.add(at, logits, some.rows, scores, *coefficients)
                     _put(table, at, [*columns(scores), *terms.columns()])
                     losses.append(terms.loss)
                     bonuses += [] if terms.bonus is None else [terms.bonus]
-                    collected.add_hidden(at, part)
             lanes.join(*losses, *bonuses)
-            collected.add_weight()
+            if few is None:
+                collected.add_weight(projection.d_logits()[0], projection.h)
         for chunk in plan.score:
             at = plan.at(chunk)
             scores = _stats(projection, head, take_rows(how.rows, chunk), at, want_entropy)
@@ -139,7 +153,8 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
         _put(table[of_scores:], at, terms.columns())
     loss = sum(losses[1:], start=losses[0]) if losses else vectors.new_zeros(())
     bonus = sum(bonuses[1:], start=bonuses[0]) if bonuses else None if how.h is None else vectors.new_zeros(())
-    return Learned(loss, dict(zip(names, table.unbind(), strict=True)), bonus, made)
+    columns_of = dict(zip(names, table.unbind(), strict=True))
+    return Learned(loss, columns_of, bonus, made, None if few is None else few.kept())
 
 
 def _put(table: Tensor, at: slice | Tensor, columns: list[Tensor]) -> None:

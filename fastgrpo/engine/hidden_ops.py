@@ -20,6 +20,7 @@ from fastgrpo.engine.head import Head
 from fastgrpo.engine.logits import Apart, Fused, How, upstream
 from fastgrpo.engine.ops import (
     NAMESPACE,
+    Seven,
     Three,
     Vectors,
     answer,
@@ -34,20 +35,26 @@ from fastgrpo.engine.plan import Roles, plan_loss, plan_rows
 from fastgrpo.objective.options import CHOICES, Objective
 from fastgrpo.objective.terms import Terms, Weights, term_columns
 
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-
-def _numbers(head: Head) -> tuple[list[int], float | None, torch.dtype, str]:
-    return [head.vocab, head.chunk, head.logits_dtype.itemsize], head.softcap, head.dtype, head.backend
+def _numbers(head: Head) -> tuple[list[int], list[float], torch.dtype, str]:
+    sizes = [head.vocab, head.chunk, head.logits_dtype.itemsize]
+    softcap = math.inf if head.softcap is None else head.softcap
+    return sizes, [softcap, head.column_tolerance], head.dtype, head.backend
 
 
 def _head(
-    weight: Tensor, bias: Tensor | None, sizes: Sequence[int], softcap: float | None, dtype: torch.dtype, backend: str
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    amounts: Sequence[float],
+    dtype: torch.dtype,
+    backend: str,
 ) -> Head:
-    vocab, chunk, of_logit = sizes
+    (vocab, chunk, of_logit), (cap, column_tolerance) = sizes, amounts
     logits_dtype = dtype if of_logit == dtype.itemsize else torch.float32
     scale = 1.0  # it is in the temperature already
-    return Head(weight, bias, vocab, scale, softcap, dtype, logits_dtype, chunk, backend)
+    softcap = None if math.isinf(cap) else cap
+    return Head(weight, bias, vocab, scale, softcap, dtype, logits_dtype, chunk, backend, column_tolerance)
 
 
 def scores(hidden: Tensor, head: Head, rows: Rows, roles: Roles, want_entropy: bool) -> Scores:
@@ -64,18 +71,18 @@ def linear_stats(
     rows: Vectors,
     want_entropy: bool,
     sizes: Sequence[int],
-    softcap: float | None,
+    amounts: Sequence[float],
     dtype: torch.dtype,
     backend: str,
 ) -> Three:
     """row_stats of the logits of a head, with 2NHV FLOPs; rows that are not scored enter no GEMM.
 
-    `rows` are ids, scored (or None) and inv_temperature, `sizes` V, the rows of a chunk and the bytes of a logit;
-    `dtype` is that of the GEMMs' operands.
+    `rows` are ids, scored (or None) and inv_temperature, `sizes` V, the rows of a chunk and the bytes of a logit,
+    `amounts` the softcap (or infinity) and the tolerance of columns; `dtype` is that of the GEMMs' operands.
     """
     ids, scored, inv_temperature = rows
     assert ids is not None and inv_temperature is not None
-    head = _head(weight, bias, sizes, softcap, dtype, backend)
+    head = _head(weight, bias, sizes, amounts, dtype, backend)
     plan = plan_rows(ids.numel(), Roles(scored, None), head.chunk, learn=False)
     found = chunks.score(hidden, head, _every(ids, inv_temperature), plan, want_entropy)
     return found.logp, found.lse, given(found.entropy, inv_temperature)
@@ -100,7 +107,7 @@ def linear_grad(
     rows: Vectors,
     needs: Sequence[bool],
     sizes: Sequence[int],
-    softcap: float | None,
+    amounts: Sequence[float],
     dtype: torch.dtype,
     backend: str,
 ) -> Three:
@@ -112,7 +119,7 @@ def linear_grad(
     ids, inv_temperature, lse, entropy, g, h = rows
     assert ids is not None and inv_temperature is not None
     assert lse is not None and entropy is not None and g is not None
-    head = _head(weight, bias, sizes, softcap, dtype, backend)
+    head = _head(weight, bias, sizes, amounts, dtype, backend)
     found = Scores(lse, lse, taken(entropy))
     made = chunks.gradients(hidden, head, Rows(ids, None, inv_temperature), found, g, h, needs)
     d_hidden, d_weight, d_bias = (given(x, inv_temperature) for x in made)
@@ -245,12 +252,14 @@ def taken_apart(how: How) -> tuple[list[Tensor | None], list[float], str]:
 
 def hidden_loss(
     hidden: Tensor, head: Head, how: How, roles: Roles, needs: list[bool], want_entropy: bool
-) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None]:
+    """(loss, columns, bonus, kept) as `hidden.Learned` has them."""
     rows, flags = [how.rows.ids, *roles, how.rows.inv_temperature], [*needs, want_entropy]
     tensors = (hidden, head.weight, head.bias, rows)
-    loss, bonus, table, *_ = linear_loss(*tensors, *taken_apart(how), flags, *_numbers(head))
+    loss, bonus, kept, table, *_ = linear_loss(*tensors, *taken_apart(how), flags, *_numbers(head))
     columns = [*["logp", "entropy"][: 1 + want_entropy], *how.columns()]
-    return loss, dict(zip(columns, table.unbind(), strict=True)), None if how.h is None else bonus
+    made = dict(zip(columns, table.unbind(), strict=True))
+    return loss, made, None if how.h is None else bonus, kept if head.column_tolerance > 0 else None
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_loss", mutates_args=())
@@ -264,13 +273,13 @@ def linear_loss(
     objective: str,
     flags: Sequence[bool],
     sizes: Sequence[int],
-    softcap: float | None,
+    amounts: Sequence[float],
     dtype: torch.dtype,
     backend: str,
-) -> Six:
-    """(loss, its entropy bonus, statistics (K, N), and the gradients of hidden, weight and bias for dL = 1).
+) -> Seven:
+    """(loss, its entropy bonus, counts of columns, statistics (K, N), and the three gradients for dL = 1).
 
-    All of it comes from one pass over the chunks.
+    All of it comes from one pass over the chunks. The gradients are those of hidden, weight and bias.
     `rows` are ids, scored and learn (or None), and inv_temperature. `flags` say which gradients are wanted, and
     whether entropies are. An `objective` without a name is one that kernels hold; one beyond token level has to fit
     into a chunk.
@@ -279,7 +288,7 @@ def linear_loss(
     assert ids is not None and inv_temperature is not None
     *needs, want_entropy = flags
     head, how = (
-        _head(weight, bias, sizes, softcap, dtype, backend),
+        _head(weight, bias, sizes, amounts, dtype, backend),
         _how(ids, scored, inv_temperature, vectors, numbers, objective),
     )
     if isinstance(how, Apart):
@@ -290,12 +299,13 @@ def linear_loss(
     table = torch.stack([*learned.columns.values()])
     d_hidden, d_weight, d_bias = (given(x, inv_temperature) for x in learned.gradients)
     bonus = torch.zeros_like(learned.loss) if learned.bonus is None else learned.bonus
-    return learned.loss, bonus, table, d_hidden, d_weight, d_bias
+    kept = torch.empty(0, dtype=torch.int64, device=table.device) if learned.kept is None else learned.kept
+    return learned.loss, bonus, kept, table, d_hidden, d_weight, d_bias
 
 
 @linear_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, *rest: Any) -> Six:
-    _, numbers, objective, (*needs, want_entropy), *_ = rest
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, *rest: Any) -> Seven:
+    _, numbers, objective, (*needs, want_entropy), _, (_, column_tolerance), *_ = rest
     inv_temperature = rows[3]
     assert inv_temperature is not None
     terms = len(term_columns(_objective_of(objective, numbers[2:]))) if objective else 1 + (numbers[1] != 0)  # beta
@@ -303,15 +313,16 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, *rest:
     made = _fake_gradients(hidden, weight, bias, needs, inv_temperature)
     d_hidden, d_weight, d_bias = (x.to(chunks.hold_dtype(x.dtype)) for x in made)
     loss, bonus = inv_temperature.new_empty(()), inv_temperature.new_empty(())
-    return loss, bonus, table, d_hidden, d_weight, d_bias
+    kept = inv_temperature.new_empty(3 if column_tolerance > 0 else 0, dtype=torch.int64)
+    return loss, bonus, kept, table, d_hidden, d_weight, d_bias
 
 
-def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Six) -> None:
+def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Seven) -> None:
     hidden, weight, bias, *_ = inputs
-    _, bonus, table, *gradients = output
+    _, bonus, kept, table, *gradients = output
     ctx.dtypes = [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
     ctx.save_for_backward(*gradients)
-    ctx.mark_non_differentiable(bonus, table, *gradients)
+    ctx.mark_non_differentiable(bonus, kept, table, *gradients)
     ctx.set_materialize_grads(False)
 
 

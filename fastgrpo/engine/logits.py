@@ -80,6 +80,11 @@ class Fused(NamedTuple):
         result = sweeps.token_loss(logits, self, want_entropy, out)
         return Scores(result.logp, result.lse, result.entropy), self.terms(result)
 
+    def score(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool) -> tuple[Scores, Terms, Tensor, Tensor | None]:
+        """Scores and terms of logits that stay as they are, and (N,) g = dL/dlogp and h = dL/dentropy."""
+        result = sweeps.token_loss(logits, self, want_entropy, out=None)
+        return Scores(result.logp, result.lse, result.entropy), self.terms(result), result.g, self.h
+
     def terms(self, result: TokenLoss) -> Terms:
         """The terms of a pass."""
         bonus = None
@@ -150,10 +155,14 @@ class Apart(NamedTuple):
 
     def overwrite(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool, out: Tensor) -> tuple[Scores, Terms]:
         """Scores and terms of logits whose gradient is written over them, to `out`, in two sweeps."""
-        scores = sweeps.stats(logits, self.rows, want_entropy)
-        terms, g, h = self.coefficients(scores)
+        scores, terms, g, h = self.score(logits, sweeps, want_entropy)
         sweeps.grad(logits, self.rows, scores, g, h, out)
         return scores, terms
+
+    def score(self, logits: Tensor, sweeps: Sweeps, want_entropy: bool) -> tuple[Scores, Terms, Tensor, Tensor | None]:
+        """Scores and terms of logits that stay as they are, and (N,) g = dL/dlogp and h = dL/dentropy."""
+        scores = sweeps.stats(logits, self.rows, want_entropy)
+        return scores, *self.coefficients(scores)
 
     def terms(self, logps: Tensor, entropies: Tensor | None) -> Terms:
         if not self.objective.differentiates_entropy and entropies is not None:

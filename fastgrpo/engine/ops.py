@@ -1,4 +1,4 @@
-"""The operators `torch.ops.fastgrpo_3.*` on logits, for compiled graphs alone: schemas, fakes, autograd formulas.
+"""The operators `torch.ops.fastgrpo_4.*` on logits, for compiled graphs alone: schemas, fakes, autograd formulas.
 
 An operator takes tensors, lists of them and numbers, where the engine takes objects. Each has beside it the function
 that takes the objects apart; its body puts them together again and calls what an eager call calls.
@@ -17,7 +17,7 @@ from fastgrpo.engine.logits import Fused, Sweeps, empty_gradient, upstream
 
 # Goes up with every change of an operator or its gradient: torch keeps compiled graphs on disk, and finds them by the
 # names of the operators in their forward pass.
-NAMESPACE = "fastgrpo_3"
+NAMESPACE = "fastgrpo_4"
 
 Vectors = Sequence[Tensor | None]
 Three = tuple[Tensor, Tensor, Tensor]

@@ -122,36 +122,46 @@ class Gradients:
         self.vocab = projection.weight.shape[0]
         # zeros where no GEMM writes; on a CPU in all of a large one, because page faults inside a GEMM cost more
         small = device.type != "cpu" or self.sum.nbytes < LARGE
-        self.sum[self.vocab if chunks and small else 0 :].zero_()
+        self._zero = not (chunks and small)  # whether all of it is
+        self.sum[0 if self._zero else self.vocab :].zero_()
         self.d_bias = torch.zeros(len(bias), dtype=sums, device=device) if needs[2] and bias is not None else None
         self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)
 
-    def add(self, rows: slice | Tensor) -> None:
-        """Add the gradients of the chunk that the projection holds, whose logits have become their gradient."""
-        self.add_hidden(rows)
-        self.add_weight()
+    def add(self, rows: slice | Tensor, dz: Tensor, h: Tensor) -> None:
+        """Add the gradients of some rows from those of their logits, (n, V), and their hidden states, (n, H)."""
+        self.add_hidden(rows, dz, h)
+        self.add_weight(dz, h)
 
-    def add_hidden(self, rows: slice | Tensor, part: slice = slice(None)) -> None:
-        """That of hidden alone, of a part of the chunk; `rows` of the batch."""
-        dz, h, weight = self.projection.d_logits(part)[0], self.projection.h[part], self.projection.weight
+    def add_hidden(self, rows: slice | Tensor, dz: Tensor, h: Tensor) -> None:
+        """That of hidden alone."""
         if self.needs[0]:
-            flat = self.d_hidden.view(-1, h.shape[1])
-            written = flat.dtype if flat.dtype in (h.dtype, wide(h.dtype)) else wide(h.dtype)  # by a GEMM
-            if isinstance(rows, slice) and flat.dtype == written:
-                product(dz, weight, flat[rows])
-            else:
-                d_h = torch.empty_like(h, dtype=written)
-                product(dz, weight, d_h)
-                flat[rows] = d_h.to(flat.dtype)
+            self.put_d_hidden(rows, len(h), lambda out: product(dz, self.projection.weight, out))
 
-    def add_weight(self) -> None:
-        """Those of weight and bias, of the whole chunk."""
-        dz, h = self.projection.d_logits()[0], self.projection.h
+    def add_weight(self, dz: Tensor, h: Tensor) -> None:
+        """Those of weight and bias."""
         if self.needs[1]:
             product(dz.t(), h, self.sum[: self.vocab], add=self.started)
         if self.d_bias is not None:
             self.d_bias[: dz.shape[1]] += dz.sum(0, dtype=self.d_bias.dtype)
         self.started = True
+
+    def put_d_hidden(self, rows: slice | Tensor, n: int, write: Callable[[Tensor], None]) -> None:
+        """Let `write` fill dL/dhidden of these n rows: (n, H), of the dtype of the GEMMs, or wider."""
+        flat, dtype = self.d_hidden.view(-1, self.d_hidden.shape[-1]), self.projection.dtype
+        written = flat.dtype if flat.dtype in (dtype, wide(dtype)) else wide(dtype)
+        if isinstance(rows, slice) and flat.dtype == written:
+            write(flat[rows])
+        else:
+            d_h = flat.new_empty(n, flat.shape[1], dtype=written)
+            write(d_h)
+            flat[rows] = d_h.to(flat.dtype)
+
+    def started_sum(self) -> Tensor:
+        """dL/dweight of tokens as far as it is known, (V, H), to be added to."""
+        if not (self.started or self._zero):
+            self.sum[: self.vocab].zero_()
+        self.started = True
+        return self.sum[: self.vocab]
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dL/dhidden (B, T, H), dL/dweight (V', H), dL/dbias (V')), None where it is not wanted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,25 @@ def compute_metrics(o: Objective, batch: Batch, entropies: Tensor | None, terms:
     return metrics
 
 
+class Kept(NamedTuple):
+    """What was counted where gradients were made of a few columns of each row."""
+
+    columns: int  # of the rows that fit
+    fitting: int  # rows with a gradient that have few columns
+    dense: int  # those that went through the GEMMs
+
+    def plus(self, columns: int, fitting: int, dense: int) -> Kept:
+        return Kept(self.columns + columns, self.fitting + fitting, self.dense + dense)
+
+
+def column_metrics(kept: Tensor) -> dict[str, Tensor]:
+    """Means over rows, fp32, from `Kept` as a tensor (3,); 0 over no rows."""
+    columns, fitting, dense = kept.float().unbind()
+    rows = fitting + dense
+    mean, share = columns / fitting.clamp(min=1), dense / rows.clamp(min=1)
+    return {"columns/mean": mean, "columns/dense": share, "columns/rows": rows}
+
+
 class Gathers(Protocol):
     """What can put the tensors of all processes one after the other, such as accelerate's `Accelerator`."""
 
@@ -62,6 +81,8 @@ def reduce_metrics(
     accelerator: Gathers, objective: Objective, metrics: dict[str, Tensor], mask: Tensor, accumulation: int
 ) -> dict[str, Tensor]:
     """TRL's metrics of a loss, averaged over processes: by tokens, or by sequences for one number a sequence.
+
+    Those of columns are means over the rows they are of, and the number of these is left out.
 
     One collective, and no wait for the device.
 
@@ -78,8 +99,13 @@ def reduce_metrics(
     packed = torch.stack([*values.values(), mask.sum().float()])
     *columns, tokens = accelerator.gather(packed).view(-1, len(packed)).T
     per_sequence, reduced = objective.importance_sampling_level == "sequence", {}
-    for name, column in zip(values, columns, strict=True):
-        if name.endswith("_min"):
+    gathered = dict(zip(values, columns, strict=True))
+    rows = gathered.pop("columns/rows", None)  # of which those that fit have a mean
+    for name, column in gathered.items():
+        if rows is not None and name.startswith("columns/"):
+            weight = rows * (1 - gathered["columns/dense"]) if name == "columns/mean" else rows
+            reduced[name] = (column * weight).sum() / weight.sum().clamp(min=1)
+        elif name.endswith("_min"):
             reduced[name] = _finite(column.nan_to_num(nan=math.inf).min())
         elif name.endswith("_max"):
             reduced[name] = _finite(column.nan_to_num(nan=-math.inf).max())

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from fastgrpo import _defaults
 from fastgrpo.advantages import SCALE_REWARDS
+from fastgrpo.engine.head import check_tolerance
 from fastgrpo.objective import Objective
 
 # transformers 5.2x renamed the option and warns at the old name
@@ -103,6 +104,7 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
         backend: the backend of the loss, "auto" or one of `fastgrpo.backends.NAMES`.
         logits_dtype: the dtype of the logits in the loss and in old and reference logps: "auto", "float32", or that of
             hidden states in training, "bfloat16" or "float16"; see `linear_grpo_loss`.
+        column_tolerance: the share of a token's gradient that may be left out at the head, see `linear_grpo_loss`.
 
     The remaining options are those of `fastgrpo.Objective`, which explains them, holds their defaults and checks them.
 
@@ -150,6 +152,7 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
     chunk_size: int | None = None
     backend: str = _defaults.BACKEND
     logits_dtype: str = _defaults.LOGITS_DTYPE
+    column_tolerance: float = _defaults.COLUMN_TOLERANCE
 
     # training arguments with another default
     learning_rate: float = 1e-6
@@ -190,8 +193,12 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
     @property
     def head_options(self) -> dict[str, Any]:
         """The keyword arguments of `linear_grpo_loss` and `linear_logps` that these options hold."""
-        dtype = as_logits_dtype(self.logits_dtype)
-        return {"chunk_size": self.chunk_size, "backend": self.backend, "logits_dtype": dtype}
+        return {
+            "chunk_size": self.chunk_size,
+            "backend": self.backend,
+            "logits_dtype": as_logits_dtype(self.logits_dtype),
+            "column_tolerance": self.column_tolerance,
+        }
 
     def objective(self) -> Objective:
         """The `Objective` of these options."""
@@ -207,6 +214,7 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
         for name, least in (("num_generations", 2), ("num_iterations", 1), ("max_completion_length", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_tolerance(self.column_tolerance)
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a number > 0, got {self.temperature}")
         if self.auto_find_batch_size:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from fastgrpo.engine.head import check_tolerance
 from fastgrpo.logps import linear_logps
 from fastgrpo.models.calls import pad
 from fastgrpo.models.head import run_completion_head
@@ -44,6 +45,7 @@ class SFTTrainer(HeadTrainer):
         callbacks: as in transformers' Trainer.
         backend: "auto", or one of `fastgrpo.backends.NAMES`.
         logits_dtype: as in `GRPOConfig`.
+        column_tolerance: as in `GRPOConfig`.
 
     Raises:
         ValueError: a missing column, an empty dataset, a row that is not text or messages, a template under which the
@@ -61,10 +63,13 @@ class SFTTrainer(HeadTrainer):
         callbacks: list[TrainerCallback] | None = None,
         backend: str = "auto",
         logits_dtype: str | torch.dtype = "auto",
+        column_tolerance: float = 0.0,
     ):
+        check_tolerance(column_tolerance)
         self._head_options: dict[str, Any] = {
             "backend": backend,
             "logits_dtype": as_logits_dtype(check_logits_dtype(logits_dtype, args, model)),
+            "column_tolerance": column_tolerance,
         }
         check_dataset("train_dataset", train_dataset, ("prompt", "completion"))
         if args.remove_unused_columns:

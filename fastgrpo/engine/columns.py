@@ -1,0 +1,127 @@
+"""Gradients from the few columns of each row that carry them, and from all columns of the rows where those are many.
+
+Of a row's dL/dlogits the columns K are kept, the others dropped: together at most `column_tolerance` of its sum of
+|dL/dlogit|. The products of K take 4H FLOPs a column and gather rows of the weight, where the GEMMs take 4VH a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo import backends
+from fastgrpo.backends import Rows, Scores
+from fastgrpo.batch.batch import take
+from fastgrpo.engine.head import Head
+from fastgrpo.engine.projection import Gradients
+from fastgrpo.objective.metrics import Kept
+
+# A row of K columns costs K/b, a dense one V/F: gathered bytes over the bandwidth b, FLOPs over the speed F of a GEMM.
+# They are equal at K = V·b/F: V/37 at 20 GB/s and 0.7 TFLOP/s (two cores), V/233 at 3 TB/s and 700 TFLOP/s (H100).
+CPU_SHARE, GPU_SHARE = 37, 233
+LEAST_ROOM = 256
+MEMORY_SHARE = 8  # ids and values of a chunk's columns take at most 1/8 of the bytes of its logits
+STEP = 64  # rooms are multiples of it, and rows are moved so many at a time
+
+
+def room(vocab: int, logits_dtype: torch.dtype, device_type: str) -> int:
+    """The most columns of a row that are kept apart; a row with more goes through the GEMMs.
+
+    A function of the head alone, so that what becomes of a row does not depend on its company.
+    """
+    worth = max(LEAST_ROOM, vocab // (CPU_SHARE if device_type == "cpu" else GPU_SHARE))
+    fits = vocab * logits_dtype.itemsize // MEMORY_SHARE // 8  # an id and a value are 8 bytes
+    return max(STEP, min(worth, fits) // STEP * STEP)
+
+
+class _Chunk(NamedTuple):
+    """What makes the gradient of some rows of logits, as `row_grad` takes it."""
+
+    rows: Rows
+    scores: Scores
+    g: Tensor  # (n,)
+    h: Tensor | None
+
+    def take(self, at: Tensor) -> _Chunk:
+        rows, scores, *coefficients = self
+        factors, logp, lse, entropy, g, h = take([rows.inv_temperature, *scores, *coefficients], at)
+        assert factors is not None and logp is not None and lse is not None and g is not None
+        return _Chunk(Rows(rows.ids[at], None, factors), Scores(logp, lse, entropy), g, h)
+
+
+class FewColumns:
+    """Adds the gradients of chunks to `collected`, and counts the columns.
+
+    Waits for the device with every chunk, to learn which rows have few columns.
+    """
+
+    def __init__(self, head: Head, collected: Gradients):
+        self.head, self.collected = head, collected
+        self.kernels = backends.columns(head.backend)
+        self.room = room(head.vocab, head.logits_dtype, head.weight.device.type)
+        self.counted = Kept(0, 0, 0)
+
+    def kept(self) -> Tensor:
+        """(3,) int64, `Kept` of all chunks."""
+        return torch.tensor(self.counted, device=self.head.weight.device)
+
+    def add(self, at: slice | Tensor, logits: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None) -> None:
+        """Add the gradients of the rows `at`, whose logits (1, n, V) the projection holds; they are overwritten."""
+        head, collected, chunk = self.head, self.collected, _Chunk(rows, scores, g, h)
+        columns = self.kernels.select_columns(
+            logits, *chunk, head.column_tolerance, self.room, softcap=head.sweeps.softcap
+        )
+        count = columns.count.cpu()
+        dense = count > self.room
+        few = count.masked_fill(dense, 0)
+        n, n_dense = len(count), int(dense.sum())
+        self.counted = self.counted.plus(int(few.sum()), int((few > 0).sum()), n_dense)
+        if n_dense < n:
+            width = max(1, int(few.max()))
+            self._add_few(at, columns.dz[:, :width].contiguous(), columns.ids[:, :width].contiguous())
+        if n_dense == 0:
+            return
+        projection = collected.projection
+        hidden, out = projection.h, projection.d_logits(slice(0, n_dense))
+        if n_dense < n:
+            order = _bring_forward(logits[0], dense)
+            chunk, hidden = chunk.take(order), hidden[order]
+            at = order + at.start if isinstance(at, slice) else at[order]
+        head.sweeps.grad(logits[:, :n_dense], *chunk, out)
+        collected.add(at, out[0], hidden)
+
+    def _add_few(self, at: slice | Tensor, dz: Tensor, ids: Tensor) -> None:
+        """Those of rows from a few columns of each, (n, w)."""
+        collected, kernels = self.collected, self.kernels
+        hidden, weight = (_with_unit_stride(x) for x in (collected.projection.h, collected.projection.weight))
+        of_hidden, of_weight, _ = collected.needs
+        if of_hidden:
+            collected.put_d_hidden(at, len(dz), lambda out: kernels.column_d_hidden(dz, ids, weight, out))
+        if not of_weight and collected.d_bias is None:
+            return
+        kept = (ids.view(-1) >= 0).nonzero()[:, 0]
+        pairs = dz.view(-1)[kept], ids.view(-1)[kept], (kept // ids.shape[1]).int()
+        if of_weight:
+            kernels.column_d_weight(*pairs, hidden, collected.started_sum(), collected.d_bias)
+        elif collected.d_bias is not None:  # the gradient of a weight for hidden states of 1
+            kernels.column_d_weight(*pairs, dz.new_ones(len(dz), 1), collected.d_bias[:, None], None)
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _bring_forward(logits: Tensor, dense: Tensor) -> Tensor:
+    """Move rows (n, V) where `dense` (on the host) to the front, over others; gives the row that each of them was.
+
+    Those that are there already stay. Only a few rows at a time are in a copy.
+    """
+    order = torch.arange(int(dense.sum()))
+    gaps = (~dense[: len(order)]).nonzero()[:, 0]
+    order[gaps] = dense[len(order) :].nonzero()[:, 0] + len(order)
+    moved = order[gaps].to(logits.device)
+    for to, of in zip(gaps.to(logits.device).split(STEP), moved.split(STEP), strict=True):
+        logits[to] = logits[of]
+    return order.to(logits.device)
