@@ -184,8 +184,9 @@ HEADS = {  # rows, vocabulary, width, softcap
     "no rows": (0, 40, 7, None),
     "a block and a bit": (37, 4099, 33, None),
     "softcap": (37, 4500, 20, 5.0),
-    "more than a slice": (600, 300, 17, None),
-    "blocks": (20, 3 * 4096 + 5, 64, 30.0),
+    "more than a slice": (2100, 70, 17, None),
+    "blocks": (100, 3 * 4096 + 5, 64, 30.0),
+    "panel by panel": (530, 1100, 2200, None),
     "deep": (3, 70, DEEP + 3, None),
 }
 

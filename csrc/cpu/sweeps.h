@@ -9,7 +9,7 @@
 namespace fastgrpo {
 
 // Elements whose sums are taken at a time; those of a row are added in their order.
-constexpr int kBlock = 4096;
+constexpr int kBlock = 1024;
 
 // Sums over a block or a row without its target, so that a target with p near 1 loses no digits to 1 + small:
 //   sum = sum_j 2^(t_j - ref),  weighted = sum_j 2^(t_j - ref) * (t_j - ref)
