@@ -1,6 +1,7 @@
 """fastgrpo: the GRPO loss as fused kernels. Importing it compiles nothing and touches no GPU."""
 
 from fastgrpo.advantages import gae, group_advantages
+from fastgrpo.batch.kept import kept_sets
 from fastgrpo.linear import LinearGRPOLoss, linear_grpo_loss
 from fastgrpo.logps import linear_logps, selective_logps
 from fastgrpo.loss import GRPOLoss, grpo_loss
@@ -21,6 +22,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "grpo_loss_reference",
+    "kept_sets",
     "kl_in_reward",
     "linear_grpo_loss",
     "linear_grpo_loss_reference",

@@ -20,6 +20,7 @@ from fastgrpo.batch.inputs import (
     make_mask,
     takes,
 )
+from fastgrpo.batch.kept import make_kept
 from fastgrpo.batch.layout import Padded
 from fastgrpo.engine import autograd
 from fastgrpo.engine.head import make_head
@@ -31,6 +32,8 @@ class _Options(TypedDict, total=False):
     mask: Tensor | None
     temperature: float | Tensor
     backend: str
+    kept_ids: Tensor | None
+    kept_offsets: Tensor | None
 
 
 class _LinearOptions(HeadOptions, _Options, total=False):
@@ -57,6 +60,8 @@ def selective_logps(
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
     backend: str = "auto",
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The log-probability of each sampled token, and the entropy of its distribution, from one read of the logits.
 
@@ -84,7 +89,8 @@ def selective_logps(
     """
     check_rows(logits, completion_ids, "logits", "V")
     rows = _rows(completion_ids, mask, temperature, wide(logits.dtype), logits.size(-1))
-    sweeps = Sweeps(backends.select(logits, backend))
+    kept = make_kept(kept_ids, kept_offsets, completion_ids, rows.mask, logits.size(-1))
+    sweeps = Sweeps(backends.select(logits, backend), kept=kept)
     logps, _, entropies = autograd.stats(as_rows(logits), sweeps, rows, return_entropy)
     shape = completion_ids.shape
     return logps.view(shape) if entropies is None else (logps.view(shape), entropies.view(shape))
@@ -122,6 +128,8 @@ def linear_logps(
     temperature: float | Tensor = 1.0,
     return_entropy: bool = False,
     backend: str = "auto",
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
     **options: Unpack[HeadOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_logps` from hidden states, a chunk of logits at a time; for old and reference policies, too.
@@ -158,9 +166,10 @@ def linear_logps(
     check_rows(hidden, completion_ids, "hidden", "H")
     head = make_head(hidden, weight, backend=backend, **options)
     ids, scored, inv_temperature = _rows(completion_ids, mask, temperature, wide(head.dtype), head.vocab)
+    kept = make_kept(kept_ids, kept_offsets, completion_ids, scored, head.vocab)
     rows, roles = Rows(ids, scored, head.scaled(inv_temperature)), Roles(None if mask is None else scored, None)
     hidden = hidden if hidden.dim() == 3 else hidden[None]
-    logps, _, entropies = autograd.hidden_scores(hidden, head, rows, roles, return_entropy)
+    logps, _, entropies = autograd.hidden_scores(hidden, head, rows, roles, return_entropy, kept=kept)
     shape = completion_ids.shape
     return logps.view(shape) if entropies is None else (logps.view(shape), entropies.view(shape))
 

@@ -101,10 +101,11 @@ def grpo_loss(
     sweeps = Sweeps(backends.select(logits, backend))
     inplace_now = inplace and logits.requires_grad and torch.is_grad_enabled()
     fused = fuses(objective, sweeps.backend, logits, logits.dtype)
-    if inplace_now and logits.dtype == torch.float16:
-        fused = False  # such a gradient waits for the upstream factor
+    if (inplace_now and logits.dtype == torch.float16) or inputs.get("kept_ids") is not None:
+        fused = False  # such a gradient waits for the upstream factor; and sets are for the sweeps
     dtype, vocab = wide(logits.dtype), logits.size(-1)
     batch = make_batch(completion_ids, advantages, inputs, dtype=dtype, vocab_size=vocab, groups_in_pass=fused)
+    sweeps = sweeps._replace(kept=batch.kept)
     weights, want_entropy = row_weights(objective, batch), objective.wants_entropy(return_stats)
     rows = Rows(batch.ids, batch.mask, batch.inv_temperature)
     how: How

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrpo.batch.inputs import Inputs, check_names, check_rows, make_batch, takes
+from fastgrpo.batch.kept import KeptSets
 from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
 from fastgrpo.objective.terms import compute_terms, only_where, row_weights
@@ -49,6 +50,8 @@ def grpo_loss_reference(
     vocab = logits.size(-1)
     batch = make_batch(completion_ids, advantages, inputs, dtype=logits.dtype, vocab_size=vocab)
     z = torch.where(batch.mask[:, None], logits.reshape(-1, vocab), 0.0) * batch.inv_temperature[:, None]
+    if batch.kept is not None:
+        z = torch.where(in_sets(batch.kept, vocab), z, -torch.inf)
     all_logps = z.log_softmax(-1)
     logps = all_logps.gather(-1, torch.where(batch.mask, batch.ids, 0)[:, None])[:, 0]
     p = all_logps.exp()
@@ -93,6 +96,16 @@ def linear_grpo_loss_reference(
     return grpo_loss_reference(
         logits, completion_ids, advantages, objective=objective, return_stats=return_stats, **inputs
     )
+
+
+def in_sets(sets: KeptSets, vocab: int) -> Tensor:
+    """(N, V) bool: what a row is over, which is everything without a set."""
+    row = torch.repeat_interleave(torch.arange(len(sets.count), device=sets.ids.device), sets.count)
+    begin = sets.start - (sets.count.cumsum(0) - sets.count)
+    ids = sets.ids[begin[row] + torch.arange(len(row), device=row.device)].long()
+    inside = (~sets.given)[:, None].repeat(1, vocab)
+    inside[row, ids] = True
+    return inside
 
 
 def project(

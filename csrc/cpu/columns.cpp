@@ -16,9 +16,21 @@ namespace {
 using Args = FastgrpoColumns;
 
 constexpr int64_t kWorth = 1 << 20;  // multiplications that are worth a thread
+constexpr int64_t kAhead = 4;        // columns, of which the rows of the weight are asked for
 
 const char* row_of(const void* x, int64_t row, int64_t stride, int32_t dtype) {
   return (const char*)x + row * stride * element_size(dtype);
+}
+
+// Asks for the row of the next column, which lies anywhere, while another one is at work.
+void prefetch(const Args& a, const void* x, const int32_t* ids, int64_t count, int64_t stride) {
+#if defined(__GNUC__)
+  if (count <= 0 || *ids < 0) return;
+  const char* const row = row_of(x, *ids, stride, a.dtype);
+  for (int64_t i = 0; i < a.H * element_size(a.dtype); i += 64) __builtin_prefetch(row + i);
+#else
+  (void)a, (void)x, (void)ids, (void)count, (void)stride;
+#endif
 }
 
 int64_t worth(const Args& a, int64_t pairs, int64_t threads) {
@@ -32,6 +44,7 @@ void logits(const Args& a, const Gather& made, int64_t threads) {
       const char* const h = row_of(a.hidden, i, a.hidden_stride, a.dtype);
       for (int64_t k = 0; k < a.width; ++k) {
         float z = -INFINITY;
+        prefetch(a, a.weight, ids + k + kAhead, a.width - k - kAhead, a.weight_stride);
         if (ids[k] >= 0) {
           z = made.dot[a.dtype](h, row_of(a.weight, ids[k], a.weight_stride, a.dtype), a.H);
           if (a.bias != nullptr) z = z + a.bias[ids[k]];

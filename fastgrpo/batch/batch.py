@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgrpo.advantages import group_advantages
 from fastgrpo.batch.checks import check
+from fastgrpo.batch.kept import KeptSets
 from fastgrpo.batch.layout import Layout
 
 
@@ -40,6 +41,7 @@ class Batch:
     token_weights: Tensor | None = None  # (N,)
     group_ids: Tensor | None = None  # (S,) integers: the prompt of each sequence
     group_size: int | None = None  # of contiguous groups, one for each prompt
+    kept: KeptSets | None = None  # of loss tokens; None: all rows are over the whole vocabulary
 
     @property
     def dtype(self) -> torch.dtype:

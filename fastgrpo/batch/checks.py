@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -45,3 +46,10 @@ def check_tensor(name: str, x: object, shape: Sequence[int], device: torch.devic
     if x.device != device:
         raise wrong(name, f"device {device}", x)
     check_dtype(name, x, *dtypes)
+
+
+def values_can_be_checked(x: Tensor) -> bool:
+    """Whether values may be read: on a CPU; on a GPU, where that waits, with FASTGRPO_DEBUG=1; not while compiling."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("FASTGRPO_DEBUG") == "1"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, TypeVar
 
@@ -13,7 +12,16 @@ from torch import Tensor
 
 from fastgrpo.advantages import SCALE_REWARDS, check_groups, group_advantages
 from fastgrpo.batch.batch import Batch
-from fastgrpo.batch.checks import FLOATS, INTEGERS, check, check_dtype, check_tensor, wrong
+from fastgrpo.batch.checks import (
+    FLOATS,
+    INTEGERS,
+    check,
+    check_dtype,
+    check_tensor,
+    values_can_be_checked,
+    wrong,
+)
+from fastgrpo.batch.kept import make_kept
 from fastgrpo.batch.layout import Layout, Packed, Padded
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,7 +54,14 @@ class PolicyInputs(_Inputs, _Last, total=False):
     """The keyword arguments of a loss from logps; `grpo_loss` says what each of them is."""
 
 
-class Inputs(_Inputs, _OfLogits, _Last, total=False):
+class KeptInputs(TypedDict, total=False):
+    """The sets of tokens that a sampler kept; `grpo_loss` says what each of them is."""
+
+    kept_ids: Tensor | None
+    kept_offsets: Tensor | None
+
+
+class Inputs(_Inputs, _OfLogits, _Last, KeptInputs, total=False):
     """Those of a loss that makes its logps from logits."""
 
 
@@ -123,16 +138,9 @@ def check_rows(rows: Tensor, completion_ids: Tensor, name: str, width: str) -> N
         raise wrong(name, f"{width} > 0", rows)
 
 
-def _values_can_be_checked(x: Tensor) -> bool:
-    """Whether values may be read: on a CPU; on a GPU, where that waits, with FASTGRPO_DEBUG=1; not while compiling."""
-    if torch.compiler.is_compiling():
-        return False
-    return x.device.type == "cpu" or os.environ.get("FASTGRPO_DEBUG") == "1"
-
-
 def check_ids(ids: Tensor, mask: Tensor, vocab_size: int, mask_name: str = "completion_mask") -> None:
     """Check that the ids of the rows in `mask` are in [0, V); those of other rows may be anything, such as -100."""
-    if not _values_can_be_checked(ids):
+    if not values_can_be_checked(ids):
         return
     read = torch.where(mask, ids, 0)
     if read.numel() == 0:
@@ -171,7 +179,7 @@ def make_inv_temperature(
     else:
         rows, _ = _to_rows("temperature", temperature, layout, shape, device, dtype)
     rows = torch.where(mask, rows, 1.0)
-    if _values_can_be_checked(rows):
+    if values_can_be_checked(rows):
         check(bool(((rows > 0) & rows.isfinite()).all()), "temperature", "finite values > 0", temperature)
     return rows.reciprocal()
 
@@ -190,7 +198,7 @@ def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.devi
     assert cu_seqlens is not None  # as was checked
     check_dtype("cu_seqlens", cu_seqlens, *INTEGERS)
     cu_seqlens = cu_seqlens.to(device, torch.int64)
-    if _values_can_be_checked(cu_seqlens):
+    if values_can_be_checked(cu_seqlens):
         ordered = int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == shape[0] and bool((cu_seqlens.diff() >= 0).all())
         check(ordered, "cu_seqlens", f"values from 0 up to {shape[0]}, never falling", cu_seqlens.tolist())
     rows = torch.arange(shape[0], device=device)
@@ -234,7 +242,7 @@ def make_batch(
     Args:
         inputs: what the caller gave of them.
         dtype: of the vectors.
-        vocab_size: ids are checked against it; None: they are not.
+        vocab_size: ids, those of kept sets too, are checked against it; None: there are no logits.
         groups_in_pass: leave rewards to a pass over the logits, where it can make advantages of them.
 
     Raises:
@@ -245,8 +253,10 @@ def make_batch(
     layout = make_layout(shape, given.get("cu_seqlens"), device)
     ids = completion_ids.reshape(-1).long().contiguous()
     mask = make_mask(given.get("completion_mask"), shape, device)
+    kept = None
     if vocab_size is not None:
         check_ids(ids, mask, vocab_size)
+        kept = make_kept(given.get("kept_ids"), given.get("kept_offsets"), completion_ids, mask, vocab_size)
 
     def per_token(name: str) -> Tensor | None:
         if (x := given.get(name)) is None:
@@ -286,6 +296,7 @@ def make_batch(
         token_weights=weights,
         group_ids=groups,
         group_size=given.get("num_generations"),
+        kept=kept,
     )
 
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 
 from fastgrpo.backends import Rows, Scores, TokenLoss
 from fastgrpo.batch.batch import Batch
+from fastgrpo.batch.kept import KeptSets
 from fastgrpo.engine import hidden as chunks
 from fastgrpo.engine import hidden_ops, ops
 from fastgrpo.engine.head import Head
@@ -47,9 +48,12 @@ def _once(gradient: Tensor | None, *made_of: Tensor | None) -> Tensor | None:
 
 def stats(logits: Tensor, sweeps: Sweeps, rows: Rows, want_entropy: bool) -> Scores:
     """The scores of each row, whose logp and entropy are differentiable in the logits."""
+    apply = _Stats.apply
     if torch.compiler.is_compiling():
-        return ops.stats(logits, sweeps, rows, want_entropy)
-    return Scores(*_Stats.apply(logits, _Scoring(sweeps, rows, want_entropy)))
+        if sweeps.kept is None:
+            return ops.stats(logits, sweeps, rows, want_entropy)
+        apply = torch.compiler.disable(apply)  # one break of the graph
+    return Scores(*apply(logits, _Scoring(sweeps, rows, want_entropy)))
 
 
 class _Scoring(NamedTuple):
@@ -194,18 +198,31 @@ class _InPlace(torch.autograd.Function):
 
 
 def hidden_scores(
-    hidden: Tensor, head: Head, rows: Rows, roles: Roles, want_entropy: bool, plan: Plan | None = None
+    hidden: Tensor,
+    head: Head,
+    rows: Rows,
+    roles: Roles,
+    want_entropy: bool,
+    plan: Plan | None = None,
+    kept: KeptSets | None = None,
 ) -> Scores:
     """The scores of the rows that are scored, differentiable in hidden, weight and bias; the gradients project again.
 
     Args:
         plan: None: it is made here.
+        kept: sets of tokens, over which their rows are; there is no plan then.
     """
+    apply, scored = _HiddenScores.apply, roles.scored
     if torch.compiler.is_compiling():
-        return hidden_ops.scores(hidden, head, rows, roles, want_entropy)
+        if kept is None:
+            return hidden_ops.scores(hidden, head, rows, roles, want_entropy)
+        apply = torch.compiler.disable(apply)  # one break of the graph
+    if kept is not None:
+        kept = kept.only(scored)
+        roles = Roles(~kept.given if scored is None else scored & ~kept.given, None)
     plan = plan or plan_rows(rows.ids.shape[0], roles, head.chunk, learn=False)
-    call = _HiddenScoring(head, rows, roles.scored, plan, want_entropy)
-    return Scores(*_HiddenScores.apply(hidden, head.weight, head.bias, call))
+    call = _HiddenScoring(head, rows, scored, plan, want_entropy, kept)
+    return Scores(*apply(hidden, head.weight, head.bias, call))
 
 
 class _HiddenScoring(NamedTuple):
@@ -214,15 +231,16 @@ class _HiddenScoring(NamedTuple):
     scored: Tensor | None
     plan: Plan
     want_entropy: bool
+    kept: KeptSets | None
 
 
 class _HiddenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenScoring) -> _Scored:
-        head, rows, scored, plan, want_entropy = call
-        logp, lse, entropy = chunks.score(hidden, head, rows, plan, want_entropy)
+        head, rows, scored, plan, want_entropy, kept = call
+        logp, lse, entropy = chunks.score(hidden, head, rows, plan, want_entropy, kept)
         ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, lse, entropy)
-        ctx.head = head.without_tensors()
+        ctx.head, ctx.kept = head.without_tensors(), kept
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return logp, lse, entropy
@@ -235,7 +253,8 @@ class _HiddenScores(torch.autograd.Function):
         with torch.no_grad():
             g, h = upstream(scored, lse, d_logp, d_entropy)
             rows, scores = Rows(ids, None, inv_temperature), Scores(lse, lse, entropy)
-            made = chunks.gradients(hidden, ctx.head.of(weight, bias), rows, scores, g, h, ctx.needs_input_grad[:3])
+            head, needs = ctx.head.of(weight, bias), ctx.needs_input_grad[:3]
+            made = chunks.gradients(hidden, head, rows, scores, g, h, needs, ctx.kept)
         return *(_once(x, hidden, weight, bias, d_logp, d_entropy) for x in made), None
 
 
@@ -252,11 +271,12 @@ def hidden_loss(
     want_entropy = objective.wants_entropy(statistics)
     fused = fuses(objective, head.backend, hidden, head.logits_dtype, head.softcap)
     compiling = torch.compiler.is_compiling()
-    plan = plan_loss(objective, batch, who, head.chunk) if any(needs) and not compiling else None
+    learns = any(needs) and batch.kept is None
+    plan = plan_loss(objective, batch, who, head.chunk) if learns and not compiling else None
     # whether gradients can be made with the logits; a graph does not know the lengths of sequences
     with_logits = objective.is_token_local or batch.ids.shape[0] <= head.chunk if plan is None else plan.fits
-    if not (with_logits and any(needs)):
-        scores = hidden_scores(hidden, head, rows, who, want_entropy, plan)
+    if not (with_logits and learns):
+        scores = hidden_scores(hidden, head, rows, who, want_entropy, plan, batch.kept)
         apart = Apart(rows, objective, batch, weights, who.scored)
         terms = apart.terms(scores.logp, scores.entropy)
         nothing = torch.zeros(3, dtype=torch.int64, device=hidden.device) if head.column_tolerance > 0 else None

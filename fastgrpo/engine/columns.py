@@ -36,6 +36,41 @@ def room(vocab: int, logits_dtype: torch.dtype, device_type: str) -> int:
     return max(STEP, min(worth, fits) // STEP * STEP)
 
 
+class ColumnProducts:
+    """Adds the gradients of rows whose dL/dlogits are 0 but for a few columns to `collected`."""
+
+    def __init__(self, head: Head, collected: Gradients):
+        self.collected, self.kernels = collected, backends.columns(head.backend)
+        self.weight = _with_unit_stride(collected.projection.weight)
+        self.hidden: list[Tensor] = []
+        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # dz, ids, rows of `hidden`
+
+    def add(self, at: slice | Tensor, hidden: Tensor, dz: Tensor, ids: Tensor) -> None:
+        """Those of the rows `at`, with their hidden states (n, H), from dz and ids (n, w)."""
+        of_hidden, of_weight, _ = self.collected.needs
+        if of_hidden:
+            self.collected.put_d_hidden(
+                at, len(dz), lambda out: self.kernels.column_d_hidden(dz, ids, self.weight, out)
+            )
+        if of_weight or self.collected.d_bias is not None:
+            kept = (ids.view(-1) >= 0).nonzero()[:, 0]
+            row = kept // ids.shape[1] + sum(len(x) for x in self.hidden)
+            self.pairs.append((dz.view(-1)[kept], ids.view(-1)[kept], row.int()))
+            self.hidden.append(hidden)
+
+    def finish(self) -> None:
+        """Add those of weight and bias, which `add` left: one sum for each token, rounded once."""
+        if not self.pairs:
+            return
+        pairs = [torch.cat(x) for x in zip(*self.pairs, strict=True)]
+        hidden = _with_unit_stride(self.hidden[0] if len(self.hidden) == 1 else torch.cat(self.hidden))
+        self.pairs, self.hidden, d_bias = [], [], self.collected.d_bias
+        if self.collected.needs[1]:
+            self.kernels.column_d_weight(*pairs, hidden, self.collected.started_sum(), d_bias)
+        elif d_bias is not None:  # the gradient of a weight for hidden states of 1
+            self.kernels.column_d_weight(*pairs, hidden.new_ones(len(hidden), 1), d_bias[:, None], None)
+
+
 class _Chunk(NamedTuple):
     """What makes the gradient of some rows of logits, as `row_grad` takes it."""
 
@@ -59,7 +94,7 @@ class FewColumns:
 
     def __init__(self, head: Head, collected: Gradients):
         self.head, self.collected = head, collected
-        self.kernels = backends.columns(head.backend)
+        self.kernels, self.products = backends.columns(head.backend), ColumnProducts(head, collected)
         self.room = room(head.vocab, head.logits_dtype, head.weight.device.type)
         self.counted = Kept(0, 0, 0)
 
@@ -80,7 +115,9 @@ class FewColumns:
         self.counted = self.counted.plus(int(few.sum()), int((few > 0).sum()), n_dense)
         if n_dense < n:
             width = max(1, int(few.max()))
-            self._add_few(at, columns.dz[:, :width].contiguous(), columns.ids[:, :width].contiguous())
+            dz, ids = (x[:, :width].contiguous() for x in (columns.dz, columns.ids))
+            self.products.add(at, collected.projection.h, dz, ids)
+            self.products.finish()
         if n_dense == 0:
             return
         projection = collected.projection
@@ -91,22 +128,6 @@ class FewColumns:
             at = order + at.start if isinstance(at, slice) else at[order]
         head.sweeps.grad(logits[:, :n_dense], *chunk, out)
         collected.add(at, out[0], hidden)
-
-    def _add_few(self, at: slice | Tensor, dz: Tensor, ids: Tensor) -> None:
-        """Those of rows from a few columns of each, (n, w)."""
-        collected, kernels = self.collected, self.kernels
-        hidden, weight = (_with_unit_stride(x) for x in (collected.projection.h, collected.projection.weight))
-        of_hidden, of_weight, _ = collected.needs
-        if of_hidden:
-            collected.put_d_hidden(at, len(dz), lambda out: kernels.column_d_hidden(dz, ids, weight, out))
-        if not of_weight and collected.d_bias is None:
-            return
-        kept = (ids.view(-1) >= 0).nonzero()[:, 0]
-        pairs = dz.view(-1)[kept], ids.view(-1)[kept], (kept // ids.shape[1]).int()
-        if of_weight:
-            kernels.column_d_weight(*pairs, hidden, collected.started_sum(), collected.d_bias)
-        elif collected.d_bias is not None:  # the gradient of a weight for hidden states of 1
-            kernels.column_d_weight(*pairs, dz.new_ones(len(dz), 1), collected.d_bias[:, None], None)
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:

@@ -12,10 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgrpo import backends
 from fastgrpo.backends import Rows, Scores, cpu
-from fastgrpo.engine.columns import FewColumns
+from fastgrpo.batch.kept import KeptSets
+from fastgrpo.engine.columns import ColumnProducts, FewColumns
 from fastgrpo.engine.head import Head
-from fastgrpo.engine.logits import Fused, How
+from fastgrpo.engine.kept import Table, tables
+from fastgrpo.engine.logits import Fused, How, put_scores
 from fastgrpo.engine.overlap import Lanes
 from fastgrpo.engine.plan import Plan, Roles, plan_rows
 from fastgrpo.engine.projection import Gradients, Projection
@@ -49,8 +52,10 @@ def columns(scores: Scores, *, with_lse: bool = False) -> list[Tensor]:
     return [x for x in (scores.logp, scores.lse if with_lse else None, scores.entropy) if x is not None]
 
 
-def score(hidden: Tensor, head: Head, rows: Rows, plan: Plan, want_entropy: bool) -> Scores:
-    """The scores of a plan's rows, which are 0 elsewhere."""
+def score(
+    hidden: Tensor, head: Head, rows: Rows, plan: Plan, want_entropy: bool, sets: KeptSets | None = None
+) -> Scores:
+    """The scores of a plan's rows and of those that have a set, which the plan leaves out; they are 0 elsewhere."""
     count = 2 + want_entropy
     results = [torch.zeros_like(rows.inv_temperature) for _ in range(count)]
     with no_autocast(hidden):
@@ -60,8 +65,13 @@ def score(hidden: Tensor, head: Head, rows: Rows, plan: Plan, want_entropy: bool
             scores = _stats(projection, head, take_rows(rows, at), at, want_entropy)
             for result, values in zip(results, columns(scores, with_lse=True), strict=True):
                 result[at] = values
-    logp, lse, *entropy = results
-    return Scores(logp, lse, entropy[0] if entropy else None)
+        logp, lse, *entropy = results
+        found = Scores(logp, lse, entropy[0] if entropy else None)
+        if sets is not None:
+            for table in tables(sets, rows, head.vocab):
+                z = _logits(projection, head, projection.gather(table.at), table)
+                put_scores(found, table.at, head.sweeps.of_table(z, table, want_entropy))
+    return found
 
 
 def _stats(projection: Projection, head: Head, rows: Rows, at: slice | Tensor, want_entropy: bool) -> Scores:
@@ -72,20 +82,34 @@ def _stats(projection: Projection, head: Head, rows: Rows, at: slice | Tensor, w
     return head.sweeps.stats(projection.logits(at), rows, want_entropy)  # (1, n, V)
 
 
+def _logits(projection: Projection, head: Head, hidden: Tensor, table: Table) -> Tensor:
+    """(n, w) of a table's columns alone."""
+    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, projection.weight))
+    return backends.columns(head.backend).column_logits(hidden, weight, projection.bias, table.ids)
+
+
 def gradients(
-    hidden: Tensor, head: Head, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, needs: Sequence[bool]
+    hidden: Tensor,
+    head: Head,
+    rows: Rows,
+    scores: Scores,
+    g: Tensor,
+    h: Tensor | None,
+    needs: Sequence[bool],
+    sets: KeptSets | None = None,
 ) -> HeadGradients:
     """The gradients of hidden, weight and bias from g = dL/dlogp and h = dL/dentropy, (N,) each.
 
-    Rows with both 0 enter no GEMM. Waits for the device once, with a tolerance of columns more often.
+    Rows with both 0 enter no GEMM. Waits for the device once, with a tolerance of columns or with sets more often.
     """
     learn = g != 0 if h is None else (g != 0) | (h != 0)
-    plan = plan_rows(g.shape[0], Roles(learn, None), head.chunk)
+    sets = None if sets is None else sets.only(learn)
+    plan = plan_rows(g.shape[0], Roles(learn if sets is None else learn & ~sets.given, None), head.chunk)
     logits: Tensor | None
     out: Tensor | None
     with no_autocast(hidden):
         projection = Projection(hidden, head, plan.longest)
-        collected = Gradients(projection, head, needs, plan)
+        collected = Gradients(projection, head, needs, plan, sets=sets is not None)
         few = FewColumns(head, collected) if head.column_tolerance > 0 else None
         for chunk, _ in plan.learn:
             at = plan.at(chunk)
@@ -98,6 +122,15 @@ def gradients(
             else:
                 few.add(at, logits, *made_of)
         logits = out = None
+        if sets is not None:
+            products = ColumnProducts(head, collected)
+            for table in tables(sets, rows, head.vocab):
+                of_table = projection.gather(table.at)
+                z = _logits(projection, head, of_table, table)
+                head.sweeps.d_table(z, table, scores, g, h)
+                products.add(table.at, of_table, z, table.ids)
+            products.finish()
+            del products
         del projection  # and with both the buffer, before the weight's gradient is rounded
         return collected.result()
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from fastgrpo import backends
 from fastgrpo.backends import Call, Rows, Scores, TokenLoss, TokenRows, TokenSpec
 from fastgrpo.batch.batch import Batch, take
+from fastgrpo.batch.kept import KeptSets
 from fastgrpo.batch.layout import Layout
+from fastgrpo.engine.kept import Table, tables
 from fastgrpo.objective.options import Objective
 from fastgrpo.objective.terms import Terms, Weights, anchor_of, compute_terms, term_columns
 
@@ -20,15 +22,57 @@ class Sweeps(NamedTuple):
 
     backend: str
     softcap: float | None = None
+    kept: KeptSets | None = None  # rows over these sets alone; of the others' logits nothing is read
 
     def stats(self, logits: Tensor, rows: Rows, want_entropy: bool) -> Scores:
         """logp, lse and entropy of each row; those outside rows.mask are not read, and give 0."""
-        kernels = backends.get(self.backend)
-        return kernels.row_stats(logits, rows, want_entropy=want_entropy, softcap=self.softcap)
+        kernels, sets = backends.get(self.backend), self._sets(rows.mask)
+        if sets is not None:
+            assert rows.mask is not None
+            rows = rows._replace(mask=rows.mask & ~sets.given)
+        scores = kernels.row_stats(logits, rows, want_entropy=want_entropy, softcap=self.softcap)
+        if sets is not None:
+            for table in tables(sets, rows, logits.shape[-1]):
+                put_scores(scores, table.at, self.of_table(_columns(logits, table), table, want_entropy))
+        return scores
+
+    def of_table(self, z: Tensor, table: Table, want_entropy: bool) -> Scores:
+        """The scores of a table's rows from their logits (n, w)."""
+        if self.softcap is not None:  # here, because one of a missing logit, -inf, would be -softcap
+            z = (torch.tanh(z / self.softcap) * self.softcap).masked_fill_(table.ids < 0, -torch.inf)
+        return Sweeps(self.backend).stats(z[None], table.rows, want_entropy)
 
     def grad(self, logits: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, out: Tensor) -> None:
         """Writes dL/dlogits from g = dL/dlogp and h = dL/dentropy into `out`, which may be the logits, or narrower."""
-        backends.get(self.backend).row_grad(logits, rows, scores, g, h, out, softcap=self.softcap)
+        kernels, sets = backends.get(self.backend), self._sets(g != 0 if h is None else (g != 0) | (h != 0))
+        if sets is None:
+            return kernels.row_grad(logits, rows, scores, g, h, out, softcap=self.softcap)
+        found = []  # before their logits are overwritten
+        for table in tables(sets, rows, logits.shape[-1]):
+            z = _columns(logits, table)
+            self.d_table(z, table, scores, g, h)
+            row, place = table.pairs()
+            found.append((table.at[row], table.ids[row, place].long(), z[row, place]))
+        g, h = (None if x is None else torch.where(sets.given, 0.0, x) for x in (g, h))
+        assert g is not None
+        kernels.row_grad(logits, rows, scores, g, h, out, softcap=self.softcap)
+        for row, column, dz in found:
+            out[row // out.shape[1], row % out.shape[1], column] = dz.to(out.dtype)
+
+    def d_table(self, z: Tensor, table: Table, scores: Scores, g: Tensor, h: Tensor | None) -> None:
+        """The gradient of a table's logits (n, w), over them, from what belongs to the N rows of the call."""
+        at, _, rows = table
+        some = Scores._make(None if x is None else x[at] for x in scores)
+        slope, c = None, self.softcap
+        if c is not None:
+            slope = torch.cosh(z / c).square_().reciprocal_()
+            z.div_(c).tanh_().mul_(c).masked_fill_(table.ids < 0, -torch.inf)
+        backends.get(self.backend).row_grad(z[None], rows, some, g[at], None if h is None else h[at], z[None])
+        if slope is not None:
+            z *= slope
+
+    def _sets(self, rows: Tensor | None) -> KeptSets | None:
+        return None if self.kept is None else self.kept.only(rows)
 
     def token_loss(self, logits: Tensor, how: Fused, want_entropy: bool, out: Tensor | None) -> TokenLoss:
         """Statistics and objective of each row in one pass, and the gradient into `out` if there is one."""
@@ -38,6 +82,21 @@ class Sweeps(NamedTuple):
     def scale_(self, x: Tensor, factor: Tensor) -> None:
         """x *= factor (0-dim), which is not read on the host of a GPU."""
         backends.get(self.backend).scale_(x, factor)
+
+
+def put_scores(scores: Scores, at: Tensor, some: Scores) -> None:
+    """scores[at] = some"""
+    for x, values in zip(scores, some, strict=True):
+        if x is not None:
+            x[at] = values
+
+
+def _columns(logits: Tensor, table: Table) -> Tensor:
+    """The logits of a table's columns, (n, w), at least fp32; -inf where there is none."""
+    at, ids, rows = table
+    row = at[:, None]
+    z = logits[row // logits.shape[1], row % logits.shape[1], ids.clamp(min=0).long()]
+    return z.to(rows.inv_temperature.dtype).masked_fill_(ids < 0, -torch.inf)
 
 
 def fuses(o: Objective, backend: str, logits: Tensor, dtype: torch.dtype, softcap: float | None = None) -> bool:

@@ -98,6 +98,7 @@ class Gradients:
         needs: which of the three are wanted; the others are None.
         plan: its chunks that learn. dL/dweight adds up in fp32 over more than one, whatever the weight is.
         hold: gives the dtype of a gradient from that of its tensor.
+        sets: rows that have a set of tokens are added as one more chunk.
     """
 
     def __init__(
@@ -107,9 +108,10 @@ class Gradients:
         needs: Sequence[bool],
         plan: Plan,
         hold: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
+        sets: bool = False,
     ):
         self.projection, self.needs, self.started = projection, needs, False
-        hidden, weight, bias, chunks = projection.hidden, head.weight, head.bias, len(plan.learn)
+        hidden, weight, bias, chunks = projection.hidden, head.weight, head.bias, len(plan.learn) + sets
         device, sums = weight.device, wide(projection.dtype)
         shape = hidden.shape if needs[0] else (0, 0, 0)
         self.d_hidden = torch.empty(shape, dtype=hold(hidden.dtype), device=device)
@@ -122,7 +124,7 @@ class Gradients:
         self.vocab = projection.weight.shape[0]
         # zeros where no GEMM writes; on a CPU in all of a large one, because page faults inside a GEMM cost more
         small = device.type != "cpu" or self.sum.nbytes < LARGE
-        self._zero = not (chunks and small)  # whether all of it is
+        self._zero = sets or not (chunks and small)  # whether all of it is
         self.sum[0 if self._zero else self.vocab :].zero_()
         self.d_bias = torch.zeros(len(bias), dtype=sums, device=device) if needs[2] and bias is not None else None
         self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)
