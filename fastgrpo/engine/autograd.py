@@ -221,7 +221,7 @@ class _HiddenScores(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenScoring) -> _Scored:
         head, rows, scored, plan, want_entropy = call
         logp, lse, entropy = chunks.score(hidden, head, rows, plan, want_entropy)
-        ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, lse, entropy)
+        ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, logp, lse, entropy)
         ctx.head = head.without_tensors()
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -231,11 +231,12 @@ class _HiddenScores(torch.autograd.Function):
     def backward(ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_logp is None and d_entropy is None:
             return None, None, None, None
-        hidden, weight, bias, ids, inv_temperature, scored, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, ids, inv_temperature, scored, *scores = ctx.saved_tensors
         with torch.no_grad():
-            g, h = upstream(scored, lse, d_logp, d_entropy)
-            rows, scores = Rows(ids, None, inv_temperature), Scores(lse, lse, entropy)
-            made = chunks.gradients(hidden, ctx.head.of(weight, bias), rows, scores, g, h, ctx.needs_input_grad[:3])
+            made_of = Scores(*scores)
+            g, h = upstream(scored, made_of.lse, d_logp, d_entropy)
+            rows, needs = Rows(ids, None, inv_temperature), ctx.needs_input_grad[:3]
+            made = chunks.gradients(hidden, ctx.head.of(weight, bias), rows, made_of, g, h, needs)
         return *(_once(x, hidden, weight, bias, d_logp, d_entropy) for x in made), None
 
 
