@@ -147,10 +147,10 @@ def test_opcheck_linear(softcap, dtype, tolerance, backend, device):
     for mask, want_entropy in ((None, False), (batch.mask, True)):
         rows = [batch.ids, mask, batch.inv_temperature]
         opcheck(hidden_ops.linear_stats, (*head, rows, want_entropy, *options))
-    _, lse, entropy = (x.detach() for x in hidden_ops.linear_stats(*head, rows, True, *options))
-    g = torch.randn_like(lse)
-    for h, needs in ((None, [True, False, True]), (None, [True, False, False]), (torch.randn_like(lse), [True] * 3)):
-        rows = [batch.ids, batch.inv_temperature, lse, entropy, g, h]
+    scores = [x.detach() for x in hidden_ops.linear_stats(*head, rows, True, *options)]
+    g, h = torch.randn(2, len(batch.ids), device=device)
+    for of_entropy, needs in ((None, [True, False, True]), (None, [True, False, False]), (h, [True] * 3)):
+        rows = [batch.ids, batch.inv_temperature, *scores, g, of_entropy]
         opcheck(hidden_ops.linear_grad, (*(x.detach() for x in head), rows, needs, *options))
     rows, weights = Rows(batch.ids, batch.mask, batch.inv_temperature), row_weights(objective, batch)
     hows = [Apart(rows, replace(objective, importance_sampling_level="sequence"), batch, weights, batch.mask)]

@@ -16,7 +16,7 @@ namespace {
 using Args = FastgrpoColumns;
 
 constexpr int64_t kWorth = 1 << 20;  // multiplications that are worth a thread
-constexpr int64_t kAhead = 4;        // columns, of which the rows of the weight are asked for
+constexpr int64_t kAhead = 2;        // columns, of which the rows of the weight are asked for
 
 const char* row_of(const void* x, int64_t row, int64_t stride, int32_t dtype) {
   return (const char*)x + row * stride * element_size(dtype);
@@ -55,23 +55,17 @@ void logits(const Args& a, const Gather& made, int64_t threads) {
   });
 }
 
-// out = sum, or out += sum
-void write(const float* sum, int64_t n, bool add, void* out, int32_t dtype) {
-  for (int64_t i = 0; i < n; ++i) {
-    write_element(add ? read_element(out, i, dtype) + sum[i] : sum[i], out, i, dtype);
-  }
-}
-
 void d_hidden(const Args& a, const Gather& made, int64_t threads) {
   share(a.N, worth(a, a.N * a.width, threads), [&](const auto& next) {
     std::vector<float> sum(a.H);
     for (int64_t i; (i = next()) >= 0;) {
       std::fill(sum.begin(), sum.end(), 0.0f);
-      for (int64_t k = i * a.width; k < (i + 1) * a.width; ++k) {
-        if (a.ids[k] < 0 || a.values[k] == 0) continue;
+      for (int64_t k = i * a.width, end = k + a.width; k < end; ++k) {
+        prefetch(a, a.weight, a.ids + k + kAhead, end - k - kAhead, a.weight_stride);
+        if (a.ids[k] < 0) continue;
         made.add_scaled[a.dtype](sum.data(), row_of(a.weight, a.ids[k], a.weight_stride, a.dtype), a.values[k], a.H);
       }
-      write(sum.data(), a.H, false, (void*)row_of(a.out, i, a.out_stride, a.out_dtype), a.out_dtype);
+      made.put[a.out_dtype](sum.data(), (void*)row_of(a.out, i, a.out_stride, a.out_dtype), a.H, false);
     }
   });
 }
@@ -107,33 +101,32 @@ void d_weight(const Args& a, const Gather& made, int64_t threads) {
           made.add_scaled[a.dtype](sum.data(), h, a.values[pair], a.H);
           bias += a.values[pair];
         }
-        write(sum.data(), a.H, true, (void*)row_of(a.out, id, a.out_stride, a.out_dtype), a.out_dtype);
+        made.put[a.out_dtype](sum.data(), (void*)row_of(a.out, id, a.out_stride, a.out_dtype), a.H, true);
         if (a.d_bias != nullptr) a.d_bias[id] += bias;
       }
     }
   });
 }
 
-// Which columns of a row carry its gradient.
+// Which columns of a row carry its gradient. Candidates are what is not certainly dropped: |dz| of at least a V-th of
+// the budget, most of it. A row that keeps too many is left early, by their count.
 class Selection {
  public:
   Selection(const Args& a, const Gather& made) : a_(a), made_(made) {}
 
   void row(const FastgrpoArgs& rows, const Sweeps* table, int64_t r) {
-    int32_t* const ids = a_.found + r * a_.width;
-    float* const values = a_.values + r * a_.width;
     const int64_t count = find(rows, table, r);
     a_.count[r] = (int32_t)std::min(count, a_.width + 1);
-    const int64_t kept = count > a_.width ? 0 : count;
-    std::copy_n(ids_.data(), kept, ids);
-    std::copy_n(values_.data(), kept, values);
-    std::fill(ids + kept, ids + a_.width, -1);
-    std::fill(values + kept, values + a_.width, 0.0f);
+    if (count > a_.width) return;
+    std::copy_n(ids_.data(), count, a_.found + r * a_.width);
+    std::copy_n(values_.data(), count, a_.values + r * a_.width);
   }
 
  private:
-  static constexpr double kRounding = 2e-6;  // of a sum of probabilities
-  static constexpr int kBins = 4096;         // of magnitudes: the exponent and four bits of the mantissa
+  static constexpr double kRounding = 4e-6;  // of a sum of |dz|
+  static constexpr int kPart = 16;           // a share of 1/16 of the budget is for what is no candidate
+  static constexpr int kBits = 20, kBins = 1 << (31 - kBits);  // of magnitudes: exponent, 3 bits of the mantissa
+  static constexpr int64_t kSearched = 4096;                   // elements at a time
 
   int64_t overflow() const { return a_.width + 1; }
 
@@ -142,143 +135,162 @@ class Selection {
     const float g = rows.g[r], h = rows.h == nullptr ? 0.0f : rows.h[r];
     if (g == 0 && h == 0) return 0;
     Row row(rows, table, r);
-    row.cap();
-    const int64_t V = rows.vocab;
-    const double lse2 = rows.lse[r] / row.scale.unit, entropy = h == 0 ? 0.0f : rows.entropy[r];
-    if (!(lse2 - lse2 == 0) || !(g - g == 0) || !(h - h == 0) || !(entropy - entropy == 0)) return overflow();
-    const double slope = rows.softcap == INFINITY ? 1.0 : slope_at(row.target_logit(), rows.softcap);
-    const double own = row.target < 0 ? 0.0 : slope * row.gradient_of_target(row.target_logit(), lse2, g, h, entropy);
+    const float lse = rows.lse[r], entropy = h == 0 ? 0.0f : rows.entropy[r], lp = row.target < 0 ? 0 : rows.logp[r];
+    // Also false where one is NaN.
+    if (!(fabsf(lse) < INFINITY && fabsf(g) < INFINITY && fabsf(h) < INFINITY && fabsf(entropy) < INFINITY)) {
+      return overflow();
+    }
+    if (!(lp < INFINITY)) return overflow();
+    const RowGradient others = row.gradient_of_others(lse / row.scale.unit, g, h, entropy);
+    float own = row.target < 0 ? 0.0f : row.gradient_of_target(lp, g, h, entropy);
     const bool plain = h == 0 && rows.softcap == INFINITY;
-    ids_.clear();
-    values_.clear();
-    const bool finite = plain ? collect(row, g, lse2) : collect_dense(row, own, lse2, g, h, entropy);
-    if (!finite) return overflow();
-    if (row.target >= 0) {  // of which there is always one
+    const bool fits = plain ? among_logits(row, others, g, lp, lse) : among_gradients(row, others, &own);
+    if (!fits) return overflow();
+    if (row.target >= 0) {
       const auto at = std::lower_bound(ids_.begin(), ids_.end(), (int32_t)row.target);
-      values_.insert(values_.begin() + (at - ids_.begin()), (float)own);
+      values_.insert(values_.begin() + (at - ids_.begin()), own);
       ids_.insert(at, (int32_t)row.target);
     }
     return (int64_t)ids_.size();
   }
 
-  // Where |dz_j| = |g| p_j over the temperature, the logits themselves are searched. False: the row overflows.
-  bool collect(const Row& row, float g, double lse2) {
+  // Where |dz_j| = |g| p_j over the temperature, the logits themselves are searched, and Σ|dz| is known from logp. The
+  // target is left out. False: the row overflows.
+  bool among_logits(const Row& row, const RowGradient& others, float g, float lp, float lse) {
     const double factor = fabs((double)row.inv_temperature * g), sides = row.target < 0 ? 1 : 2;
-    const double lp = row.target < 0 ? -INFINITY : (row.target_logit() * (double)row.scale.c - lse2) * row.scale.unit;
-    // The sum over the others is known but to the rounding of lse: too little where p of the target is near 1.
-    const double others = std::max(-expm1(lp), kRounding) * factor, slack = 2 * kRounding * factor;
-    const double many = others > 100 * slack ? a_.tolerance * sides * others / a_.width : INFINITY;
-    const int64_t V = row.args.vocab;
-    double held = others, least = 0;
-    for (int attempt = 0; attempt < 4; ++attempt) {
-      const double least_now = held > 0 ? a_.tolerance * sides * held / (8 * V) : least * 1e-6;
-      if (attempt > 0 && held > 0 && least <= 2 * least_now) break;
-      least = least_now;
-      if (!search(row, true, g, lse2, least, many)) return false;
-      held = 0;
-      for (float x : values_) held += fabs(x);
+    const double sum = row.target < 0 ? factor : -expm1((double)lp) * factor;  // over the others
+    if (sum == 0) {  // nothing beside the target
+      ids_.clear();
+      values_.clear();
+      return true;
     }
-    const double rest = std::min(least * V, std::max(0.0, others - held) + slack);  // that was not looked at
-    drop(a_.tolerance * sides * held - rest);
-    return true;
-  }
-
-  // With an entropy's gradient, or a softcap, all of the gradient is made and searched. False: the row overflows.
-  bool collect_dense(const Row& row, double own, double lse2, float g, float h, float entropy) {
-    whole_gradient(row, lse2, g, h, entropy);
-    const int64_t V = row.args.vocab;
-    const double others = made_.magnitudes(dense_.data(), V), bound = a_.tolerance * (others + fabs(own));
-    if (!(bound - bound == 0)) return false;
-    if (bound == 0) return true;
-    if (!search(row, false, g, lse2, bound / (8 * V), bound / a_.width)) return false;
-    double held = 0;
-    for (float x : values_) held += fabs(x);
-    drop(bound - std::min(bound / 8, std::max(0.0, others - held) + kRounding * others));
-    return true;
-  }
-
-  // The columns with |dz| >= least beside the target; false if far too many are >= many.
-  bool search(const Row& row, bool plain, float g, double lse2, double least, double many) {
-    const double factor = fabs((double)row.inv_temperature * g);
-    const auto limit = [&](double magnitude) {  // in a plain row: of a logit with such a gradient
-      return (float)(plain ? (log2(magnitude / factor) + lse2) / row.scale.c : magnitude);
+    // p_j of the others come from the rounded lse.
+    const double rounding = kRounding + fabs(lse) * 2.4e-7;
+    const double budget = a_.tolerance * sides * sum * std::max(0.0, 1 - rounding);
+    const auto limit = [&](double magnitude, float margin) {  // of a logit with such a gradient
+      const float x = (float)((log2(magnitude / factor) + others.lse2) / row.scale.c);
+      return x + fabsf(x) * margin;
     };
-    const float low = limit(least), high = limit(many);
-    const int32_t dtype = plain ? row.dtype : (int32_t)kFloat32;
-    const char* const x = plain ? (const char*)row.source() : (const char*)dense_.data();
+    const double least = budget / (kPart * row.args.vocab);
+    if (!search(row.logits, row.dtype, false, limit(least, -1e-6f), limit(budget / a_.width, 1e-6f), row.target,
+                row.args.vocab)) {
+      return false;
+    }
+    row.table[kFloat32].gradient[kFloat32](values_.data(), values_.data(), (int64_t)values_.size(), row.scale.c,
+                                           others, nullptr);
+    return drop(budget, sum * (1 + rounding), least * row.args.vocab);
+  }
+
+  // With an entropy's gradient, or a softcap, all of the gradient is made and searched; own: that of the target.
+  // False: the row overflows.
+  bool among_gradients(Row& row, const RowGradient& others, float* own) {
+    const int64_t V = row.args.vocab;
+    const float* x = (const float*)row.logits;
+    if (row.dtype != kFloat32) {
+      wide_.resize(V + kCapPadding);
+      made_.widen[row.dtype](row.logits, wide_.data(), V);
+      x = wide_.data();
+    }
+    const Sweeps& sweeps = row.table[kFloat32];
+    dense_.resize(V + kCapPadding);
+    float* const dz = dense_.data();
+    if (row.args.softcap == INFINITY) {
+      sweeps.gradient[kFloat32](x, dz, V, row.scale.c, others, nullptr);
+    } else {
+      sweeps.cap(x, dz, V, row.args.softcap);
+      sweeps.gradient[kFloat32](dz, dz, V, row.scale.c, others, nullptr);
+      if (row.target >= 0) dz[row.target] = *own;
+      sweeps.uncap[kFloat32](x, dz, dz, V, row.args.softcap);
+      if (row.target >= 0) *own = dz[row.target];
+    }
+    if (row.target >= 0) dz[row.target] = 0;
+    const double sum = made_.magnitudes(dz, V);
+    if (!(sum + fabsf(*own) < INFINITY)) return false;
+    const double budget = a_.tolerance * (sum + fabsf(*own)) * (1 - kRounding), least = budget / (kPart * V);
+    return search(dz, kFloat32, true, (float)least * 0.999f, (float)(budget / a_.width) * 1.001f, row.target, V) &&
+           drop(budget, sum * (1 + kRounding), least * V);
+  }
+
+  // The columns of x not below `low` and their values, but the target's. False: more than `width` of those not below
+  // `high` have to be kept, because at most `width` of them can be dropped.
+  bool search(const void* x, int32_t dtype, bool magnitude, float low, float high, int64_t target, int64_t V) {
+    const auto part = [&](int64_t begin) { return (const char*)x + begin * element_size(dtype); };
+    int64_t counted = 0, above = 0;
+    const auto count_to = [&](int64_t end) {
+      for (int64_t n; counted < end; counted += n) {
+        n = std::min(kSearched, end - counted);
+        above += made_.count[dtype](part(counted), n, magnitude, high);
+        if (above > 2 * a_.width + 1) return false;
+      }
+      return true;
+    };
     candidates_.resize(kSearched);
     ids_.clear();
     values_.clear();
-    int64_t above = 0;
-    for (int64_t begin = 0; begin < row.args.vocab; begin += kSearched) {
-      const int64_t n = std::min(kSearched, row.args.vocab - begin);
-      int64_t more;
-      const int64_t found = made_.at_least[dtype](x + begin * element_size(dtype), n, !plain, low - fabsf(low) * 1e-6f,
-                                                  high, candidates_.data(), &more);
-      above += more;
-      // Of so many, more than `width` cannot be dropped.
-      if (above > 2 * a_.width + 1) return false;
+    if (!count_to(std::min(V, 8 * a_.width))) return false;  // a flat row ends here
+    for (int64_t begin = 0; begin < V; begin += kSearched) {
+      const int64_t n = std::min(kSearched, V - begin);
+      if (!count_to(begin + n)) return false;
+      const int64_t found = made_.find[dtype](part(begin), n, magnitude, low, candidates_.data());
       for (int64_t i = 0; i < found; ++i) {
         const int64_t j = begin + candidates_[i];
-        if (j == row.target) continue;
+        if (j == target) continue;
         ids_.push_back((int32_t)j);
         values_.push_back(read_element(x, j, dtype));
       }
     }
-    if (plain) {
-      const RowGradient others = row.gradient_of_others(lse2, g, 0.0f, 0.0f);
-      float* const dz = values_.data();
-      row.table[kFloat32].gradient[kFloat32](dz, dz, (int64_t)values_.size(), row.scale.c, others, nullptr);
-    }
     return true;
   }
 
-  static double slope_at(double capped, double softcap) { return 1 - (capped / softcap) * (capped / softcap); }
-
-  // To dense_, without the target's.
-  void whole_gradient(const Row& row, double lse2, float g, float h, float entropy) {
-    const int64_t V = row.args.vocab;
-    const float softcap = row.args.softcap;
-    dense_.resize(V);
-    for (int64_t j = 0; j < V; ++j) dense_[j] = read_element(row.source(), j, row.dtype);
-    const RowGradient others = row.gradient_of_others(lse2, g, h, entropy);
-    row.table[kFloat32].gradient[kFloat32](dense_.data(), dense_.data(), V, row.scale.c, others, nullptr);
-    if (softcap != INFINITY) {
-      for (int64_t j = 0; j < V; ++j) dense_[j] *= (float)slope_at(row.capped[j], softcap);
+  // Drops bins from the smallest on, and of the first that does not fit the columns that do, in their order. sum: of
+  // the row without its target; of it at most `unseen` is not among the candidates. False where a value is no number.
+  bool drop(double budget, double sum, double unseen) {
+    double sums[kBins] = {}, held = 0;
+    const auto bin = [](float x) { return (int)(bits_of(x) >> kBits & (kBins - 1)); };
+    for (float x : values_) {
+      sums[bin(x)] += fabsf(x);
+      held += fabsf(x);
     }
-    if (row.target >= 0) dense_[row.target] = 0;
-  }
-
-  // Drops the smallest, as long as their sum leaves some of `room`.
-  void drop(double room) {
-    double sums[kBins] = {};
-    const auto bin = [](float x) { return bits_of(x) >> 19 & (kBins - 1); };
-    for (float x : values_) sums[bin(x)] += fabs(x);
+    if (!(held < INFINITY)) return false;
+    double room = budget - std::min(unseen, std::max(0.0, sum - held));
     int first = 0;
-    for (; first < kBins && room >= sums[first]; ++first) room -= sums[first];
-    int64_t kept = 0;
+    for (; first < kBins && sums[first] <= room; ++first) room -= sums[first];
+    size_t kept = 0;
     for (size_t i = 0; i < values_.size(); ++i) {
-      if ((int)bin(values_[i]) < first) continue;
+      const int at = bin(values_[i]);
+      if (at < first) continue;
+      if (at == first && room >= 0) {
+        room -= fabsf(values_[i]);
+        if (room >= 0) continue;
+      }
       ids_[kept] = ids_[i];
       values_[kept++] = values_[i];
     }
     ids_.resize(kept);
     values_.resize(kept);
+    return true;
   }
 
-  static constexpr int64_t kSearched = 4096;  // elements at a time
   const Args& a_;
   const Gather& made_;
-  std::vector<float> dense_, values_;
+  std::vector<float> wide_, dense_, values_;
   std::vector<int32_t> candidates_, ids_;
 };
 
 void select(const Args& a, const FastgrpoArgs& rows, const Gather& made, const Sweeps* table, int64_t threads) {
   const int64_t n = rows.batch * rows.tokens;
-  threads = std::max<int64_t>(1, std::min(threads, n * rows.vocab >> 19));
-  share(n, threads, [&](const auto& next) {
+  share(n, std::max<int64_t>(1, std::min(threads, n * rows.vocab >> 19)), [&](const auto& next) {
     Selection selection(a, made);
     for (int64_t r; (r = next()) >= 0;) selection.row(rows, table, r);
+  });
+  int32_t most = 0;
+  for (int64_t r = 0; r < n; ++r) most = std::max(most, a.count[r] > a.width ? 0 : a.count[r]);
+  share(n, std::max<int64_t>(1, std::min(threads, n * most >> 18)), [&](const auto& next) {
+    for (int64_t r; (r = next()) >= 0;) {
+      const int64_t kept = a.count[r] > a.width ? 0 : a.count[r], at = r * a.width;
+      std::fill(a.found + at + kept, a.found + at + most, -1);
+      std::fill(a.values + at + kept, a.values + at + most, 0.0f);
+    }
   });
 }
 

@@ -146,10 +146,10 @@ struct Row {
     return {lse2, (float)constant, (float)(-factor * h * scale.unit)};
   }
 
-  // At the capped logit, if there is a softcap.
-  float gradient_of_target(double logit, double lse2, float g, float h, float entropy) const {
+  // From the logarithm of the target's probability; with a softcap that of the capped logit.
+  float gradient_of_target(double lp, float g, float h, float entropy) const {
     // g*(1 - p) keeps its digits when p is near 1.
-    const double lp = (logit * scale.c - lse2) * scale.unit, p = exp(lp);
+    const double p = exp(lp);
     double value = -g * expm1(lp);
     if (h != 0 && p != 0) value -= h * p * (lp + entropy);
     return (float)(inv_temperature * value);
@@ -161,7 +161,10 @@ struct Row {
     const double logit = target < 0 ? 0.0 : target_logit();  // before it is overwritten
     const RowGradient others = gradient_of_others(lse2, g, h, entropy);
     sweeps().gradient[sink_dtype](source(), sink, args.vocab, scale.c, others, next);
-    if (target >= 0) write_element(gradient_of_target(logit, lse2, g, h, entropy), sink, target, sink_dtype);
+    if (target >= 0) {
+      const double lp = (logit * scale.c - lse2) * scale.unit;
+      write_element(gradient_of_target(lp, g, h, entropy), sink, target, sink_dtype);
+    }
     if (capped == nullptr) return;
     table[args.dtype].uncap[args.out_dtype](logits, capped, out, args.vocab, args.softcap);
   }

@@ -68,7 +68,7 @@ struct Simd {
     a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(low), 16));
     b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(high), 16));
   }
-  static uint32_t at_least(Vec a, Vec b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
+  static uint32_t not_below(Vec a, Vec b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)); }
 
   // a first, then b, as fp32 comes from memory.
   static void store2_in_order(BFloat16* p, Vec a, Vec b) {

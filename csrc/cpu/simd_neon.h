@@ -67,9 +67,9 @@ struct Simd {
     a = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(u), 16));
     b = vreinterpretq_f32_u32(vshll_high_n_u16(u, 16));
   }
-  static uint32_t at_least(Vec a, Vec b) {
+  static uint32_t not_below(Vec a, Vec b) {
     const uint32x4_t bits = {1, 2, 4, 8};
-    return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), bits));
+    return vaddvq_u32(vbicq_u32(bits, vcltq_f32(a, b)));
   }
 
   // a first, then b, as fp32 comes from memory.

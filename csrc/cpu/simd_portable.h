@@ -77,9 +77,9 @@ struct Simd {
   static void load2_in_order(const T* p, Vec& a, Vec& b) {
     load2(p, a, b);
   }
-  static uint32_t at_least(const Vec& a, const Vec& b) {
+  static uint32_t not_below(const Vec& a, const Vec& b) {
     uint32_t bits = 0;
-    for (int i = 0; i < kWidth; ++i) bits |= (uint32_t)(a.lane[i] >= b.lane[i]) << i;
+    for (int i = 0; i < kWidth; ++i) bits |= (uint32_t)!(a.lane[i] < b.lane[i]) << i;
     return bits;
   }
   template <class T>

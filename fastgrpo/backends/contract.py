@@ -84,10 +84,9 @@ class TokenLoss(NamedTuple):
 class Columns(NamedTuple):
     """The columns that carry the gradient of each row: those in K, and what row_grad would write there."""
 
-    ids: Tensor  # (N, room) int32, rising; -1 behind the row's count
-    dz: Tensor  # (N, room), dL/dlogits there; 0 behind the row's count
-    # (N,) int32, |K|; more than `room`: the row did not fit, and has no ids here
-    count: Tensor  # type: ignore[assignment]  # of tuples, too
+    ids: Tensor  # (N, w) int32 with w <= room, rising; -1 behind the row's own
+    dz: Tensor  # (N, w), dL/dlogits there; 0 behind the row's own
+    sizes: Tensor  # (N,) int32, |K|; more than `room`: the row did not fit, and has no ids here
 
 
 @runtime_checkable
@@ -207,10 +206,16 @@ class ColumnBackend(Protocol):
         """The columns K of each row that carry its gradient, as `row_grad` would write it in fp32.
 
         What is dropped is small: the sum of |dz| over the columns outside of K is at most `tolerance` times the sum
-        over all columns. K is at most about 1.2 times as large as it must be. The target is in K whatever its dz, if
-        its id is in [0, V).
+        over all columns. The target is in K whatever its dz, if its id is in [0, V).
 
-        Rows where g and h (None: 0) are both 0 are not read, and have the count 0. A row whose K is larger than `room`
-        has a count above `room`, and no ids; so has one whose gradient is not finite somewhere, whatever its K. Of
-        `rows` and `scores` the same is read as by `row_grad`.
+        The rule: |dz| falls into bins by its exponent and the first three bits of its mantissa in fp32. Bins are
+        dropped from the smallest on, and of the first that does not fit the columns in their order, as long as they
+        fit. So K is about as small as it can be, whatever the tail. Sums are a backend's own, to a few roundings.
+
+        The target's dz comes from scores.logp, which keeps the digits of 1 - p where p is near 1, as lse does not;
+        those of the others are the bits of `row_grad`.
+
+        Rows where g and h (None: 0) are both 0 are not read, and have the size 0. A row whose K is larger than `room`
+        has a size above `room`, and no ids; so has one whose gradient is not finite somewhere, whatever its K. Beside
+        logp, of `rows` and `scores` the same is read as by `row_grad`.
         """

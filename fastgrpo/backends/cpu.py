@@ -168,7 +168,7 @@ def _call_columns(function: str, args: _Columns) -> None:
 
 
 def column_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
-    """The logits of a few columns of each row; `contract.Backend` says more."""
+    """The logits of a few columns of each row; `contract.ColumnBackend` says more."""
     n, width = ids.shape
     out = torch.empty(n, width, dtype=torch.float32)
     args = _Columns(
@@ -182,7 +182,7 @@ def column_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tens
 
 
 def column_d_hidden(dz: Tensor, ids: Tensor, weight: Tensor, out: Tensor) -> None:
-    """The gradient of hidden states from that of a few logits of each row; `contract.Backend` says more."""
+    """The gradient of hidden states from that of a few logits of each row; `contract.ColumnBackend` says more."""
     n, width = ids.shape
     args = _Columns(
         N=n, width=width, H=weight.shape[1], V=weight.shape[0], dtype=DTYPES[weight.dtype],
@@ -192,10 +192,8 @@ def column_d_hidden(dz: Tensor, ids: Tensor, weight: Tensor, out: Tensor) -> Non
     _call_columns("column_d_hidden", args)
 
 
-def column_d_weight(
-    dz: Tensor, ids: Tensor, rows: Tensor, hidden: Tensor, out: Tensor, d_bias: Tensor | None = None
-) -> None:
-    """Adds the gradient of the weight from that of single logits; `contract.Backend` says more."""
+def column_d_weight(dz: Tensor, ids: Tensor, rows: Tensor, hidden: Tensor, out: Tensor, d_bias: Tensor | None) -> None:
+    """Adds the gradient of the weight from that of single logits; `contract.ColumnBackend` says more."""
     args = _Columns(
         N=ids.numel(), H=hidden.shape[1], V=out.shape[0], dtype=DTYPES[hidden.dtype],
         hidden_stride=hidden.stride(0), out_stride=out.stride(0), out_dtype=DTYPES[out.dtype],
@@ -216,19 +214,19 @@ def select_columns(
     *,
     softcap: float | None = None,
 ) -> Columns:
-    """The columns of each row that carry its gradient; `contract.Backend` says more."""
+    """The columns of each row that carry its gradient; `contract.ColumnBackend` says more."""
     n = rows.ids.numel()
-    ids, count = torch.empty(n, room, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
-    dz = torch.empty(n, room, dtype=torch.float32)
-    entropy = None if h is None else scores.entropy
-    per_row = dict(ids=rows.ids, inv_temperature=rows.inv_temperature, lse=scores.lse, entropy=entropy, g=g, h=h)
+    ids, sizes = torch.empty(n, room, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    dz = torch.empty(n, room, dtype=torch.float32)  # of both, memory that no row needs is not touched
+    per_row = dict(ids=rows.ids, inv_temperature=rows.inv_temperature, g=g, h=h)
     columns = _Columns(
-        width=room, tolerance=tolerance, found=ids.data_ptr(), values=dz.data_ptr(), count=count.data_ptr()
+        width=room, tolerance=tolerance, found=ids.data_ptr(), values=dz.data_ptr(), count=sizes.data_ptr()
     )
     isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
-    args = make_args(logits, None, softcap, **per_row)
+    args = make_args(logits, None, softcap, scores._replace(entropy=None if h is None else scores.entropy), **per_row)
     _library().fastgrpo_cpu_select_columns(columns, args, isa, torch.get_num_threads())
-    return Columns(ids, dz, count)
+    width = int(sizes.masked_fill(sizes > room, 0).amax()) if n > 0 else 0
+    return Columns(ids[:, :width], dz[:, :width], sizes)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

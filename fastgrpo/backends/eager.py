@@ -15,6 +15,7 @@ from torch import Tensor
 from .contract import Call, Columns, Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
 _BYTES = 64 << 20  # of one temporary
+_BIN_BITS = 20  # of the 31 of a magnitude in fp32 that its bin leaves out: 3 of the mantissa stay
 
 
 def unavailable() -> str | None:
@@ -93,7 +94,7 @@ def _of(part: slice, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None) ->
     """What row_grad reads of a few rows."""
     entropy = None if h is None or scores.entropy is None else scores.entropy[part]
     few = Rows(rows.ids[part], None, rows.inv_temperature[part])
-    return few, Scores(scores.logp, scores.lse[part], entropy), g[part], None if h is None else h[part]
+    return few, Scores(scores.logp[part], scores.lse[part], entropy), g[part], None if h is None else h[part]
 
 
 def _gradient(x: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, softcap: float | None) -> Tensor:
@@ -115,6 +116,21 @@ def _gradient(x: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None
     if softcap is not None:
         grad *= 1 - (capped / softcap).square()
     return torch.where(active[:, None], grad * inv_temperature[:, None], 0.0)
+
+
+def _at_target(x: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, softcap: float | None) -> Tensor:
+    """(n,) what `_gradient` holds at the targets, from logp; 0 where there is none."""
+    logp, _, entropy = scores
+    dz = g * -torch.expm1(logp)
+    if h is not None:
+        assert entropy is not None
+        p = logp.exp()
+        dz = dz - h * torch.where(p == 0, 0.0, p * (logp + entropy))
+    if softcap is not None:
+        raw = x.gather(-1, rows.ids.clamp(0, x.size(-1) - 1)[:, None])[:, 0].to(dz.dtype)
+        dz = dz * (1 - torch.tanh(raw / softcap).square())
+    inside = (rows.ids >= 0) & (rows.ids < x.size(-1))
+    return torch.where(inside, dz * rows.inv_temperature, 0.0)
 
 
 def token_loss(
@@ -204,26 +220,28 @@ def select_columns(
     *,
     softcap: float | None = None,
 ) -> Columns:
-    """K is as small as it can be: columns are dropped from the smallest |dz| on, of equal ones the first."""
     n, vocab = rows.ids.numel(), logits.shape[-1]
     ids = torch.full((n, room), -1, dtype=torch.int32, device=logits.device)
     dz = torch.zeros((n, room), dtype=rows.inv_temperature.dtype, device=logits.device)
-    count = torch.zeros(n, dtype=torch.int32, device=logits.device)
+    sizes = torch.zeros(n, dtype=torch.int32, device=logits.device)
     for part, x in _chunks(logits):
         few = _of(part, rows, scores, g, h)
-        gradient = _gradient(x, *few, softcap)
-        target = rows.ids[part, None]
-        is_target = torch.arange(vocab, device=logits.device) == target
-        others, order = gradient.abs().masked_fill(is_target, 0).sort(dim=-1, stable=True)
-        sums = others.double().cumsum(-1)
-        total = sums[:, -1:] + gradient.gather(-1, target.clamp(0, vocab - 1)).abs() * is_target.any(-1, keepdim=True)
+        own = _at_target(x, *few, softcap)[:, None]
+        is_target = torch.arange(vocab, device=logits.device) == rows.ids[part, None]
+        gradient = torch.where(is_target, own, _gradient(x, *few, softcap))
+        others = gradient.abs().masked_fill(is_target, 0)
+        _, exponent = torch.frexp(others.amax(-1, keepdim=True))
+        scaled = torch.ldexp(others, -exponent).float()  # no subnormals, whose bins are wide
+        order = (scaled.view(torch.int32) >> _BIN_BITS).argsort(dim=-1, stable=True)
+        sums = others.gather(-1, order).double().cumsum(-1)
+        total = sums[:, -1:] + own.abs()
         kept = torch.empty_like(is_target).scatter_(-1, order, ~(sums <= tolerance * total)) | is_target
         size = torch.where(total[:, 0].isfinite(), kept.sum(-1), room + 1)
         active = g[part] != 0 if h is None else (g[part] != 0) | (h[part] != 0)
-        count[part] = torch.where(active, size, 0)
+        sizes[part] = torch.where(active, size, 0)
         kept &= (active & (size <= room))[:, None]
         row, column = kept.nonzero(as_tuple=True)
         place = kept.cumsum(-1)[row, column] - 1
         ids[part][row, place] = column.int()
         dz[part][row, place] = gradient[row, column]
-    return Columns(ids, dz, count)
+    return Columns(ids, dz, sizes)

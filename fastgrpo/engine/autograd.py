@@ -239,7 +239,7 @@ class _HiddenScores(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenScoring) -> _Scored:
         head, rows, scored, plan, want_entropy, kept = call
         logp, lse, entropy = chunks.score(hidden, head, rows, plan, want_entropy, kept)
-        ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, lse, entropy)
+        ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, logp, lse, entropy)
         ctx.head, ctx.kept = head.without_tensors(), kept
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -249,12 +249,12 @@ class _HiddenScores(torch.autograd.Function):
     def backward(ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_logp is None and d_entropy is None:
             return None, None, None, None
-        hidden, weight, bias, ids, inv_temperature, scored, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, ids, inv_temperature, scored, *scores = ctx.saved_tensors
         with torch.no_grad():
-            g, h = upstream(scored, lse, d_logp, d_entropy)
-            rows, scores = Rows(ids, None, inv_temperature), Scores(lse, lse, entropy)
-            head, needs = ctx.head.of(weight, bias), ctx.needs_input_grad[:3]
-            made = chunks.gradients(hidden, head, rows, scores, g, h, needs, ctx.kept)
+            made_of = Scores(*scores)
+            g, h = upstream(scored, made_of.lse, d_logp, d_entropy)
+            rows, needs = Rows(ids, None, inv_temperature), ctx.needs_input_grad[:3]
+            made = chunks.gradients(hidden, ctx.head.of(weight, bias), rows, made_of, g, h, needs, ctx.kept)
         return *(_once(x, hidden, weight, bias, d_logp, d_entropy) for x in made), None
 
 

@@ -108,10 +108,10 @@ class FewColumns:
         columns = self.kernels.select_columns(
             logits, *chunk, head.column_tolerance, self.room, softcap=head.sweeps.softcap
         )
-        count = columns.count.cpu()
-        dense = count > self.room
-        few = count.masked_fill(dense, 0)
-        n, n_dense = len(count), int(dense.sum())
+        sizes = columns.sizes.cpu()
+        dense = sizes > self.room
+        few = sizes.masked_fill(dense, 0)
+        n, n_dense = len(sizes), int(dense.sum())
         self.counted = self.counted.plus(int(few.sum()), int((few > 0).sum()), n_dense)
         if n_dense < n:
             width = max(1, int(few.max()))

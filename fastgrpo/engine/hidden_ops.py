@@ -113,14 +113,14 @@ def linear_grad(
 ) -> Three:
     """The gradients of hidden, weight and bias (empty unless `needs` says so) from g = dL/dlogp and h = dL/dentropy.
 
-    `rows` are ids, inv_temperature, lse, entropy (or empty), g and h (or None). Rows with both 0 enter no GEMM. It
+    `rows` are ids, inv_temperature, logp, lse, entropy (or empty), g and h (or None). Rows with both 0 enter no GEMM. It
     takes 2NHV FLOPs, and 2NHV more for each of the first two gradients.
     """
-    ids, inv_temperature, lse, entropy, g, h = rows
+    ids, inv_temperature, logp, lse, entropy, g, h = rows
     assert ids is not None and inv_temperature is not None
-    assert lse is not None and entropy is not None and g is not None
+    assert logp is not None and lse is not None and entropy is not None and g is not None
     head = _head(weight, bias, sizes, amounts, dtype, backend)
-    found = Scores(lse, lse, taken(entropy))
+    found = Scores(logp, lse, taken(entropy))
     made = chunks.gradients(hidden, head, Rows(ids, None, inv_temperature), found, g, h, needs)
     d_hidden, d_weight, d_bias = (given(x, inv_temperature) for x in made)
     return d_hidden, d_weight, d_bias
@@ -145,8 +145,8 @@ linear_grad.register_autograd(refuse_double_backward)
 
 def _linear_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
     hidden, weight, bias, (ids, scored, inv_temperature), _, *ctx.head = inputs
-    _, lse, entropy = output
-    ctx.save_for_backward(hidden, weight, bias, scored, ids, inv_temperature, lse, entropy)
+    logp, lse, entropy = output
+    ctx.save_for_backward(hidden, weight, bias, scored, ids, inv_temperature, logp, lse, entropy)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
 

@@ -20,8 +20,8 @@ class Backward(NamedTuple):
     entropy: Any  # as h
 
 
-class _Curve(NamedTuple):
-    """What `_gradient` is made of, the same all through a row: p * (a + b*log2(p)) with p = 2^(x*c - shift)."""
+class Curve(NamedTuple):
+    """What `gradient_of` is made of, the same all through a row: p * (a + b*log2(p)) with p = 2^(x*c - shift)."""
 
     c: Any  # log2(e) over the temperature
     shift: Any  # lse * log2(e)
@@ -32,7 +32,39 @@ class _Curve(NamedTuple):
 
 
 @triton.jit
-def _gradient(x, row, softcap, HAS_H: tl.constexpr, CAREFUL: tl.constexpr):
+def curve_of(at_row, inv_temperature, HAS_H: tl.constexpr):
+    """(`Curve`, low, careful) of a `Backward`. p = 2^(x*c - shift) * 2^-low, whose last factor is in a and b: what
+    rounding took from the shift. careful: the shift is so large that exponents are taken otherwise."""
+    g, h, lse, entropy = at_row
+    shift = lse * LOG2E
+    low = tl.fma(lse, LOG2E, -shift) + lse * LOG2E_LOW
+    careful = ~(tl.abs(shift) < RANGE)
+    low = tl.where(careful, 0.0, low)
+    factor = tl.exp2(-low) * inv_temperature
+    a = -g * factor
+    b = 0.0
+    if HAS_H:
+        a = -(g + h * (entropy - low * LN2)) * factor
+        b = -h * LN2 * factor
+    return Curve(inv_temperature * LOG2E, shift, inv_temperature, lse, a, b), low, careful
+
+
+@triton.jit
+def gradient_at_target(logp, target, at_row, inv_temperature, softcap, HAS_H: tl.constexpr):
+    """That of the target's element, from log p and expm1, so that nothing cancels when p is near 1."""
+    g, h, lse, entropy = at_row
+    p_minus_one, _ = expm1(logp)
+    at_target = g * -p_minus_one
+    if HAS_H:
+        at_target -= h * tl.exp2(logp * LOG2E) * (tl.maximum(logp, -1000.0) + entropy)
+    at_target *= inv_temperature
+    if softcap is not None:
+        at_target *= 1.0 - (target / softcap) * (target / softcap)
+    return at_target
+
+
+@triton.jit
+def gradient_of(x, row, softcap, HAS_H: tl.constexpr, CAREFUL: tl.constexpr):
     """p * (a + b*log2(p)) with p = 2^(x*c - shift); with a softcap x is capped first, and led through its slope."""
     a = row.a
     b = row.b
@@ -60,7 +92,7 @@ def _tile(body, out, start, left, fence, row, softcap, K: tl.constexpr, LANES: t
     x = load(tl.multiple_of(body + start, 16), left, UNROLL, LANES, K, "evict_first")
     if fence:
         tl.debug_barrier()
-    y = _gradient(x, row, softcap, HAS_H, CAREFUL)
+    y = gradient_of(x, row, softcap, HAS_H, CAREFUL)
     sink = out + start
     if SAME_PHASE:
         sink = tl.multiple_of(sink, K * out.dtype.element_ty.primitive_bitwidth // 8)
@@ -111,41 +143,21 @@ def row_gradient(row_ptr, out, id, target, V, at_row, inv_temperature, softcap, 
     off the target that is p_j * (a + b * log2 p_j).
     """
     NARROWER: tl.constexpr = INPLACE and out.dtype.element_ty != row_ptr.dtype.element_ty
-    g, h, lse, entropy = at_row
-    c = inv_temperature * LOG2E
-    shift = lse * LOG2E
-    # What rounding took from the shift goes into the factor: p = 2^(x*c - shift) * 2^-low.
-    low = tl.fma(lse, LOG2E, -shift) + lse * LOG2E_LOW
-    careful = ~(tl.abs(shift) < RANGE)
-    low = tl.where(careful, 0.0, low)
-    factor = tl.exp2(-low) * inv_temperature
-    a = -g * factor
-    b = 0.0
-    if HAS_H:
-        a = -(g + h * (entropy - low * LN2)) * factor
-        b = -h * LN2 * factor
-    row = _Curve(c, shift, inv_temperature, lse, a, b)
+    row, low, careful = curve_of(at_row, inv_temperature, HAS_H)
     head, n_vec = ends(row_ptr, V, K)
     known = (id >= 0) & (id < V)
     at = tl.where(known, id, 0).to(tl.int32)
 
-    # Gradient of the target element, from log p and expm1, so that nothing cancels when p is near 1.
-    logp = tl.where(careful, target * inv_temperature - lse, (tl.fma(target, c, -shift) - low) * LN2)
-    p_minus_one, _ = expm1(logp)
-    at_target = g * -p_minus_one
-    if HAS_H:
-        at_target -= h * tl.exp2(logp * LOG2E) * (tl.maximum(logp, -1000.0) + entropy)
-    at_target *= inv_temperature
-    if softcap is not None:
-        at_target *= 1.0 - (target / softcap) * (target / softcap)
+    logp = tl.where(careful, target * inv_temperature - row.lse, (tl.fma(target, row.c, -row.shift) - low) * LN2)
+    at_target = gradient_at_target(logp, target, at_row, inv_temperature, softcap, HAS_H)
 
     if with_ends:
         j, inside = end_elements(V, head, n_vec, K, LANES)
         x = tl.load(row_ptr + j, mask=inside, other=0.0).to(tl.float32)
         if careful:
-            y = _gradient(x, row, softcap, HAS_H, True)
+            y = gradient_of(x, row, softcap, HAS_H, True)
         else:
-            y = _gradient(x, row, softcap, HAS_H, False)
+            y = gradient_of(x, row, softcap, HAS_H, False)
         if not NARROWER:
             tl.store(out + j, narrow(y, out.dtype.element_ty), mask=inside)
     body = row_ptr + head + first * K

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .gradient import Backward, _Curve, _gradient
+from .gradient import Backward, curve_of, gradient_at_target, gradient_of
 from .memory import load, row_pointer
-from .numeric import INF, LN2, LOG2E, LOG2E_LOW, RANGE, expm1
+from .numeric import INF
 from .statistics import _power_of_two, _sum, target_logit
 
 BITS = tl.constexpr(20)  # of a magnitude's 31 that its bin leaves out: 3 bits of the mantissa stay
@@ -30,7 +30,7 @@ class Chosen(NamedTuple):
 
     ids: Any  # as in `Columns`
     dz: Any
-    count: Any
+    sizes: Any
     candidates: Any  # (programs, capacity) int64, for a program's own use
 
 
@@ -43,38 +43,6 @@ class Source(NamedTuple):
     careful: Any
     target: Any  # its column, -1 where there is none
     at_target: Any  # dz there
-
-
-@triton.jit
-def _curve(at_row, inv_temperature, HAS_H: tl.constexpr):
-    """(`_Curve`, low, careful) of a row, as `row_gradient` has them."""
-    g, h, lse, entropy = at_row
-    shift = lse * LOG2E
-    low = tl.fma(lse, LOG2E, -shift) + lse * LOG2E_LOW
-    careful = ~(tl.abs(shift) < RANGE)
-    low = tl.where(careful, 0.0, low)
-    factor = tl.exp2(-low) * inv_temperature
-    a = -g * factor
-    b = 0.0
-    if HAS_H:
-        a = -(g + h * (entropy - low * LN2)) * factor
-        b = -h * LN2 * factor
-    return _Curve(inv_temperature * LOG2E, shift, inv_temperature, lse, a, b), low, careful
-
-
-@triton.jit
-def _at_target(target, at_row, curve, low, careful, softcap, HAS_H: tl.constexpr):
-    """dz of the target's element, as `row_gradient` has it."""
-    g, h, lse, entropy = at_row
-    logp = tl.where(careful, target * curve.inv_temperature - lse, (tl.fma(target, curve.c, -curve.shift) - low) * LN2)
-    one_minus_p, _ = expm1(logp)
-    dz = g * -one_minus_p
-    if HAS_H:
-        dz -= h * tl.exp2(logp * LOG2E) * (tl.maximum(logp, -1000.0) + entropy)
-    dz *= curve.inv_temperature
-    if softcap is not None:
-        dz *= 1.0 - (target / softcap) * (target / softcap)
-    return dz
 
 
 @triton.jit
@@ -104,9 +72,9 @@ def _row_tile(source, curve, i, at, softcap, K: tl.constexpr, LANES: tl.constexp
     else:
         x = tl.load(base + _place(0, K, LANES), mask=inside, other=0.0).to(tl.float32)
     if source.careful:
-        y = _gradient(x, curve, softcap, HAS_H, True)
+        y = gradient_of(x, curve, softcap, HAS_H, True)
     else:
-        y = _gradient(x, curve, softcap, HAS_H, False)
+        y = gradient_of(x, curve, softcap, HAS_H, False)
     return tl.where(j == source.target, at, tl.where(inside, y, 0.0)), j
 
 
@@ -125,7 +93,7 @@ def _sum_of_row(source, curve, softcap, K: tl.constexpr, LANES: tl.constexpr, UN
     for i in range(first, rest, UNROLL):
         for u in tl.static_range(UNROLL):
             x = load(tl.multiple_of(source.base + (i + u) * TILE, 16), None, 1, LANES, K, "")
-            y = _gradient(x, curve, softcap, HAS_H, CAREFUL)
+            y = gradient_of(x, curve, softcap, HAS_H, CAREFUL)
             s += tl.abs(tl.where(_place(i + u, K, LANES) - source.lead == source.target, source.at_target, y))
     for i in range(rest, tl.cdiv(end, TILE)):
         y, _ = _row_tile(source, curve, i, source.at_target, softcap, K, LANES, HAS_H)
@@ -247,7 +215,7 @@ def _choose(source, curve, ids, dz, room, bin, end, below, budget, softcap, K: t
 
 
 @_kernel
-def choose_kernel(logits, rows, backward, out, tolerance, softcap, V, T,
+def choose_kernel(logits, rows, logp, backward, out, tolerance, softcap, V, T,
                   stride_b, stride_t, n_rows, room, K: tl.constexpr, LANES: tl.constexpr,
                   UNROLL: tl.constexpr, CANDIDATES: tl.constexpr):  # fmt: skip
     """Grid (any,), programs stride over the rows: the columns of each that carry its gradient.
@@ -271,10 +239,11 @@ def choose_kernel(logits, rows, backward, out, tolerance, softcap, V, T,
         n = 0
         if (g != 0.0) | (h != 0.0):
             n = _columns_of_row(row_pointer(logits, row, T, stride_b, stride_t), tl.load(rows.ids + row),
+                                tl.load(logp + row),
                                 Backward(g, h, tl.load(backward.lse + row), entropy),
                                 tl.load(rows.inv_temperature + row), tolerance, softcap, V, ids, dz, room,
                                 candidates, capacity, K, LANES, UNROLL, HAS_H)  # fmt: skip
-        tl.store(out.count + row, n)
+        tl.store(out.sizes + row, n)
         # The race: of a row that overflowed, places were written by other warps; those writes must come first. And the
         # candidates of the next row must come after this one's are read.
         tl.debug_barrier()
@@ -285,12 +254,13 @@ def choose_kernel(logits, rows, backward, out, tolerance, softcap, V, T,
 
 
 @triton.jit
-def _columns_of_row(row_ptr, id, at_row, inv_temperature, tolerance, softcap, V, ids, dz, room, candidates,
+def _columns_of_row(row_ptr, id, logp, at_row, inv_temperature, tolerance, softcap, V, ids, dz, room, candidates,
                     capacity, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
                     HAS_H: tl.constexpr):  # fmt: skip
     """Write a row's K, and return its size, or another above `room`."""
-    curve, low, careful = _curve(at_row, inv_temperature, HAS_H)
-    at_target = _at_target(target_logit(row_ptr, id, V, softcap), at_row, curve, low, careful, softcap, HAS_H)
+    curve, _, careful = curve_of(at_row, inv_temperature, HAS_H)
+    target = 0.0 if softcap is None else target_logit(row_ptr, id, V, softcap)
+    at_target = gradient_at_target(logp, target, at_row, inv_temperature, softcap, HAS_H)
     known = (id >= 0) & (id < V)
     base = tl.multiple_of((row_ptr.to(tl.int64) & -16).to(row_ptr.dtype), 16)
     lead = (row_ptr.to(tl.int64) & 15).to(tl.int32) // (row_ptr.dtype.element_ty.primitive_bitwidth // 8)
