@@ -10,6 +10,7 @@ from typing import NamedTuple
 NUM_GENERATIONS = 8
 NUM_ITERATIONS = 1
 TEMPERATURE = 1.0
+TOP_P, TOP_K = 1.0, 0
 BACKEND = "auto"
 COLUMN_TOLERANCE = 0.0
 LOGITS_DTYPE, LOGITS_DTYPES = "auto", ("auto", "float32", "bfloat16", "float16")

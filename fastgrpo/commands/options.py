@@ -55,16 +55,17 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
-def number(*, least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
-    """The type of an option that takes a finite number of at least `least`, and above `above`."""
+def number(*, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
+    """The type of an option that takes a finite number of at least `least`, above `above` and at most `most`."""
     bound = f"above {above:g}" if above > least else f"of at least {least:g}"
+    bound += f" and at most {most:g}" if math.isfinite(most) else ""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value >= least and value > above):
+        if not (math.isfinite(value) and value >= least and above < value <= most):
             raise argparse.ArgumentTypeError(f"expected a number {bound}, got {text!r}")
         return value
 

@@ -14,6 +14,7 @@ from fastgrpo.models.head import Head, run_completion_head
 from fastgrpo.objective import Objective
 from fastgrpo.output import GRPOOutput
 from fastgrpo.trainer.config import GRPOConfig
+from fastgrpo.trainer.sampling import sets_of
 
 
 def completion_loss(
@@ -41,6 +42,7 @@ def completion_loss(
             loss_scale=loss_scale,
             temperature=args.temperature,
             objective=objective,
+            **sets_of(batch),
             **args.head_options,
             **head.options,
         )
@@ -61,6 +63,7 @@ def frozen_logps(model: nn.Module, batch: dict[str, Tensor], args: GRPOConfig, s
                 part["completion_ids"],
                 mask=part["completion_mask"],
                 temperature=args.temperature,
+                **sets_of(part),
                 **args.head_options,
                 **head.options,
             )

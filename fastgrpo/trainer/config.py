@@ -14,6 +14,7 @@ from fastgrpo import _defaults
 from fastgrpo.advantages import SCALE_REWARDS
 from fastgrpo.engine.head import check_tolerance
 from fastgrpo.objective import Objective
+from fastgrpo.trainer.sampling import OTHER_TRUNCATIONS
 
 # transformers 5.2x renamed the option and warns at the old name
 _FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -84,6 +85,9 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
         max_completion_length: the most tokens that are sampled for a completion.
         shuffle_dataset: visit the prompts in random order.
         temperature, top_p, top_k, min_p, repetition_penalty: how completions are sampled.
+        keep_sampling_mask: where top_p, top_k or min_p truncate, take the policy's, the old and the reference logps
+            over the tokens that were kept at each place, as `kept_ids` of `linear_grpo_loss`, so that they are of the
+            distribution that was sampled from. False: over the whole vocabulary, as in TRL.
         cache_implementation: the cache that `generate` uses.
         generation_kwargs: more options for `GenerationConfig`; they win over the ones above.
         chat_template_kwargs: for `apply_chat_template`, if prompts are lists of messages.
@@ -133,10 +137,11 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
     steps_per_generation: int | None = None
     generation_batch_size: int | None = None
     temperature: float = _defaults.TEMPERATURE
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: float = _defaults.TOP_P
+    top_k: int = _defaults.TOP_K
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    keep_sampling_mask: bool = False
     cache_implementation: str | None = None
     generation_kwargs: dict[str, Any] | str | None = None
     chat_template_kwargs: dict[str, Any] | str | None = None
@@ -217,6 +222,12 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
         check_tolerance(self.column_tolerance)
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a number > 0, got {self.temperature}")
+        others = [name for name in OTHER_TRUNCATIONS if as_dict(self.generation_kwargs).get(name) is not None]
+        if self.keep_sampling_mask and others:
+            raise ValueError(
+                "generation_kwargs: expected no truncation beside top_k, top_p and min_p with keep_sampling_mask, "
+                f"got {', '.join(others)}"
+            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size: expected False, since a smaller batch would cut through the groups"

@@ -42,6 +42,7 @@ from fastgrpo.trainer.rollout import (
     split_rows,
     tokenize_prompts,
 )
+from fastgrpo.trainer.sampling import Sampled, SetRecorder, pack_sets, truncates
 from fastgrpo.trainer.setup import (
     as_list,
     check_dataset,
@@ -209,7 +210,8 @@ class GRPOTrainer(GroupTrainer):
         pad_id = self.processing_class.pad_token_id
         prompt_ids, prompt_mask = pad(prompt_tokens, pad_id, "left", device)
         prompts = rendered(self.processing_class, prompts, prompt_tokens)
-        completion_tokens = self._generate(prompt_ids, prompt_mask)
+        sampled = self._generate(prompt_ids, prompt_mask)
+        completion_tokens = sampled.completions if isinstance(sampled, Sampled) else sampled
         completions = decode_completions(self.processing_class, completion_tokens, is_conversation(prompts[0]))
         completion_ids, completion_mask = pad(completion_tokens, pad_id, "right", device)
 
@@ -225,14 +227,22 @@ class GRPOTrainer(GroupTrainer):
             "completion_mask": completion_mask,
             "num_items_in_batch": accelerator.gather(completion_mask.sum()).sum(),
         }
+        if args.keep_sampling_mask and truncates(self.generation_config):
+            if not isinstance(sampled, Sampled):
+                raise ValueError("keep_sampling_mask: expected a sampler that gives `Sampled`, got completions alone")
+            batch |= pack_sets(sampled.kept, completion_ids.shape[1], device)
         batch |= self._frozen_logps(batch, mode)
         batch["advantages"] = self._score(rows, prompts, completions, completion_tokens, group, mode)
         return batch
 
-    def _generate(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[list[int]]:
+    def _generate(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[list[int]] | Sampled:
         """Sampled completions of (B, P) prompts; one method, so that another sampler can take its place."""
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        return generate_completions(model, prompt_ids, prompt_mask, self.generation_config)
+        model, config = self.accelerator.unwrap_model(self.model_wrapped), self.generation_config
+        if not (self.args.keep_sampling_mask and truncates(config)):
+            return generate_completions(model, prompt_ids, prompt_mask, config)
+        recorder = SetRecorder(config)
+        completions = generate_completions(model, prompt_ids, prompt_mask, config, recorder)
+        return Sampled(completions, recorder.sets([len(tokens) for tokens in completions]))
 
     def _frozen_logps(self, batch: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
         """Per-token logps (B, T) of the policy that samples, where they will differ from the learner's, and of the

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from fastgrpo.models.calls import AnyModel, frozen
 from fastgrpo.models.head import unwrap
 from fastgrpo.rewards.text import is_conversation
 from fastgrpo.trainer.config import GRPOConfig, as_dict
+from fastgrpo.trainer.sampling import SetRecorder
 from fastgrpo.trainer.setup import as_list
 
 
@@ -82,11 +83,18 @@ def make_generation_config(args: GRPOConfig, tokenizer: PreTrainedTokenizerBase,
 
 
 def generate_completions(
-    model: AnyModel, prompt_ids: Tensor, prompt_mask: Tensor, config: GenerationConfig
+    model: AnyModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    config: GenerationConfig,
+    recorder: SetRecorder | None = None,
 ) -> list[list[int]]:
     """One sampled completion per row of prompt_ids (B, P), left-padded; each ends with its end token or is cut off."""
+    options: dict[str, Any] = {}
+    if recorder is not None:
+        config, options = recorder.plain, {"logits_processor": LogitsProcessorList([recorder])}
     with frozen(model), _generation_config(model, config):
-        output = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config)
+        output = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config, **options)
     ends = as_list(config.eos_token_id)
     completions = []
     for row in output[:, prompt_ids.shape[1] :].tolist():

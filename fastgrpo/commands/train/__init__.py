@@ -48,6 +48,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--max-completion-length", type=whole(1),
         help=f"tokens per completion at most {_by_task('max_completion_length')}")  # fmt: skip
     add("--temperature", type=number(above=0), default=defaults.TEMPERATURE, help="of sampling")
+    add("--top-p", type=number(above=0, most=1), default=defaults.TOP_P,
+        help="sample from the likeliest tokens that have this share")  # fmt: skip
+    add("--top-k", type=whole(0), default=defaults.TOP_K, help="sample from this many likeliest tokens; 0: from all")
+    add("--keep-sampling-mask", action="store_true",
+        help="take the loss over the tokens that --top-p and --top-k kept")  # fmt: skip
 
     add = train.add_argument_group("optimisation").add_argument
     add("--steps", type=whole(1), help=f"optimiser steps {_by_task('steps')}")
