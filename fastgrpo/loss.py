@@ -78,6 +78,14 @@ def grpo_loss(
         token_weights (B, T), (B, 1) or (B,): factors of each token's loss, KL included, beside the average's.
         group_ids (B,), packed (S,) integer: the prompt of each completion, for the average "prompt-mean"; None:
             contiguous groups of `num_generations`.
+        kept_ids, kept_offsets: the tokens that the sampler kept at each place after top-k, top-p or min-p. A token's
+            logp and entropy, and so everything here, is then of the distribution over these:
+            logp = z[id] - logsumexp of the kept z. kept_ids (M,) integer are those of all rows, one after the other,
+            and kept_offsets (N+1,) integer says where those of row n of `completion_ids.reshape(-1)` begin; or
+            kept_ids (B, T, k), packed (N, k), with -1 behind them and no kept_offsets. `kept_sets` makes the first
+            two. A row without any is over all V. An id more than once counts once. Sets are constants: nothing has a
+            gradient through them. Old and reference logps have to be over the same sets. From a set's row only the
+            kept logits are read, in two sweeps, whatever the objective; the others get gradient 0.
         objective: every option of the loss.
         return_stats: fill per_token_logps, entropies, kl and metrics; if False, tokens that cannot learn are not
             scored.

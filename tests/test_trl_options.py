@@ -438,3 +438,24 @@ def test_other_trainers_log_the_same_under_patch(name, model_folder, tmp_path, m
     with fast.patch():
         assert_same(result(), want)
     assert calls
+
+
+def test_sets_in_the_inputs(model_folder, tmp_path):
+    """All tokens: the same numbers as without. The sampled one alone: its probability is 1, there and in entropies."""
+    ways = {"none": lambda ids: None, "all": lambda ids: torch.arange(128).expand(*ids.shape, 128),
+            "one": lambda ids: ids[..., None]}  # fmt: skip
+
+    def run(way):
+        class Keeps(fast.GRPOTrainer):
+            def _generate_and_score_completions(self, inputs):
+                made = super()._generate_and_score_completions(inputs)
+                if (kept := ways[way](made["completion_ids"])) is not None:
+                    made["kept_ids"] = torch.where(made["completion_mask"][..., None] != 0, kept, -1)
+                return made
+
+        return logged(grpo_run, Keeps, model_folder("qwen2"), tmp_path / way, tools=True)
+
+    none, every, one = map(run, ways)
+    assert_same(every, none, 2e-6)
+    entropies = [entry["entropy"] for entry in one[0] if "entropy" in entry]
+    assert entropies and not any(entropies)

@@ -47,6 +47,11 @@ def compute_metrics(o: Objective, batch: Batch, entropies: Tensor | None, terms:
         for name in o.record.logs:  # one number for each sequence, which is 1 where that has no loss token
             weight = torch.where(lengths[:, 0] > 0, sums[:, [*vectors].index(name)] / lengths[:, 0], 1.0)
             metrics[name] = weight.sum() / max(sequences, 1)
+    if batch.kept is not None:
+        with_set, sizes = batch.kept.given & batch.mask, torch.where(batch.mask, batch.kept.count, 0)
+        given, tokens = with_set.sum(), batch.mask.sum().clamp(min=1)
+        metrics["kept/mean"] = (sizes.sum() / given.clamp(min=1)).to(batch.dtype)
+        metrics["kept/without"] = (1 - given / tokens).to(batch.dtype)
     if terms.bonus is not None:
         metrics["policy_loss"] = terms.loss.detach() - terms.bonus
     return metrics
@@ -105,6 +110,9 @@ def reduce_metrics(
         if rows is not None and name.startswith("columns/"):
             weight = rows * (1 - gathered["columns/dense"]) if name == "columns/mean" else rows
             reduced[name] = (column * weight).sum() / weight.sum().clamp(min=1)
+        elif name == "kept/mean":
+            weight = tokens * (1 - gathered["kept/without"])
+            reduced[name] = (column * weight).sum() / weight.sum().clamp(min=1e-9)
         elif name.endswith("_min"):
             reduced[name] = _finite(column.nan_to_num(nan=math.inf).min())
         elif name.endswith("_max"):

@@ -18,7 +18,7 @@ class LossAtHead:
 
     Args:
         completion_mask (B, T): the completions' tokens, those of tools included.
-        call: keyword arguments of `linear_grpo_loss`; what is per token is (B, T).
+        call: keyword arguments of `linear_grpo_loss`; what is per token is (B, T), or (B, T, k).
     """
 
     def __init__(self, completion_mask: Tensor, call: dict):
@@ -37,7 +37,7 @@ class LossAtHead:
             lengths = self._mask.sum(-1)
             call["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
             for name, value in call.items():
-                if isinstance(value, Tensor) and value.shape == self._mask.shape:
+                if isinstance(value, Tensor) and value.shape[:2] == self._mask.shape:
                     call[name] = value[self._mask]
         head = dict(bias=bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
         device, under = hidden.device.type, contextlib.nullcontext()

@@ -22,6 +22,10 @@ class GRPOTrainer(OwnGRPOTrainer):
     tokens of advantage 0, with beta and the entropy coefficient 0, enter only the first. The metrics take one
     collective and one wait.
 
+    Where the inputs of a step have `kept_ids` (B, T, k), the tokens that the sampler kept with -1 behind them, the loss is
+    over these, as in `linear_grpo_loss`; old and reference logps in the inputs have to be, too. TRL makes no such
+    inputs: a subclass adds them in `_generate_and_score_completions`.
+
     If a subclass overrides a method that makes the loss, or an option has no counterpart in `Objective`, the loss is
     TRL's own, and a RuntimeWarning says why.
 
@@ -81,6 +85,7 @@ class GRPOTrainer(OwnGRPOTrainer):
                 ref_per_token_logps=inputs["ref_per_token_logps"] if objective.needs_ref else None,
                 sampling_per_token_logps=inputs.get("sampling_per_token_logps"),
                 importance_sampling_ratio=inputs.get("importance_sampling_ratio") if corrected else None,
+                kept_ids=inputs.get("kept_ids"),
                 num_items_in_batch=objective.items_in_batch(
                     tokens=inputs["num_items_in_batch"].clamp(min=1) / parts, sequences=len(mask)
                 ),
