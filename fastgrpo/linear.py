@@ -45,17 +45,18 @@ def linear_grpo_loss(
     chunk of logits, and the gradients until the backward pass. dL/dweight adds up in fp32 over several chunks.
     Gradients of fp32 tensors leave their GEMMs in fp32; those of fp16 tensors, too, and stay fp32 until the backward
     pass. With a `column_tolerance`, gradients that lie in few columns are made of these alone, with 4H FLOPs for each
-    column in place of 4HV for the row. Masked rows enter no GEMM. Rows of advantage 0, with beta and entropy_coef 0,
-    cost one forward GEMM, or none with `return_stats=False`.
+    column in place of 4HV for the row. Masked rows enter no GEMM, and no row with `kept_ids` does: k kept tokens take
+    2kH FLOPs forward and 6kH backward. Rows of advantage 0, with beta and entropy_coef 0, cost one forward GEMM, or
+    none with `return_stats=False`.
 
     Objectives beyond token level keep sequences whole. If a sequence does not fit into a chunk (with
     top_entropy_quantile < 1, or in a compiled graph: if the batch does not), the gradient is made in the backward pass
-    instead, by projecting the rows that have one again: 8NHV.
+    instead, by projecting the rows that have one again: 8NHV. With `kept_ids` it always is.
 
     On a GPU a call waits for the device at most once, to learn how many rows there are to project, or how long packed
     sequences are. It does not wait without a mask and with beta or entropy_coef, at token level or in one chunk. A
     gradient that is made in the backward pass waits there once more. With a `column_tolerance` it waits with every
-    chunk that learns.
+    chunk that learns, with `kept_ids` once more forward and twice more backward.
 
     Args:
         hidden (B, T, H) or packed (N, H), fp32, bf16 or fp16: row t predicts completion_ids[:, t]. Any strides.

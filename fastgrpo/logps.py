@@ -77,6 +77,7 @@ def selective_logps(
         temperature: number > 0, or a tensor per sequence (B,) or per token (B, T) / (N,).
         return_entropy: also return the entropies, in nats.
         backend: "auto" (see `fastgrpo.backends.select`), "cpu", "cuda", "triton" or "torch".
+        kept_ids, kept_offsets: the tokens over which each row's distribution is, as in `grpo_loss`.
 
     Returns:
         logps like completion_ids, fp32 (float64 from float64); or (logps, entropies). Differentiable in logits.
@@ -152,6 +153,8 @@ def linear_logps(
         return_entropy: also return the entropies, in nats.
         bias, logit_scale, softcap, vocab_size, chunk_size, logits_dtype, column_tolerance: as in `linear_grpo_loss`.
         backend: "auto" (see `fastgrpo.backends.select`), "cpu", "cuda", "triton" or "torch".
+        kept_ids, kept_offsets: the tokens over which each row's distribution is, as in `grpo_loss`; a row with k of
+            them takes 2kH FLOPs in place of 2HV.
 
     Returns:
         logps like completion_ids, fp32; or (logps, entropies). Differentiable in hidden, weight and bias.

@@ -22,8 +22,8 @@ class GRPOTrainer(OwnGRPOTrainer):
     tokens of advantage 0, with beta and the entropy coefficient 0, enter only the first. The metrics take one
     collective and one wait.
 
-    Where the inputs of a step have `kept_ids` (B, T, k), the tokens that the sampler kept with -1 behind them, the loss is
-    over these, as in `linear_grpo_loss`; old and reference logps in the inputs have to be, too. TRL makes no such
+    Where the inputs of a step have `kept_ids` (B, T, k), the tokens that the sampler kept with -1 behind them, the loss
+    is over these, as in `linear_grpo_loss`; old and reference logps in the inputs have to be, too. TRL makes no such
     inputs: a subclass adds them in `_generate_and_score_completions`.
 
     If a subclass overrides a method that makes the loss, or an option has no counterpart in `Objective`, the loss is
