@@ -112,10 +112,12 @@ MISTAKES = [
             ("--learning-rate", "-0.001", "a number of at least 0"),
             ("--learning-rate", "inf", "a number of at least 0"),
             ("--beta", "-1", "a number of at least 0"),
+            ("--column-tolerance", "-0.1", "a number of at least 0"),
             ("--sft-learning-rate", "x", "a number of at least 0"),
         )
     ),
     (["train", "--logits-dtype", "float64"], "argument --logits-dtype: invalid choice: 'float64'"),
+    (["train", "--column-tolerance", "1"], r"column_tolerance: expected a number in \[0, 1\), got 1"),
     (["train", "--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
     (["train", "--recipe", "r2"], "argument --recipe: invalid choice: 'r2'"),
     (["train", "--loss-type", "ppo"], "loss_type: expected one of .*got 'ppo'"),
@@ -353,7 +355,8 @@ def test_defaults_are_those_of_the_config(monkeypatch, tmp_path):
     """Those that the trainer has too; the others are the command's own."""
     actions = {action.dest: action.default for action in parser_of("train", monkeypatch)._actions}
     config = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    for name in ("beta", "loss_type", "num_iterations", "num_generations", "temperature", "backend", "logits_dtype"):
+    names = ("beta", "loss_type", "num_iterations", "num_generations", "temperature", "backend", "logits_dtype")
+    for name in (*names, "column_tolerance"):
         assert actions[name] == getattr(config, name), name
     source = (ROOT / "fastgrpo" / "commands" / "train" / "__init__.py").read_text()
     assert not re.search(r"\(default: [^{]", source.replace('(default: "\n', "")), "a default typed by hand"

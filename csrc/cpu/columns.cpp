@@ -108,8 +108,9 @@ void d_weight(const Args& a, const Gather& made, int64_t threads) {
   });
 }
 
-// Which columns of a row carry its gradient. Candidates are what is not certainly dropped: |dz| of at least a V-th of
-// the budget, most of it. A row that keeps too many is left early, by their count.
+// Which columns of a row carry its gradient. The threshold is found among candidates. What is below them is dropped: a
+// first look takes those for few, and if what it left out is more than the budget, a second takes all that may count.
+// A row that keeps too many is left early, by their count.
 class Selection {
  public:
   Selection(const Args& a, const Gather& made) : a_(a), made_(made) {}
@@ -124,7 +125,8 @@ class Selection {
 
  private:
   static constexpr double kRounding = 4e-6;  // of a sum of |dz|
-  static constexpr int kPart = 16;           // a share of 1/16 of the budget is for what is no candidate
+  static constexpr double kFew = 1024;       // a first candidate has at least this part of the budget
+  static constexpr double kSpare = 16;       // what is known of a sum in vain: this part of the budget at the most
   static constexpr int kBits = 20, kBins = 1 << (31 - kBits);  // of magnitudes: exponent, 3 bits of the mantissa
   static constexpr int64_t kSearched = 4096;                   // elements at a time
 
@@ -159,11 +161,7 @@ class Selection {
   bool among_logits(const Row& row, const RowGradient& others, float g, float lp, float lse) {
     const double factor = fabs((double)row.inv_temperature * g), sides = row.target < 0 ? 1 : 2;
     const double sum = row.target < 0 ? factor : -expm1((double)lp) * factor;  // over the others
-    if (sum == 0) {  // nothing beside the target
-      ids_.clear();
-      values_.clear();
-      return true;
-    }
+    if (sum == 0) return nothing_else();
     // p_j of the others come from the rounded lse.
     const double rounding = kRounding + fabs(lse) * 2.4e-7;
     const double budget = a_.tolerance * sides * sum * std::max(0.0, 1 - rounding);
@@ -171,14 +169,10 @@ class Selection {
       const float x = (float)((log2(magnitude / factor) + others.lse2) / row.scale.c);
       return x + fabsf(x) * margin;
     };
-    const double least = budget / (kPart * row.args.vocab);
-    if (!search(row.logits, row.dtype, false, limit(least, -1e-6f), limit(budget / a_.width, 1e-6f), row.target,
-                row.args.vocab)) {
-      return false;
-    }
-    row.table[kFloat32].gradient[kFloat32](values_.data(), values_.data(), (int64_t)values_.size(), row.scale.c,
-                                           others, nullptr);
-    return drop(budget, sum * (1 + rounding), least * row.args.vocab);
+    return choose(row.logits, row.dtype, row, false, limit, budget, sum, rounding, [&] {
+      float* const x = values_.data();
+      row.table[kFloat32].gradient[kFloat32](x, x, (int64_t)values_.size(), row.scale.c, others, nullptr);
+    });
   }
 
   // With an entropy's gradient, or a softcap, all of the gradient is made and searched; own: that of the target.
@@ -206,9 +200,41 @@ class Selection {
     if (row.target >= 0) dz[row.target] = 0;
     const double sum = made_.magnitudes(dz, V);
     if (!(sum + fabsf(*own) < INFINITY)) return false;
-    const double budget = a_.tolerance * (sum + fabsf(*own)) * (1 - kRounding), least = budget / (kPart * V);
-    return search(dz, kFloat32, true, (float)least * 0.999f, (float)(budget / a_.width) * 1.001f, row.target, V) &&
-           drop(budget, sum * (1 + kRounding), least * V);
+    if (sum == 0) return nothing_else();
+    const double budget = a_.tolerance * (sum + fabsf(*own)) * (1 - kRounding);
+    const auto limit = [](double magnitude, float margin) { return (float)magnitude * (1 + margin); };
+    return choose(dz, kFloat32, row, true, limit, budget, sum, kRounding, [] {});
+  }
+
+  bool nothing_else() {
+    ids_.clear();
+    values_.clear();
+    return true;
+  }
+
+  // The columns of x to be kept, without the target's: limit(|dz|, margin) is its element with such a gradient, `sum`
+  // what the gradients make but for `rounding`, and differentiate() makes them of values_. False: the row overflows.
+  template <class Limit, class Differentiate>
+  bool choose(const void* x, int32_t dtype, const Row& row, bool magnitude, Limit limit, double budget, double sum,
+              double rounding, Differentiate differentiate) {
+    const int64_t V = row.args.vocab;
+    const float high = limit(budget / a_.width, 1e-6f);
+    // Where the sum is too little known to tell what a look left out, there is no first one.
+    const bool known = rounding * sum <= budget / kSpare;
+    for (const double parts : {kFew, kSpare * V}) {
+      if (parts == kFew && (!known || V < kFew)) continue;
+      const double least = budget / parts;
+      if (!search(x, dtype, magnitude, limit(least, -1e-6f), high, row.target, V)) return false;
+      differentiate();
+      double held = 0;
+      for (float value : values_) held += fabsf(value);
+      if (!(held < INFINITY)) return false;
+      const double left = std::min(least * V, std::max(0.0, sum * (1 + rounding) - held));
+      if (left > budget) continue;
+      drop(budget - left);
+      break;
+    }
+    return true;
   }
 
   // The columns of x not below `low` and their values, but the target's. False: more than `width` of those not below
@@ -242,17 +268,11 @@ class Selection {
     return true;
   }
 
-  // Drops bins from the smallest on, and of the first that does not fit the columns that do, in their order. sum: of
-  // the row without its target; of it at most `unseen` is not among the candidates. False where a value is no number.
-  bool drop(double budget, double sum, double unseen) {
-    double sums[kBins] = {}, held = 0;
+  // Drops bins from the smallest on, and of the first that does not fit the columns that do, in their order.
+  void drop(double room) {
+    double sums[kBins] = {};
     const auto bin = [](float x) { return (int)(bits_of(x) >> kBits & (kBins - 1)); };
-    for (float x : values_) {
-      sums[bin(x)] += fabsf(x);
-      held += fabsf(x);
-    }
-    if (!(held < INFINITY)) return false;
-    double room = budget - std::min(unseen, std::max(0.0, sum - held));
+    for (float x : values_) sums[bin(x)] += fabsf(x);
     int first = 0;
     for (; first < kBins && sums[first] <= room; ++first) room -= sums[first];
     size_t kept = 0;
@@ -268,7 +288,6 @@ class Selection {
     }
     ids_.resize(kept);
     values_.resize(kept);
-    return true;
   }
 
   const Args& a_;

@@ -115,6 +115,7 @@ template <class T>
 int64_t count(const void* x, int64_t n, bool magnitude, float least) {
   int64_t total = 0;
   each_bits((const T*)x, n, magnitude, least, [&](int64_t, uint32_t bits) {
+    if (bits == 0) return;
     bits -= bits >> 1 & 0x5555u;  // pairs, fours, eights, all of at most 16
     bits = (bits & 0x3333u) + (bits >> 2 & 0x3333u);
     bits = (bits + (bits >> 4)) & 0x0f0fu;

@@ -113,8 +113,8 @@ def linear_grad(
 ) -> Three:
     """The gradients of hidden, weight and bias (empty unless `needs` says so) from g = dL/dlogp and h = dL/dentropy.
 
-    `rows` are ids, inv_temperature, logp, lse, entropy (or empty), g and h (or None). Rows with both 0 enter no GEMM. It
-    takes 2NHV FLOPs, and 2NHV more for each of the first two gradients.
+    `rows` are ids, inv_temperature, logp, lse, entropy (or empty), g and h (or None). Rows with both 0 enter no GEMM.
+    It takes 2NHV FLOPs, and 2NHV more for each of the first two gradients.
     """
     ids, inv_temperature, logp, lse, entropy, g, h = rows
     assert ids is not None and inv_temperature is not None

@@ -11,6 +11,7 @@ there, or starts if there is none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from torch import nn
@@ -50,6 +51,7 @@ def supervised(
     log: TrainerCallback | None = None,
     resume: bool = False,
     logits_dtype: str = "auto",
+    column_tolerance: float = 0.0,
 ) -> None:
     """Supervised fine-tuning: the cold start on long-form examples, and the stage after rejection sampling.
 
@@ -59,9 +61,10 @@ def supervised(
         backend: the backend of the loss.
         log: a callback, used in place of transformers' progress bar and prints.
         resume: continue from the last checkpoint in args.output_dir.
-        logits_dtype: as in `GRPOConfig`.
+        logits_dtype, column_tolerance: as in `GRPOConfig`.
     """
-    trainer = SFTTrainer(model, args, examples, tokenizer, backend=backend, logits_dtype=logits_dtype)
+    head: dict[str, Any] = dict(backend=backend, logits_dtype=logits_dtype, column_tolerance=column_tolerance)
+    trainer = SFTTrainer(model, args, examples, tokenizer, **head)
     _train(trainer, log, resume)
 
 

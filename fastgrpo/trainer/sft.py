@@ -44,8 +44,7 @@ class SFTTrainer(HeadTrainer):
         processing_class: the tokenizer (None: the one at the model's path).
         callbacks: as in transformers' Trainer.
         backend: "auto", or one of `fastgrpo.backends.NAMES`.
-        logits_dtype: as in `GRPOConfig`.
-        column_tolerance: as in `GRPOConfig`.
+        logits_dtype, column_tolerance: as in `GRPOConfig`.
 
     Raises:
         ValueError: a missing column, an empty dataset, a row that is not text or messages, a template under which the

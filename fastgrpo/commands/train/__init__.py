@@ -42,6 +42,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--num-iterations", type=whole(1), default=defaults.NUM_ITERATIONS, help="passes over each batch")
     add("--backend", choices=("auto", *backends.NAMES), default=defaults.BACKEND, help="of the loss")
     add("--logits-dtype", choices=defaults.LOGITS_DTYPES, default=defaults.LOGITS_DTYPE, help="of the loss")
+    add("--column-tolerance", type=number(least=0), default=defaults.COLUMN_TOLERANCE,
+        help="share of a token's gradient that may be left out at the head, below 1")  # fmt: skip
 
     add = train.add_argument_group("sampling").add_argument
     add("--num-generations", type=whole(2), default=defaults.NUM_GENERATIONS, help="completions per prompt")

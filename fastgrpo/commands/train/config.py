@@ -44,6 +44,7 @@ def make_config(options: argparse.Namespace, output_dir: Path, defaults: _defaul
         seed=options.seed,
         backend=options.backend,
         logits_dtype=options.logits_dtype,
+        column_tolerance=options.column_tolerance,
         dataloader_pin_memory=on_gpu,
         **{CHECKPOINTING: on_gpu and not is_tiny},
         max_completion_length=sizes.max_completion_length,

@@ -171,7 +171,7 @@ class Recipe:
             **{CHECKPOINTING: rl.checkpoints_activations},
             **(of_embedded if self.task.is_embedded else of_files),
         )
-        head = {"backend": options.backend, "logits_dtype": options.logits_dtype}
+        head = {name: getattr(options, name) for name in ("backend", "logits_dtype", "column_tolerance")}
         r1.supervised(self.model, self.tokenizer, examples, args, log=log, resume=resume, **head)
 
     def _rl_args(self, folder: Path) -> GRPOConfig:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import Objective
+from fastgrpo.engine.head import check_tolerance
 from fastgrpo.integrations.seam import NotHonoured, in_place
 from fastgrpo.integrations.trl.at_head import LossAtHead
 from fastgrpo.integrations.trl.options import checked, objective_of
@@ -33,14 +34,19 @@ class GRPOTrainer(OwnGRPOTrainer):
         objective: a loss that TRL does not have, such as `Objective(loss_type=function)`. The options of the loss in
             the config are then not read, but for `beta`: if it is not 0, TRL loads a reference policy. None: the
             config's loss.
+        column_tolerance: the share of a token's gradient that may be left out at the head, see `linear_grpo_loss`. The
+            metrics then tell how many columns were kept.
 
     Raises:
-        ValueError: an objective that is none, or that needs a reference policy where the config's beta is 0.
+        ValueError: an objective that is none, or that needs a reference policy where the config's beta is 0; a
+            tolerance outside [0, 1).
         RuntimeError: with `objective`, where TRL's own loss would stand otherwise; at the first step.
     """
 
-    def __init__(self, *args, objective: Objective | None = None, **kwargs):
+    def __init__(self, *args, objective: Objective | None = None, column_tolerance: float = 0.0, **kwargs):
+        check_tolerance(column_tolerance)
         super().__init__(*args, **kwargs)
+        self._fastgrpo_tolerance = column_tolerance
         self._fastgrpo_objective = objective
         if objective is None:
             return
@@ -91,6 +97,7 @@ class GRPOTrainer(OwnGRPOTrainer):
                 ),
                 loss_scale=1.0 / accumulation,
                 objective=objective,
+                column_tolerance=vars(self).get("_fastgrpo_tolerance", 0.0),
             ),
         )
         logps, entropies, aux_loss = self._score(model, inputs, at_head)
