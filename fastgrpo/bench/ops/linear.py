@@ -24,7 +24,7 @@ from fastgrpo.bench.targets import accuracy, both, ratio
 from fastgrpo.bench.truth import exact_loss
 
 
-def _inputs(case: Case) -> Inputs:
+def inputs_of(case: Case) -> Inputs:
     random, inputs = Random(case), Inputs(case=case)
     inputs.weight = random.normal(case.V, case.H, scale=2 / case.H**0.5)
     inputs.hidden = random.normal(case.B, case.T, case.H)
@@ -34,8 +34,8 @@ def _inputs(case: Case) -> Inputs:
     return inputs
 
 
-def _truth(inputs: Inputs) -> Results:
-    """The gradients are kept as fp32, which is exact enough here."""
+def truth(inputs: Inputs, kept: Tensor | None = None) -> Results:
+    """The gradients are kept as fp32, which is exact enough here; `kept` (B, T, k): the tokens that count."""
     rows, weight = inputs.hidden.flatten(0, 1), inputs.weight.double()
     d_hidden, d_weight = torch.empty_like(rows, dtype=torch.float32), torch.zeros_like(weight)
 
@@ -46,7 +46,11 @@ def _truth(inputs: Inputs) -> Results:
             d_hidden[part] = d_logits @ weight
             d_weight.addmm_(d_logits.T, hidden)
 
-        return hidden @ weight.T, take
+        logits = hidden @ weight.T
+        if kept is not None:
+            outside = torch.ones_like(logits, dtype=torch.bool).scatter_(-1, kept.flatten(0, 1)[part], False)
+            logits.masked_fill_(outside, -torch.inf)
+        return logits, take
 
     loss = exact_loss(inputs, each)
     return {"loss": loss, "d_hidden": d_hidden.view_as(inputs.hidden), "d_weight": d_weight.float()}
@@ -57,8 +61,8 @@ linear = Operation(
     "linear",
     title="loss and gradients from hidden states",
     place=4,
-    inputs=_inputs,
-    truth=_truth,
+    inputs=inputs_of,
+    truth=truth,
     bytes=head_bytes,
     flops=head_flops,
     sizes="BTVH",
@@ -90,7 +94,7 @@ linear = Operation(
 )  # fmt: skip
 
 
-def _results(loss: Tensor, hidden: Tensor, weight: Tensor) -> Results:
+def results(loss: Tensor, hidden: Tensor, weight: Tensor) -> Results:
     loss.backward()
     return {"loss": loss.detach(), "d_hidden": hidden.grad, "d_weight": weight.grad}
 
@@ -99,12 +103,12 @@ def _fastgrpo(inputs: Inputs, backend: str) -> Results:
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
     options = dict(fastgrpo_options(inputs, backend), softcap=inputs.case.softcap)
     loss = linear_grpo_loss(hidden, weight, inputs.ids, inputs.advantages, **options).loss
-    return _results(loss, hidden, weight)
+    return results(loss, hidden, weight)
 
 
 def _eager(inputs: Inputs, made) -> Results:
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
-    return _results(made(_eager_loss)(hidden, weight, inputs), hidden, weight)
+    return results(made(_eager_loss)(hidden, weight, inputs), hidden, weight)
 
 
 def _eager_loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
@@ -119,7 +123,7 @@ add_eager(linear, _eager)
 
 
 @linear.add("trl", why_not=needs("trl"))
-def _trl(inputs: Inputs) -> Results:
+def trl(inputs: Inputs) -> Results:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
     from fastgrpo.bench.trl_loss import trl_loss
@@ -134,7 +138,7 @@ def _trl(inputs: Inputs) -> Results:
         inputs.case.objective, logps, entropies, completion_mask=inputs.mask, advantages=inputs.advantages,
         old_per_token_logps=inputs.old,
     )  # fmt: skip
-    return _results(loss, hidden, weight)
+    return results(loss, hidden, weight)
 
 
 def _liger(inputs: Inputs, compiled: bool) -> Results:
@@ -143,7 +147,7 @@ def _liger(inputs: Inputs, compiled: bool) -> Results:
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
     function = LigerFusedLinearGRPOLoss(beta=0.0, compiled=compiled, use_ref_model=False, loss_type="dapo")
     loss, *_ = function(hidden, weight, inputs.ids, inputs.mask, inputs.advantages, old_per_token_logps=inputs.old)
-    return _results(loss, hidden, weight)
+    return results(loss, hidden, weight)
 
 
 for _mode, _compiled in (("", True), ("not compiled", False)):  # its default is the first
@@ -182,7 +186,7 @@ def _cross_entropy(inputs: Inputs) -> Results:
 
 
 @linear.add("GEMMs alone", is_floor=True, work=lambda case: 6 * case.B * case.T * case.H * case.V)
-def _gemms(inputs: Inputs) -> Results:
+def gemms(inputs: Inputs) -> Results:
     """`h @ Wᵀ`, `dL @ W` and `dLᵀ @ h` into buffers that are there already, in fastgrpo's chunks, all tokens."""
     rows, weight = inputs.hidden.flatten(0, 1), inputs.weight
     parts = chunks(inputs.case, rows.device)

@@ -23,7 +23,7 @@ class GRPOTrainer(OwnGRPOTrainer):
     tokens of advantage 0, with beta and the entropy coefficient 0, enter only the first. The metrics take one
     collective and one wait.
 
-    Where the inputs of a step have `kept_ids` (B, T, k), the tokens that the sampler kept with -1 behind them, the loss
+    Where a step's inputs have `kept_ids` (B, T, k), the tokens that the sampler kept with -1 behind them, the loss
     is over these, as in `linear_grpo_loss`; old and reference logps in the inputs have to be, too. TRL makes no such
     inputs: a subclass adds them in `_generate_and_score_completions`.
 
