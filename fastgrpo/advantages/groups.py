@@ -22,6 +22,11 @@ def nan_std(x: Tensor, mean: Tensor, count: Tensor) -> Tensor:
     return torch.where(count > 1, var, torch.nan).sqrt()
 
 
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(highest, lowest) over dim 0 without the NaNs."""
+    return x.nan_to_num(nan=-torch.inf).amax(0), x.nan_to_num(nan=torch.inf).amin(0)
+
+
 class Groups:
     """Rewards (B,) in float64, in G groups of at most K; NaN rewards are left out of all that is said of a group.
 
@@ -57,8 +62,7 @@ class Groups:
         self.columns = self.in_columns(self.rewards)
         self.count = (~self.columns.isnan()).sum(0)
         self.mean = self.columns.nanmean(0)
-        self.highest = self.columns.nan_to_num(nan=-torch.inf).amax(0)
-        self.lowest = self.columns.nan_to_num(nan=torch.inf).amin(0)
+        self.highest, self.lowest = extremes(self.columns)
 
     def in_columns(self, x: Tensor) -> Tensor:
         """(K, G, ...) from floats (B, ...), a group in each column; NaN where a group is smaller than K."""

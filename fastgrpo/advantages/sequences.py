@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgrpo.advantages.groups import Groups, check_epsilon, check_scale_rewards, group_advantages, result_dtype
 from fastgrpo.advantages.tokens import check_mask, whitened
-from fastgrpo.batch.checks import check, wrong
+from fastgrpo.batch.checks import FLOATS, INTEGERS, check, check_dtype, wrong
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def rloo(rewards: Tensor, num_generations: int | None = None, *, group_ids: Tens
     Equivalent to: "rloo" of verl and SkyRL for groups of two or more; verl leaves the reward of a single completion.
     """
     groups = Groups(rewards, num_generations, group_ids)
-    factor = groups.count / (groups.count - 1).clamp(min=1)
+    factor = groups.count.double() / (groups.count - 1).clamp(min=1)
     return groups.result((groups.rewards - groups.mean[groups.index]) * factor[groups.index])
 
 
@@ -134,7 +134,7 @@ def gpg(
         raise wrong("valid", "one of nonzero, unequal", valid)
     counts = groups.rewards != 0 if valid == "nonzero" else (groups.highest != groups.lowest)[groups.index]
     counts = (counts & ~groups.rewards.isnan()).sum().clamp(min=1)
-    return groups.result(groups.judged() / counts * (groups.rewards - groups.mean[groups.index]))
+    return groups.result(groups.judged().double() / counts * (groups.rewards - groups.mean[groups.index]))
 
 
 @torch.no_grad()
@@ -220,8 +220,8 @@ def pass_at_k(
         A_i = (mean of max(r of S) over the sets S with i in them - μ) / (σ + epsilon)
 
     with S all sets of k completions of the group, and μ, σ the mean and the std (no correction) of max(r of S) over
-    all of them; in closed form, from the order of the rewards. For rewards of 0 and 1, where f of n completions have 0,
-    μ = 1 - C(f, k) / C(n, k), σ² = μ (1 - μ), and
+    all of them; in closed form, from the order of the rewards. For rewards of 0 and 1, where f of n completions have
+    0, μ = 1 - C(f, k) / C(n, k), σ² = μ (1 - μ), and
 
         A = (1 - μ) / σ for a reward of 1,   (1 - μ - C(f - 1, k - 1) / C(n - 1, k - 1)) / σ for a reward of 0
 
@@ -255,7 +255,8 @@ def pass_at_k(
     above = torch.ones(groups.size, groups.size, dtype=x.dtype, device=x.device).triu(1)
     advantages = (is_best + above @ other_best - mean) / (std + epsilon)
     # the k-th lowest is the lowest that can be a best one
-    advantages = torch.where(ordered[min(k, groups.size) - 1] < groups.highest - groups.mean, advantages, 0.0)
+    learns = (j <= n) & (ordered[min(k, groups.size) - 1] < groups.highest - groups.mean)
+    advantages = torch.where(learns, advantages, 0.0)
     return groups.result(groups.of_columns(advantages.gather(0, order.argsort(0))))
 
 
@@ -309,6 +310,7 @@ def gdpo(
     check(isinstance(rewards, Tensor) and rewards.dim() == 2, "rewards", "a tensor of shape (B, F)", rewards)
     dtype, number = result_dtype(rewards), rewards.shape[1]
     check(number > 0, "rewards", "a tensor of shape (B, F) with F > 0", rewards)
+    check_dtype("rewards", rewards, *FLOATS, *INTEGERS, torch.bool)
     if weights is None:
         weights = [1.0] * number
     weights = torch.as_tensor(weights, dtype=torch.float64, device=rewards.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.advantages.gae import gae
-from fastgrpo.advantages.groups import Groups, result_dtype
+from fastgrpo.advantages.groups import Groups, extremes, result_dtype
 from fastgrpo.batch.checks import FLOATS, INTEGERS, check, check_dtype, check_tensor
 
 
@@ -166,21 +166,16 @@ def optimal_token_baseline(
     norm = (1 - 2 * per_token_logps.double().exp() + sum_pi_squared.double()).clamp(min=0)  # rounding may go below
     if importance_sampling_ratio is not None:
         norm = norm * importance_sampling_ratio.double() ** 2
-    weights = _sum_to_come(norm.flip(1), mask.flip(1), 1.0).flip(
-        1
-    )  # a running sum, in an order that is always the same
+    # a running sum, but in one order of additions, which torch.cumsum on a GPU does not have
+    weights = _sum_to_come(norm.flip(1), mask.flip(1), 1.0).flip(1)
 
     # the t-th loss token of each completion in column t
     order = (~mask).long().argsort(dim=1, stable=True)
     there, g, w = (x.gather(1, order) for x in (mask, returns, weights))
     total, weighted, count = (groups.in_columns(x.double()).nansum(0) for x in (w, g * w, there))
-    highest, lowest = (
-        groups.in_columns(torch.where(there, g, -sign * torch.inf)).nan_to_num(nan=-sign * torch.inf)
-        for sign in (1, -1)
-    )
-    several = count > 1
-    baseline = torch.where(several, weighted / (total + 1e-8), 0.0)
-    equal = several & (highest.amax(0) == lowest.amin(0))
+    highest, lowest = extremes(groups.in_columns(torch.where(there, g, torch.nan)))
+    baseline = torch.where(count > 1, weighted / (total + 1e-8), 0.0)
+    equal = (count > 1) & (highest == lowest)
 
     place = (mask.long().cumsum(1) - 1).clamp(min=0)
     baseline, equal = (x[groups.index].gather(1, place) for x in (baseline, equal))
