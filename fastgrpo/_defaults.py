@@ -11,6 +11,7 @@ NUM_GENERATIONS = 8
 NUM_ITERATIONS = 1
 TEMPERATURE = 1.0
 BACKEND = "auto"
+ADVANTAGE_ESTIMATOR = "group"
 LOGITS_DTYPE, LOGITS_DTYPES = "auto", ("auto", "float32", "bfloat16", "float16")
 ACCUMULATION = 1  # micro-batches of a step
 SEED = 0

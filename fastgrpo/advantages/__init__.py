@@ -12,7 +12,7 @@ waits for the device but `group_ids`, once, and the checks of a name.
 
 from fastgrpo.advantages.gae import gae
 from fastgrpo.advantages.groups import SCALE_REWARDS, check_groups, group_advantages
-from fastgrpo.advantages.named import ESTIMATORS, estimate
+from fastgrpo.advantages.named import ESTIMATORS, check_options, estimate, takes
 from fastgrpo.advantages.sequences import (
     best_of_group,
     gdpo,
@@ -30,6 +30,7 @@ __all__ = [
     "SCALE_REWARDS",
     "best_of_group",
     "check_groups",
+    "check_options",
     "estimate",
     "gae",
     "gdpo",
@@ -43,4 +44,5 @@ __all__ = [
     "reinforce_plus_plus_baseline",
     "remax",
     "rloo",
+    "takes",
 ]

@@ -41,7 +41,12 @@ def takes(name: str, argument: str) -> bool:
 
 
 def estimate(
-    name: str, rewards: Tensor, num_generations: int | None = None, *, completion_mask: Tensor, **options: Any
+    name: str,
+    rewards: Tensor,
+    num_generations: int | None = None,
+    *,
+    completion_mask: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Advantages by the name of their estimator; it gets what it takes of groups and mask, and all of the options.
 
@@ -49,7 +54,7 @@ def estimate(
         name: one of `ESTIMATORS`.
         rewards (B,) float: one reward per completion.
         num_generations: size of the contiguous groups.
-        completion_mask (B, T): nonzero for the loss tokens.
+        completion_mask (B, T): nonzero for the loss tokens; None: for an estimator that does not take it.
         options: keyword arguments of the estimator, such as `gamma` or `k`; also `group_ids`.
 
     Returns:
