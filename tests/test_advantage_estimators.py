@@ -325,7 +325,8 @@ def test_the_gradient_norm_of_a_token():
 
 def everything(rewards, count, mask):
     """(name, advantages) of every estimator, from rewards (B,) in contiguous groups of `count`."""
-    given = dict(per_token_logps=-torch.ones(mask.shape), sum_pi_squared=torch.full(mask.shape, 0.3))
+    ones = torch.ones(mask.shape, device=rewards.device)
+    given = dict(per_token_logps=-ones, sum_pi_squared=0.3 * ones)
     for name in ESTIMATORS:
         options = dict(k=2) if name == "pass_at_k" else {}
         yield name, estimate(name, rewards, count, completion_mask=mask, **options)
@@ -416,6 +417,22 @@ def test_contiguous_groups_wait_for_nothing():
     gdpo(rewards[:, None], 4, completion_mask=mask)
     remax(rewards, rewards, completion_mask=mask)
     optimal_token_baseline(rewards, 4, completion_mask=mask, **given)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    """The CPU's numbers, twice the same bits, and no wait for the device."""
+    rewards, mask = REWARDS["missing"].float().cuda(), MASK.cuda()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first, again = (dict(everything(rewards, 4, mask)) for _ in range(2))
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    for name, want in everything(rewards.cpu(), 4, MASK):
+        assert torch.equal(first[name], again[name])
+        assert_close(first[name], want, 1e-6, name)
 
 
 def test_no_gradient_flows():

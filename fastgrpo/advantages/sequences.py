@@ -311,9 +311,8 @@ def gdpo(
     dtype, number = result_dtype(rewards), rewards.shape[1]
     check(number > 0, "rewards", "a tensor of shape (B, F) with F > 0", rewards)
     check_dtype("rewards", rewards, *FLOATS, *INTEGERS, torch.bool)
-    if weights is None:
-        weights = [1.0] * number
-    weights = torch.as_tensor(weights, dtype=torch.float64, device=rewards.device)
+    as_floats = dict(dtype=torch.float64, device=rewards.device)
+    weights = torch.ones(number, **as_floats) if weights is None else torch.as_tensor(weights, **as_floats)
     check(weights.shape == (number,), "weights", f"{number} numbers, one for each function", weights)
     options = dict(group_ids=group_ids, epsilon=epsilon)
     # of a completion without a say: 0, the mean of the group
