@@ -336,13 +336,14 @@ def everything(rewards, count, mask):
     yield "otb", optimal_token_baseline(rewards, count, completion_mask=mask, **given)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
-def test_equal_rewards_are_exactly_zero(value):
+def test_equal_rewards_are_exactly_zero(value, dtype):
     """Of all completions; 0.1 seven times over 7 is not 0.1."""
     mask = torch.arange(5) < torch.tensor([5, 3, 1, 0, 2, 5, 4] * 2)[:, None]
     mask[0] = mask[1]  # the longest one has company: beyond it, the optimal token baseline is 0
     mask[7] = mask[12]
-    for name, got in everything(torch.full((14,), value), 7, mask):
+    for name, got in everything(torch.full((14,), value, dtype=dtype), 7, mask):
         if name == "otb":
             alone = torch.tensor([False] * 5 + [True] + [False] * 8)[:, None] & (torch.arange(5) > 3)
             got = torch.where(alone | alone.roll(7, 0), 0.0, got)
