@@ -13,6 +13,7 @@ TEMPERATURE = 1.0
 TOP_P, TOP_K = 1.0, 0
 BACKEND = "auto"
 COLUMN_TOLERANCE = 0.0
+ADVANTAGE_ESTIMATOR = "group"
 LOGITS_DTYPE, LOGITS_DTYPES = "auto", ("auto", "float32", "bfloat16", "float16")
 ACCUMULATION = 1  # micro-batches of a step
 SEED = 0

@@ -118,6 +118,12 @@ MISTAKES = [
     ),
     (["train", "--logits-dtype", "float64"], "argument --logits-dtype: invalid choice: 'float64'"),
     (["train", "--column-tolerance", "1"], r"column_tolerance: expected a number in \[0, 1\), got 1"),
+    (["train", "--advantage-estimator", "x"], "argument --advantage-estimator: invalid choice: 'x'"),
+    (["train", "--advantage-estimator", "pass_at_k"], "k: expected a value"),
+    *(
+        (["train", "--advantage-kwargs", value], f"argument --advantage-kwargs: expected a JSON object, got '{value}'")
+        for value in ("k=4", "4")
+    ),
     (["train", "--backend", "tpu"], "argument --backend: invalid choice: 'tpu'"),
     (["train", "--recipe", "r2"], "argument --recipe: invalid choice: 'r2'"),
     (["train", "--loss-type", "ppo"], "loss_type: expected one of .*got 'ppo'"),

@@ -14,6 +14,7 @@ from fastgrpo import (
     policy_loss,
     selective_logps,
 )
+from fastgrpo import advantages as estimators
 
 B, T, V = 4, 3, 11
 
@@ -291,6 +292,13 @@ DTYPES = {  # (function, argument): (its shape, the dtypes that it is not of)
     (_gae, "mask"): ((B, T), (*ODD, torch.float32)),
     (lambda _, x: selective_logps(torch.zeros(B, T, V), ids, mask=x), "mask"): ((B, T), ODD),
     (lambda _, x: group_advantages(x, 2), "rewards"): ((B,), ODD),
+    (lambda _, x: estimators.gdpo(x, 2), "rewards"): ((B, T), ODD),
+    (lambda _, x: estimators.reinforce_plus_plus(x, completion_mask=torch.ones(B, T)), "rewards"): ((B, T), ODD),
+    (lambda _, x: estimators.opo(torch.ones(B), 2, completion_mask=x), "completion_mask"): ((B, T), ODD),
+    (lambda _, x: estimators.remax(torch.ones(B), x, completion_mask=torch.ones(B, T)), "baseline_rewards"): (
+        (B,),
+        ODD,
+    ),
     (lambda _, x: group_advantages(torch.ones(B), group_ids=x), "group_ids"): ((B,), (*ODD, torch.float32)),
 }
 

@@ -1,5 +1,6 @@
-"""Losses and presets against what other frameworks' own functions gave, recorded by tests/parity/record.py."""
+"""Losses, presets and advantages against what other frameworks' own functions gave, as recorded in tests/parity/."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -7,12 +8,15 @@ import pytest
 import torch
 from cases import assert_close
 
-from fastgrpo import Objective, policy_loss
+from fastgrpo import Objective, advantages, policy_loss
 
 RECORDED = {
     path.stem: json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "parity").glob("*.json"))
 }
 CASES = [(package, name) for package, recorded in RECORDED.items() for name in recorded["cases"]]
+ADVANTAGE_CASES = [
+    (package, name) for package, recorded in RECORDED.items() for name in recorded.get("advantage_cases", ())
+]
 
 
 def test_what_is_recorded():
@@ -24,7 +28,7 @@ def test_what_is_recorded():
         "slime": "624b824a898a",
         "nemo-rl": "7ea279abfbeb",
     }
-    assert len(CASES) > 40
+    assert len(CASES) > 40 and len(ADVANTAGE_CASES) > 35
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -51,3 +55,25 @@ def test_equals_the_framework(package, name, dtype):
     assert loss.item() == pytest.approx(case["loss"], rel=rel)
     (gradient,) = torch.autograd.grad(loss, leaf)
     assert_close(gradient, torch.tensor(case["gradient"], dtype=torch.float64), rel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("package, name", ADVANTAGE_CASES)
+def test_advantages_equal_the_framework(package, name, dtype):
+    """Groups of two or more, since frameworks differ on a completion that is alone."""
+    recorded = RECORDED[package]
+    case = recorded["advantage_cases"][name]
+    x = {
+        key: torch.tensor(value, dtype=torch.float64).to(dtype) for key, value in recorded["advantage_inputs"].items()
+    }
+    function, mask, options = getattr(advantages, case["function"]), x[case["mask"]], dict(case["options"])
+    in_fp32 = options.pop("fp32", False)
+    options = {key: x[value] if isinstance(value, str) and value in x else value for key, value in options.items()}
+    takes = inspect.signature(function).parameters
+    options |= dict(completion_mask=mask) if "completion_mask" in takes else {}
+    if "group_ids" in takes and "num_generations" not in options:
+        options["group_ids"] = x["ids"].long()
+    got = function(x[case["rewards"]], **options)
+    got = got if got.dim() == 2 else got[:, None] * mask
+    rel = 1e-6 if dtype == torch.float64 and not in_fp32 else 1e-5
+    assert_close(got, torch.tensor(case["advantages"], dtype=torch.float64), rel)

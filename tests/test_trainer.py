@@ -10,11 +10,11 @@ import transformers
 from datasets import Dataset
 from test_head import tiny_model
 
-from fastgrpo import backends, grpo_loss, rewards
+from fastgrpo import advantages, backends, grpo_loss, rewards
 from fastgrpo.objective import LOSS_TYPES
 from fastgrpo.recipes import sums
 from fastgrpo.reference import project
-from fastgrpo.trainer import GRPOConfig, GRPOTrainer, completion
+from fastgrpo.trainer import GRPOConfig, GRPOTrainer, completion, rollout
 from fastgrpo.trainer.config import CHECKPOINTING
 from fastgrpo.trainer.groups import RepeatSampler
 
@@ -184,6 +184,50 @@ def test_loss_goes_through_the_kernels(model, tokenizer, dataset, tmp_path, monk
     make_trainer(model, tokenizer, dataset, tmp_path, **options).train()
     assert calls["token_loss"] == calls["in place"] == 4  # two steps of two micro-batches
     assert calls["row_stats"] == 4  # one round: two chunks, for old and for reference logps
+
+
+ESTIMATORS = {name: None for name in advantages.ESTIMATORS if name != "pass_at_k"}
+ESTIMATORS |= {"pass_at_k": {"k": 2}, "reinforce_plus_plus": '{"gamma": 0.5}'}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_of_advantages_trains(name, model, tokenizer, dataset, tmp_path, monkeypatch):
+    """The loss gets the estimator's advantages of the round's rewards."""
+    given, calls = [], []
+
+    def judge(completions, **_):
+        given.append(torch.tensor(even_digits(completions)) + torch.arange(len(completions)) % 3)
+        return given[-1].tolist()
+
+    original = completion.linear_grpo_loss
+    monkeypatch.setattr(
+        completion, "linear_grpo_loss", lambda *a, **k: calls.append((a[3], k["completion_mask"])) or original(*a, **k)
+    )
+    options = dict(advantage_estimator=name, advantage_kwargs=ESTIMATORS[name], log_completions=True)
+    options |= dict(per_device_train_batch_size=8, max_steps=2)
+    trainer = make_trainer(model, tokenizer, dataset, tmp_path, judge, **options)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    monkeypatch.setattr("fastgrpo.trainer.grpo_trainer.shuffle_rows", lambda batch: batch)
+    trainer.train()
+    assert any((x != y).any() for x, y in zip(before, trainer.model.parameters(), strict=True))
+    kwargs = trainer.args.advantage_kwargs or {}
+    for scores, (got, mask) in zip(given, calls, strict=True):
+        want = advantages.estimate(name, scores, 4, completion_mask=mask, **kwargs)
+        assert got.shape == (mask.shape if name == "reinforce_plus_plus" else scores.shape)
+        torch.testing.assert_close(got, want)
+    (entry, _) = step_logs(trainer)
+    assert math.isfinite(entry["loss"]) and entry["frac_reward_zero_std"] == 0
+
+
+@pytest.mark.parametrize("length", [3, 4, 6])
+def test_advantages_of_tokens_have_the_length_of_their_process(length):
+    """The longest completion of all processes may be longer than one's own, or shorter than one that is masked."""
+    mask = torch.arange(length) < torch.tensor([3, 1])[:, None]
+    of_all = torch.randn(2, 4) * (torch.arange(4) < torch.tensor([3, 1])[:, None])
+    own, mean = rollout.own_advantages(of_all, mask)
+    assert own.shape == mask.shape and torch.equal(own[:, :3], of_all[:, :3]) and (own[:, 3:] == 0).all()
+    torch.testing.assert_close(mean, torch.stack([of_all[0, :3].mean(), of_all[1, 0]]))
+    assert torch.equal(rollout.gather_mask(mask), mask[:, :3])
 
 
 def largest_allocation(tokenizer, dataset, tmp_path, **options):
@@ -444,6 +488,21 @@ def test_built_in_rewards(function, completion, answer, expected):
         (dict(steps_per_generation=2, generation_batch_size=8), "expected one of them"),
         (dict(generation_batch_size=6), "generation_batch_size: expected a multiple"),
         (dict(scale_rewards="x"), "scale_rewards"),
+        (dict(advantage_estimator="x"), "advantage_estimator: expected one of group, rloo, .*'x'"),
+        (dict(advantage_estimator="rloo", advantage_kwargs=dict(gamma=1.0)), "gamma: expected one of no options"),
+        (dict(advantage_estimator="rloo", advantage_kwargs="gamma"), "advantage_kwargs: expected a dict.*'gamma'"),
+        (dict(advantage_estimator="rloo", scale_rewards="none"), "scale_rewards: expected 'group'.*'rloo'.*'none'"),
+        (dict(advantage_kwargs=dict(scale_rewards="none")), "advantage_kwargs: .*option of its own"),
+        (dict(advantage_estimator="pass_at_k"), "k: expected a value"),
+        (dict(advantage_estimator="pass_at_k", advantage_kwargs=dict(k=4)), "k: .*below the size of a group, 4"),
+        (
+            dict(advantage_estimator="reinforce_plus_plus", advantage_kwargs=dict(gamma=2)),
+            "gamma: expected a number in",
+        ),
+        (
+            dict(advantage_estimator="opo", multi_objective_aggregation="normalize_then_sum"),
+            "advantage_estimator: expected 'group'.*'opo'",
+        ),
         (dict(loss_type="x"), "loss_type"),
         (dict(loss_type=print), "loss_type: .*'module:function' in a config"),
         (dict(average="prompt-mean"), "average: .*tokens or sequences.*'prompt-mean'"),

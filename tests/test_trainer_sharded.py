@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather
 from datasets import Dataset
 from test_trainer import QUIET, Scripted, even_digits, small_model, step_logs
 
@@ -23,6 +23,9 @@ CASES = {
     "head trained by PEFT": dict(peft=True, beta=0.1),
     "sampled, lengths differ": dict(
         scripted=False, per_device_train_batch_size=1, num_generations=2, max_completion_length=12
+    ),
+    "advantages of tokens, groups over both": dict(
+        per_device_train_batch_size=2, advantage_estimator="reinforce_plus_plus", advantage_kwargs=dict(gamma=0.5)
     ),
 }
 FSDP2 = dict(  # as set by `accelerate launch`
@@ -63,6 +66,8 @@ def train(rank, kind, folder, tied=False, peft=False, scripted=True, **options):
         script = Scripted(tokenizer)
         script.random.manual_seed(rank)
         trainer._generate = lambda prompt_ids, mask: script(prompt_ids)
+    if args.advantage_estimator == "reinforce_plus_plus":
+        watch_statistics(trainer)
     trainer.train()
     head = trainer.model.get_output_embeddings()
     weight = head.modules_to_save.default.weight if peft else head.weight
@@ -72,6 +77,23 @@ def train(rank, kind, folder, tied=False, peft=False, scripted=True, **options):
         assert weight.numel() == 0  # partitioned
         weight.all_gather()
     return step_logs(trainer), weight.detach().clone()
+
+
+def watch_statistics(trainer):
+    """Over the loss tokens of both processes advantages have mean 0 and variance 1, with Bessel's correction."""
+    score = trainer._score
+
+    def watched(*arguments):
+        got = score(*arguments)
+        mask = arguments[4]
+        assert got.shape == mask.shape and (got[mask == 0] == 0).all()
+        own = torch.tensor([got.sum(), got.square().sum(), mask.sum() - 0.5])  # two halves: the correction
+        total, square, number = gather(own[None]).sum(0)
+        torch.testing.assert_close(total, torch.zeros(()), rtol=0, atol=1e-4)
+        torch.testing.assert_close(square, number, rtol=1e-4, atol=0)
+        return got
+
+    trainer._score = watched
 
 
 def worker(rank, kind, port, folder):

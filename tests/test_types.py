@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastgrpo import advantages
 from fastgrpo import (
     GRPOLoss,
     GRPOOutput,
@@ -69,6 +70,10 @@ one = linear_logps(hidden, weight, ids, softcap=30.0).sum()
 two = linear_logps(hidden, weight, ids, return_entropy=True, bias=None)
 either = linear_logps(hidden, weight, ids, return_entropy=wants, chunk_size=2, backend="cpu")
 one = group_advantages(rewards, 2, scale_rewards="none")
+one = group_advantages(rewards, group_ids=ids[:, 0], epsilon=1e-6)
+one = advantages.rloo(rewards, 2) + advantages.opo(rewards, 2, completion_mask=mask)
+one = advantages.gdpo(mask, 2, weights=[1.0, 2.0, 0.5]) + advantages.pass_at_k(rewards, group_ids=None, k=1)
+one = advantages.estimate("gpg", rewards, 2, valid="unequal")
 two = gae(mask, mask, mask, gamma=1.0, lam=0.95)
 output: GRPOOutput = policy_loss(mask, rewards)
 metrics: dict[str, Tensor] | None = output.metrics
@@ -128,6 +133,9 @@ WRONG = {
     "linear_logps(hidden, weight, ids, chunk_size='large')": "call-overload",
     "group_advantages(rewards, num_generation=2)": "call-arg",
     "gae(mask, mask, mask, gamma=1.0)": "call-arg",
+    "advantages.rloo(rewards, 2, gamma=1.0)": "call-arg",
+    "advantages.pass_at_k(rewards, 2)": "call-arg",
+    "advantages.opo(rewards, 2)": "call-arg",
     "combine(exact, wights=[1.0])": "call-arg",
     "GRPOConfig('out', betta=0.1)": "call-arg",
     "GRPOConfig('out', beta='0.1')": "arg-type",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -70,3 +71,14 @@ def number(*, least: float = -math.inf, above: float = -math.inf, most: float = 
         return value
 
     return parse
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """The type of an option that takes a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgrpo.advantages.tokens import at_last_token
 from fastgrpo.batch.batch import wide
 from fastgrpo.batch.checks import FLOATS, check, check_tensor, wrong
 from fastgrpo.batch.inputs import make_mask
@@ -83,7 +84,5 @@ def kl_in_reward(
     x = ref_per_token_logps.to(dtype) - per_token_logps.to(dtype)
     kl = estimate(kl_estimator, torch.where(mask, x, 0.0), kl_log_ratio_clamp, kl_clamp)
     if not per_token:
-        last = mask.long().cumsum(1).argmax(1)  # the first of the largest: the last loss token
-        at_last = torch.arange(shape[1], device=device) == last[:, None]
-        rewards = torch.where(at_last, rewards[:, None], 0.0)
+        rewards = at_last_token(rewards, mask)
     return torch.where(mask, rewards.to(dtype) - beta * kl, 0.0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.advantages import group_advantages
+from fastgrpo.advantages import estimate, gdpo, takes
 
 RewardFunc = Callable[..., Sequence[float | None]]
 
@@ -180,38 +180,45 @@ def by_column(column: str, functions: Mapping[Any, RewardFunc]) -> RewardFunc:
 
 
 def combine_rewards(
-    rewards_per_func: Tensor, weights: Tensor, num_generations: int, scale_rewards: str, aggregation: str
+    rewards_per_func: Tensor,
+    weights: Tensor,
+    num_generations: int,
+    scale_rewards: str,
+    aggregation: str,
+    *,
+    estimator: str = "group",
+    completion_mask: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of several functions to one reward and one advantage per completion.
 
     Args:
         rewards_per_func (B, F) fp32: NaN where a function has no say; whole groups, contiguous.
         weights (F,) fp32.
-        aggregation: "sum_then_normalize" or "normalize_then_sum".
+        aggregation: "sum_then_normalize" or "normalize_then_sum", which is `advantages.gdpo`.
+        estimator: whose advantages the sum's are, a name of `advantages.ESTIMATORS`.
+        completion_mask (B, T): nonzero for the loss tokens, for an estimator that takes it.
+        options: of the estimator.
 
     Returns:
-        (rewards (B,), NaN where no function has a say; advantages (B,), 0 there; zero_std (B,) bool: the std that the
-        advantage is measured by is 0, so it carries no signal).
+        (rewards (B,), NaN where no function has a say; advantages (B,), or (B, T) of an estimator of tokens, 0 there;
+        zero_std (B,) bool: the std that the advantage is measured by is 0, so it carries no signal).
     """
     unscorable = rewards_per_func.isnan().all(dim=1)
 
-    def weighted(scores: Tensor) -> Tensor:
-        return (scores * weights).nansum(dim=1).masked_fill(unscorable, torch.nan)
-
-    rewards = weighted(rewards_per_func)
+    rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscorable, torch.nan)
     if aggregation == "normalize_then_sum":
-        normalised = [group_advantages(column, num_generations) for column in rewards_per_func.unbind(dim=1)]
-        # the advantage of an unscored completion is 0, the group's mean: no vote, as NaN is in a nansum
-        total = weighted(torch.stack(normalised, dim=1))
-        advantages = group_advantages(total, total.numel(), scale_rewards="batch")
-        zero_std = _is_zero(nanstd(total)).expand_as(total)
+        advantages = gdpo(rewards_per_func, num_generations, weights=weights)
+        zero_std = _is_zero(nanstd(advantages.masked_fill(unscorable, torch.nan))).expand_as(rewards)
+        return rewards, advantages, zero_std
+    if takes(estimator, "scale_rewards"):
+        options["scale_rewards"] = scale_rewards
+    advantages = estimate(estimator, rewards, num_generations, completion_mask=completion_mask, **options)
+    if scale_rewards == "batch" or not takes(estimator, "num_generations"):
+        zero_std = _is_zero(nanstd(rewards)).expand_as(rewards)
     else:
-        advantages = group_advantages(rewards, num_generations, scale_rewards=scale_rewards)
-        if scale_rewards == "batch":
-            zero_std = _is_zero(nanstd(rewards)).expand_as(rewards)
-        else:
-            stds = nanstd(rewards.view(-1, num_generations), dim=1)
-            zero_std = _is_zero(stds).repeat_interleave(num_generations)
+        stds = nanstd(rewards.view(-1, num_generations), dim=1)
+        zero_std = _is_zero(stds).repeat_interleave(num_generations)
     return rewards, advantages, zero_std
 
 

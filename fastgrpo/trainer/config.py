@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from fastgrpo import _defaults
-from fastgrpo.advantages import SCALE_REWARDS
+from fastgrpo.advantages import SCALE_REWARDS, check_options, estimate, takes
 from fastgrpo.engine.head import check_tolerance
 from fastgrpo.objective import Objective
 from fastgrpo.trainer.sampling import OTHER_TRUNCATIONS
@@ -101,6 +101,9 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
             group, and their weighted sum is normalised over the batch.
         scale_rewards: the std that advantages are divided by: "group", "batch" or "none". True means "group", False
             "none".
+        advantage_estimator: what makes advantages of the rewards, a name of `fastgrpo.advantages.ESTIMATORS`; "group":
+            as scale_rewards says. An estimator whose statistics are of the batch has those of a round of sampling.
+        advantage_kwargs: its options, such as {"gamma": 0.99} of "reinforce_plus_plus" or {"k": 4} of "pass_at_k".
         mask_truncated_completions: leave completions without an end token out of the loss.
         log_completions: write prompts, completions and rewards of each logging step to
             `output_dir/completions/completions_<step>.parquet`.
@@ -121,6 +124,7 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
         "model_init_kwargs",
         "generation_kwargs",
         "chat_template_kwargs",
+        "advantage_kwargs",
     ]
 
     # model
@@ -150,6 +154,8 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
     reward_weights: list[float] | None = None
     multi_objective_aggregation: str = "sum_then_normalize"
     scale_rewards: str = "group"
+    advantage_estimator: str = _defaults.ADVANTAGE_ESTIMATOR
+    advantage_kwargs: dict[str, Any] | str | None = None
 
     # objective
     num_iterations: int = _defaults.NUM_ITERATIONS
@@ -186,6 +192,7 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
         self.scale_rewards = older.get(self.scale_rewards, self.scale_rewards)
         self.logits_dtype = name_of_logits_dtype(self.logits_dtype, self)
         self._check_choices()
+        self._check_estimator()
         self._size_generation()
         objective = self.objective()  # so that a bad option is refused here rather than at the first step
         objective.items_in_batch(tokens=torch.ones(()), sequences=1)
@@ -232,6 +239,27 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
             raise ValueError(
                 "auto_find_batch_size: expected False, since a smaller batch would cut through the groups"
             )
+
+    def _check_estimator(self) -> None:
+        """So that a bad option is refused here rather than after the first round of sampling."""
+        name, given = self.advantage_estimator, self.advantage_kwargs
+        if given is not None and not isinstance(given, dict):
+            raise ValueError(f"advantage_kwargs: expected a dict, or one as JSON, got {given!r}")
+        if "scale_rewards" in as_dict(given):
+            raise ValueError("advantage_kwargs: expected scale_rewards as an option of its own, got it here")
+        check_options(name, as_dict(given))
+        if name != "group" and self.multi_objective_aggregation == "normalize_then_sum":
+            raise ValueError(
+                "advantage_estimator: expected 'group' with multi_objective_aggregation='normalize_then_sum', which "
+                f"makes the advantages itself, got {name!r}"
+            )
+        if self.scale_rewards != "group" and not takes(name, "scale_rewards"):
+            raise ValueError(
+                f"scale_rewards: expected 'group' with advantage_estimator={name!r}, which does not read it, got "
+                f"{self.scale_rewards!r}"
+            )
+        for size in (self.num_generations, self.num_generations_eval or self.num_generations):
+            estimate(name, torch.zeros(size), size, completion_mask=torch.ones(size, 1), **as_dict(given))
 
     def _size_generation(self) -> None:
         """Derive steps_per_generation and generation_batch_size from each other, and check that groups stay whole."""

@@ -20,6 +20,7 @@ from accelerate.utils import gather, gather_object, set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from fastgrpo.advantages import takes
 from fastgrpo.models import sharding
 from fastgrpo.models.adapters import reference
 from fastgrpo.models.calls import AnyModel, pad
@@ -36,8 +37,10 @@ from fastgrpo.trainer.groups import GroupTrainer
 from fastgrpo.trainer.logs import MetricLog, length_metrics, mean_over_processes, reward_metrics, write_completions
 from fastgrpo.trainer.rollout import (
     decode_completions,
+    gather_mask,
     generate_completions,
     make_generation_config,
+    own_advantages,
     shuffle_rows,
     split_rows,
     tokenize_prompts,
@@ -63,8 +66,8 @@ class GRPOTrainer(GroupTrainer):
 
         A_i = (r_i - mean(r_1 ... r_G)) / (std(r_1 ... r_G) + 1e-4)
 
-    with r the weighted sum of the rewards (`scale_rewards` chooses another divisor). The loss is that of
-    `linear_grpo_loss`, made from the hidden states, so no logits of a whole batch exist.
+    with r the weighted sum of the rewards (`scale_rewards` chooses another divisor, `advantage_estimator` another
+    formula). The loss is that of `linear_grpo_loss`, made from the hidden states, so no logits of a whole batch exist.
 
     Args:
         model: a transformers model, a PEFT model, or the path or hub id of one.
@@ -232,7 +235,7 @@ class GRPOTrainer(GroupTrainer):
                 raise ValueError("keep_sampling_mask: expected a sampler that gives `Sampled`, got completions alone")
             batch |= pack_sets(sampled.kept, completion_ids.shape[1], device)
         batch |= self._frozen_logps(batch, mode)
-        batch["advantages"] = self._score(rows, prompts, completions, completion_tokens, group, mode)
+        batch["advantages"] = self._score(rows, prompts, completions, completion_tokens, completion_mask, group, mode)
         return batch
 
     def _generate(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[list[int]] | Sampled:
@@ -264,14 +267,14 @@ class GRPOTrainer(GroupTrainer):
         return frozen_logps(model, batch, self.args, size)
 
     def _score(
-        self, rows: list[dict], prompts: list, completions: list, completion_tokens: list, group: int, mode: str
+        self, rows: list[dict], prompts: list, completions: list, tokens: list, mask: Tensor, group: int, mode: str
     ) -> Tensor:
-        """Advantages (B,) of this process's completions; groups may be spread over processes."""
+        """Advantages (B,) or (B, T) of this process's completions; groups may be spread over processes."""
         extra: dict[str, list] = {}
         arguments = reward_arguments(
             rows,
             prompts,
-            completion_tokens,
+            tokens,
             trainer_state=self.state,
             log_metric=lambda key, value: self._pending_metrics[key].append(value),
             log_extra=lambda column, values: extra.setdefault(column, []).extend(values),
@@ -290,6 +293,9 @@ class GRPOTrainer(GroupTrainer):
             group,
             self.args.scale_rewards,
             self.args.multi_objective_aggregation,
+            estimator=self.args.advantage_estimator,
+            completion_mask=gather_mask(mask) if takes(self.args.advantage_estimator, "completion_mask") else None,
+            **as_dict(self.args.advantage_kwargs),
         )
 
         self._log.add(mode, reward_metrics(self.reward_func_names, per_func, rewards, zero_std))
@@ -297,12 +303,13 @@ class GRPOTrainer(GroupTrainer):
         self._pending_metrics.clear()
 
         local = slice(self.accelerator.process_index * len(rows), (self.accelerator.process_index + 1) * len(rows))
+        advantages, mean = own_advantages(advantages[local], mask)
         if self.args.log_completions:
             table = {"prompt": prompts, "completion": completions, **extra}
             table |= {name: per_func[local, i].tolist() for i, name in enumerate(self.reward_func_names)}
-            table["advantage"] = advantages[local].tolist()
+            table["advantage"] = mean.tolist()
             self._completion_log = {name: gather_object(values) for name, values in table.items()}
-        return advantages[local]
+        return advantages
 
     def _log_lengths(self, mode: str, prompt_lengths: Tensor, lengths: Tensor, truncated: Tensor) -> None:
         prompt_lengths, lengths, truncated = self.accelerator.gather((prompt_lengths, lengths, truncated))

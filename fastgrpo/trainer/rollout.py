@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import gather
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from fastgrpo.models.calls import AnyModel, frozen
@@ -101,6 +102,20 @@ def generate_completions(
         end = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
         completions.append(row[: end + 1])
     return completions
+
+
+def gather_mask(mask: Tensor) -> Tensor:
+    """The masks of all processes' completions, of the longest one's length; `mask` (B, T) is padded on the right."""
+    lengths = gather(mask.sum(1))
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
+def own_advantages(advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(advantages (B,), or (B, T) of the mask's length; (B,) their means over each completion)."""
+    if advantages.dim() == 1:
+        return advantages, advantages
+    advantages = nn.functional.pad(advantages, (0, mask.shape[1] - advantages.shape[1]))  # or cut, where that is < 0
+    return advantages, advantages.sum(1) / mask.sum(1).clamp(min=1)
 
 
 def shuffle_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Records what other frameworks' own loss functions give: inputs, outputs, package and version, as JSON.
+"""Records what other frameworks' own losses and advantages give: inputs, outputs, package and version, as JSON.
 
 Their packages bring much that a loss does not need, so a function is loaded from its file, and what the file imports
 and does not have is a stand-in that is never called. Unpack a wheel, then for example
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
 
+import record_advantages
 import torch
 
 HERE = Path(__file__).parent
@@ -167,12 +168,13 @@ def verl(root):
 
             options = dict(preset="verl", beta=1.0, kl_estimator=name)
             case.add(f"kl {name}", dict(options, only_kl=True), kl)
-        return case
+        advantages = record_advantages.verl(core, load(root / "verl/utils/groupwise.py", "verl_groupwise"))
+        return case, advantages
 
 
 def openrlhf(root):
     folder = next(Path(root).rglob("openrlhf/models"))
-    with stands("flash_attn", "deepspeed", "peft", "ray"):
+    with stands("flash_attn", "deepspeed", "peft", "ray", "openrlhf"):
         load(folder / "utils.py", "openrlhf_models.utils")
         module = load(folder / "loss.py", "openrlhf_models.loss")
         utils = sys.modules["openrlhf_models.utils"]
@@ -194,7 +196,9 @@ def openrlhf(root):
                 return (utils.compute_approx_kl(leaf, x["ref"], kl_estimator=name).double() * mask).sum() / mask.sum()
 
             case.add(f"kl {name}", dict(preset="openrlhf", beta=1.0, kl_estimator=name, only_kl=True, fp32=True), kl)
-        return case
+        maker = load(folder.parent / "trainer/ppo_utils/experience_maker.py", "openrlhf_maker")
+        maker.compute_reward = utils.compute_reward
+        return case, record_advantages.openrlhf(maker.RemoteExperienceMaker)
 
 
 def skyrl(root):
@@ -250,7 +254,7 @@ def skyrl(root):
             return (each.sum(1) / mask.sum(1)).mean()
 
         case.add("kl", dict(preset="skyrl", beta=1.0, only_kl=True), kl)
-        return case
+        return case, record_advantages.skyrl(module)
 
 
 def prime_rl(root):
@@ -350,11 +354,13 @@ FRAMEWORKS = {
 
 
 def main(name, version, root):
-    case = FRAMEWORKS[name](root)
-    given = {key: value.tolist() for key, value in case.x.items()}
-    text = json.dumps(dict(package=name, version=version, inputs=given, cases=case.rows), indent=None)
-    (HERE / f"{name}.json").write_text(text.replace('}, "', '},\n"') + "\n")
-    print(f"{name} {version}: {', '.join(case.rows)}")
+    cases = FRAMEWORKS[name](root)  # of losses; or (of losses, of advantages)
+    written = dict(package=name, version=version)
+    for prefix, case in zip(("", "advantage_"), cases if isinstance(cases, tuple) else (cases,), strict=False):
+        written[f"{prefix}inputs"] = {key: value.tolist() for key, value in case.x.items()}
+        written[f"{prefix}cases"] = case.rows
+        print(f"{name} {version}: {', '.join(case.rows)}")
+    (HERE / f"{name}.json").write_text(json.dumps(written).replace('}, "', '},\n"') + "\n")
 
 
 if __name__ == "__main__":

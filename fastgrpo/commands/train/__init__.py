@@ -7,7 +7,8 @@ import argparse
 from fastgrpo import _defaults as defaults
 from fastgrpo import backends
 from fastgrpo._extras import require
-from fastgrpo.commands.options import number, whole
+from fastgrpo.advantages import ESTIMATORS
+from fastgrpo.commands.options import mapping, number, whole
 from fastgrpo.objective import LOSS_TYPES, Objective
 
 
@@ -39,6 +40,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         f"{defaults.REWARD})")  # fmt: skip
     add("--loss-type", default=Objective.loss_type, help=f"one of {', '.join(LOSS_TYPES)}, or module:function")
     add("--beta", type=number(least=0), default=Objective.beta, help="coefficient of the KL to the first model")
+    add("--advantage-estimator", choices=ESTIMATORS, metavar="NAME", default=defaults.ADVANTAGE_ESTIMATOR,
+        help=f"what makes advantages of rewards, one of {', '.join(ESTIMATORS)}")  # fmt: skip
+    add("--advantage-kwargs", type=mapping, help='options of the estimator as JSON, such as {"k": 4} of pass_at_k')
     add("--num-iterations", type=whole(1), default=defaults.NUM_ITERATIONS, help="passes over each batch")
     add("--backend", choices=("auto", *backends.NAMES), default=defaults.BACKEND, help="of the loss")
     add("--logits-dtype", choices=defaults.LOGITS_DTYPES, default=defaults.LOGITS_DTYPE, help="of the loss")

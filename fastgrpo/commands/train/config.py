@@ -30,6 +30,8 @@ def make_config(options: argparse.Namespace, output_dir: Path, defaults: _defaul
         report_to="none",
         loss_type=options.loss_type,
         beta=options.beta,
+        advantage_estimator=options.advantage_estimator,
+        advantage_kwargs=options.advantage_kwargs,
         num_generations=options.num_generations,
         num_iterations=options.num_iterations,
         temperature=options.temperature,
