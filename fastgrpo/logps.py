@@ -90,7 +90,9 @@ def selective_logps(
     """
     check_rows(logits, completion_ids, "logits", "V")
     rows = _rows(completion_ids, mask, temperature, wide(logits.dtype), logits.size(-1))
-    kept = make_kept(kept_ids, kept_offsets, completion_ids, rows.mask, logits.size(-1))
+    scored = rows.mask
+    assert scored is not None
+    kept = make_kept(kept_ids, kept_offsets, completion_ids, scored, logits.size(-1))
     sweeps = Sweeps(backends.select(logits, backend), kept=kept)
     logps, _, entropies = autograd.stats(as_rows(logits), sweeps, rows, return_entropy)
     shape = completion_ids.shape
@@ -169,6 +171,7 @@ def linear_logps(
     check_rows(hidden, completion_ids, "hidden", "H")
     head = make_head(hidden, weight, backend=backend, **options)
     ids, scored, inv_temperature = _rows(completion_ids, mask, temperature, wide(head.dtype), head.vocab)
+    assert scored is not None
     kept = make_kept(kept_ids, kept_offsets, completion_ids, scored, head.vocab)
     rows, roles = Rows(ids, scored, head.scaled(inv_temperature)), Roles(None if mask is None else scored, None)
     hidden = hidden if hidden.dim() == 3 else hidden[None]

@@ -100,8 +100,8 @@ def linear_grpo_loss_reference(
 
 def in_sets(sets: KeptSets, vocab: int) -> Tensor:
     """(N, V) bool: what a row is over, which is everything without a set."""
-    row = torch.repeat_interleave(torch.arange(len(sets.count), device=sets.ids.device), sets.count)
-    begin = sets.start - (sets.count.cumsum(0) - sets.count)
+    row = torch.repeat_interleave(torch.arange(len(sets.size), device=sets.ids.device), sets.size)
+    begin = sets.start - (sets.size.cumsum(0) - sets.size)
     ids = sets.ids[begin[row] + torch.arange(len(row), device=row.device)].long()
     inside = (~sets.given)[:, None].repeat(1, vocab)
     inside[row, ids] = True

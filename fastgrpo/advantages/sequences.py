@@ -311,12 +311,14 @@ def gdpo(
     dtype, number = result_dtype(rewards), rewards.shape[1]
     check(number > 0, "rewards", "a tensor of shape (B, F) with F > 0", rewards)
     check_dtype("rewards", rewards, *FLOATS, *INTEGERS, torch.bool)
-    as_floats = dict(dtype=torch.float64, device=rewards.device)
-    weights = torch.ones(number, **as_floats) if weights is None else torch.as_tensor(weights, **as_floats)
+    weights = torch.as_tensor([1.0] * number if weights is None else weights, dtype=torch.float64)
+    weights = weights.to(rewards.device)
     check(weights.shape == (number,), "weights", f"{number} numbers, one for each function", weights)
-    options = dict(group_ids=group_ids, epsilon=epsilon)
     # of a completion without a say: 0, the mean of the group
-    each = [group_advantages(column.double(), num_generations, **options) for column in rewards.unbind(1)]
+    each = [
+        group_advantages(column.double(), num_generations, group_ids=group_ids, epsilon=epsilon)
+        for column in rewards.unbind(1)
+    ]
     unjudged = rewards.isnan().all(1)
     total = (torch.stack(each, dim=1) * weights).sum(1)
     if completion_mask is None:

@@ -12,20 +12,20 @@ from fastgrpo.batch.checks import INTEGERS, check, check_dtype, check_tensor, va
 
 
 class KeptSets(NamedTuple):
-    """The set of each row: `ids[start : start + count]`, in any order, an id more than once counting once."""
+    """The set of each row: `ids[start : start + size]`, in any order, an id more than once counting once."""
 
     ids: Tensor  # integers, flat
     start: Tensor  # (N,) int64
-    count: Tensor  # (N,) int64; 0: there is no set, and the row is over the whole vocabulary
+    size: Tensor  # (N,) int64; 0: there is no set, and the row is over the whole vocabulary
 
     @property
     def given(self) -> Tensor:
         """(N,) bool: the rows with a set."""
-        return self.count > 0
+        return self.size > 0
 
     def only(self, rows: Tensor | None) -> KeptSets:
         """Those of some rows, (N,) bool; None: of all."""
-        return self if rows is None else self._replace(count=torch.where(rows, self.count, 0))
+        return self if rows is None else self._replace(size=torch.where(rows, self.size, 0))
 
 
 class Kept(NamedTuple):

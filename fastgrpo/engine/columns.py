@@ -62,13 +62,13 @@ class ColumnProducts:
         """Add those of weight and bias, which `add` left: one sum for each token, rounded once."""
         if not self.pairs:
             return
-        pairs = [torch.cat(x) for x in zip(*self.pairs, strict=True)]
+        dz, ids, rows = (torch.cat(x) for x in zip(*self.pairs, strict=True))
         hidden = _with_unit_stride(self.hidden[0] if len(self.hidden) == 1 else torch.cat(self.hidden))
         self.pairs, self.hidden, d_bias = [], [], self.collected.d_bias
         if self.collected.needs[1]:
-            self.kernels.column_d_weight(*pairs, hidden, self.collected.started_sum(), d_bias)
+            self.kernels.column_d_weight(dz, ids, rows, hidden, self.collected.started_sum(), d_bias)
         elif d_bias is not None:  # the gradient of a weight for hidden states of 1
-            self.kernels.column_d_weight(*pairs, hidden.new_ones(len(hidden), 1), d_bias[:, None], None)
+            self.kernels.column_d_weight(dz, ids, rows, hidden.new_ones(len(hidden), 1), d_bias[:, None], None)
 
 
 class _Chunk(NamedTuple):

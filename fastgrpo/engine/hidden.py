@@ -164,8 +164,8 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
                         scores, terms = some.overwrite(logits, head.sweeps, want_entropy, out)
                         collected.add_hidden(at, out[0], projection.h[part])
                     else:
-                        scores, terms, *coefficients = some.score(logits, head.sweeps, want_entropy)
-                        few.add(at, logits, some.rows, scores, *coefficients)
+                        scores, terms, g, h = some.score(logits, head.sweeps, want_entropy)
+                        few.add(at, logits, some.rows, scores, g, h)
                     _put(table, at, [*columns(scores), *terms.columns()])
                     losses.append(terms.loss)
                     bonuses += [] if terms.bonus is None else [terms.bonus]

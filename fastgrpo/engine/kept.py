@@ -39,7 +39,7 @@ def tables(sets: KeptSets, rows: Rows, vocab: int) -> Iterator[Table]:
         rows: (N,) all of the call; its mask is not read.
     """
     # 2^exponent is the width: frexp gives x = m · 2^e with 1/2 <= m < 1
-    exponent = torch.frexp((sets.count - 1).clamp(min=NARROWEST - 1).double()).exponent
+    exponent = torch.frexp((sets.size - 1).clamp(min=NARROWEST - 1).double()).exponent
     exponent = torch.where(sets.given, exponent, 0)
     order = exponent.argsort(stable=True)
     sizes = torch.bincount(exponent, minlength=1).tolist()
@@ -52,7 +52,7 @@ def tables(sets: KeptSets, rows: Rows, vocab: int) -> Iterator[Table]:
 
 def _table(sets: KeptSets, rows: Rows, at: Tensor, width: int, vocab: int) -> Table:
     place = torch.arange(width, device=at.device)
-    start, count = sets.start[at, None], sets.count[at, None]
+    start, count = sets.start[at, None], sets.size[at, None]
     there = place < count
     ids = sets.ids[torch.where(there, start + place, start)].long()
     target = rows.ids[at]

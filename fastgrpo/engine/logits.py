@@ -53,8 +53,7 @@ class Sweeps(NamedTuple):
             self.d_table(z, table, scores, g, h)
             row, place = table.pairs()
             found.append((table.at[row], table.ids[row, place].long(), z[row, place]))
-        g, h = (None if x is None else torch.where(sets.given, 0.0, x) for x in (g, h))
-        assert g is not None
+        g, h = torch.where(sets.given, 0.0, g), None if h is None else torch.where(sets.given, 0.0, h)
         kernels.row_grad(logits, rows, scores, g, h, out, softcap=self.softcap)
         for row, column, dz in found:
             out[row // out.shape[1], row % out.shape[1], column] = dz.to(out.dtype)
@@ -87,7 +86,7 @@ class Sweeps(NamedTuple):
 def put_scores(scores: Scores, at: Tensor, some: Scores) -> None:
     """scores[at] = some"""
     for x, values in zip(scores, some, strict=True):
-        if x is not None:
+        if x is not None and values is not None:
             x[at] = values
 
 

@@ -48,10 +48,10 @@ def compute_metrics(o: Objective, batch: Batch, entropies: Tensor | None, terms:
             weight = torch.where(lengths[:, 0] > 0, sums[:, [*vectors].index(name)] / lengths[:, 0], 1.0)
             metrics[name] = weight.sum() / max(sequences, 1)
     if batch.kept is not None:
-        with_set, sizes = batch.kept.given & batch.mask, torch.where(batch.mask, batch.kept.count, 0)
-        given, tokens = with_set.sum(), batch.mask.sum().clamp(min=1)
-        metrics["kept/mean"] = (sizes.sum() / given.clamp(min=1)).to(batch.dtype)
-        metrics["kept/without"] = (1 - given / tokens).to(batch.dtype)
+        with_set, sizes = batch.kept.given & batch.mask, torch.where(batch.mask, batch.kept.size, 0)
+        count, tokens = with_set.sum(), batch.mask.sum().clamp(min=1)
+        metrics["kept/mean"] = (sizes.sum() / count.clamp(min=1)).to(batch.dtype)
+        metrics["kept/without"] = (1 - count / tokens).to(batch.dtype)
     if terms.bonus is not None:
         metrics["policy_loss"] = terms.loss.detach() - terms.bonus
     return metrics

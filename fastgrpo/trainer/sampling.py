@@ -59,7 +59,7 @@ class SetRecorder(LogitsProcessor):
         self._ids: list[Tensor] = []
         self._counts: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         scores = self._warpers(input_ids, scores)
         kept = scores.isfinite()
         rows, ids = kept.nonzero(as_tuple=True)
@@ -86,7 +86,7 @@ def pack_sets(kept: Sequence[Sequence[Any]], width: int, device: torch.device) -
     return {"kept_ids": ids.to(device), "kept_counts": counts.to(device)}
 
 
-def sets_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def sets_of(batch: dict[str, Tensor]) -> dict[str, Any]:
     """The keywords of a loss, or of logps, for the sets that a batch carries, if it does."""
     if "kept_ids" not in batch:
         return {}
