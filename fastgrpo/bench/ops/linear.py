@@ -34,7 +34,7 @@ def _inputs(case: Case) -> Inputs:
     return inputs
 
 
-def _truth(inputs: Inputs) -> Results:
+def truth(inputs: Inputs) -> Results:
     """The gradients are kept as fp32, which is exact enough here."""
     rows, weight = inputs.hidden.flatten(0, 1), inputs.weight.double()
     d_hidden, d_weight = torch.empty_like(rows, dtype=torch.float32), torch.zeros_like(weight)
@@ -58,7 +58,7 @@ linear = Operation(
     title="loss and gradients from hidden states",
     place=4,
     inputs=_inputs,
-    truth=_truth,
+    truth=truth,
     bytes=head_bytes,
     flops=head_flops,
     sizes="BTVH",
@@ -95,14 +95,14 @@ def _results(loss: Tensor, hidden: Tensor, weight: Tensor) -> Results:
     return {"loss": loss.detach(), "d_hidden": hidden.grad, "d_weight": weight.grad}
 
 
-def _fastgrpo(inputs: Inputs, backend: str) -> Results:
+def fastgrpo_step(inputs: Inputs, backend: str, **more) -> Results:
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
-    options = dict(fastgrpo_options(inputs, backend), softcap=inputs.case.softcap)
+    options = dict(fastgrpo_options(inputs, backend), softcap=inputs.case.softcap, **more)
     loss = linear_grpo_loss(hidden, weight, inputs.ids, inputs.advantages, **options).loss
     return _results(loss, hidden, weight)
 
 
-def _eager(inputs: Inputs, made) -> Results:
+def eager_step(inputs: Inputs, made) -> Results:
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
     return _results(made(_eager_loss)(hidden, weight, inputs), hidden, weight)
 
@@ -114,12 +114,12 @@ def _eager_loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     return eager_loss(logits, inputs)
 
 
-add_fastgrpo(linear, {"": _fastgrpo})
-add_eager(linear, _eager)
+add_fastgrpo(linear, {"": fastgrpo_step})
+add_eager(linear, eager_step)
 
 
 @linear.add("trl", why_not=needs("trl"))
-def _trl(inputs: Inputs) -> Results:
+def trl_step(inputs: Inputs) -> Results:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
     from fastgrpo.bench.trl_loss import trl_loss
@@ -181,8 +181,12 @@ def _cross_entropy(inputs: Inputs) -> Results:
     return {"d_hidden": hidden.grad, "d_weight": weight.grad}
 
 
-@linear.add("GEMMs alone", is_floor=True, work=lambda case: 6 * case.B * case.T * case.H * case.V)
-def _gemms(inputs: Inputs) -> Results:
+def gemms_work(case: Case) -> int:
+    return 6 * case.B * case.T * case.H * case.V
+
+
+@linear.add("GEMMs alone", is_floor=True, work=gemms_work)
+def gemms_step(inputs: Inputs) -> Results:
     """`h @ Wᵀ`, `dL @ W` and `dLᵀ @ h` into buffers that are there already, in fastgrpo's chunks, all tokens."""
     rows, weight = inputs.hidden.flatten(0, 1), inputs.weight
     parts = chunks(inputs.case, rows.device)
