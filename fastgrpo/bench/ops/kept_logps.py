@@ -26,7 +26,7 @@ def _truth(inputs: Inputs) -> Results:
 kept_logps = Operation(
     "kept-logps",
     title=f"log-probabilities and entropies from hidden states, over {kept.SIZE} kept tokens a row",
-    place=6,
+    place=8,
     inputs=kept.kept.inputs,
     truth=_truth,
     bytes=lambda case: 0,
@@ -37,7 +37,7 @@ kept_logps = Operation(
                ratio("fastgrpo", "GEMMs alone"), 0.02, at_most=True),
     ),
     softcap="refused",
-    page=4,
+    page=5,
 )  # fmt: skip
 
 
@@ -49,4 +49,4 @@ def _fastgrpo(inputs: Inputs, backend: str) -> Results:
 
 
 add_fastgrpo(kept_logps, {"": _fastgrpo})
-kept_logps.add("GEMMs alone", is_floor=True)(linear.gemms)
+kept_logps.add("GEMMs alone", is_floor=True, work=linear.gemms_work)(linear.gemms_step)

@@ -24,7 +24,7 @@ from fastgrpo.bench.targets import accuracy, both, ratio
 from fastgrpo.bench.truth import exact_loss
 
 
-def inputs_of(case: Case) -> Inputs:
+def _inputs(case: Case) -> Inputs:
     random, inputs = Random(case), Inputs(case=case)
     inputs.weight = random.normal(case.V, case.H, scale=2 / case.H**0.5)
     inputs.hidden = random.normal(case.B, case.T, case.H)
@@ -61,7 +61,7 @@ linear = Operation(
     "linear",
     title="loss and gradients from hidden states",
     place=4,
-    inputs=inputs_of,
+    inputs=_inputs,
     truth=truth,
     bytes=head_bytes,
     flops=head_flops,
@@ -94,21 +94,21 @@ linear = Operation(
 )  # fmt: skip
 
 
-def results(loss: Tensor, hidden: Tensor, weight: Tensor) -> Results:
+def _results(loss: Tensor, hidden: Tensor, weight: Tensor) -> Results:
     loss.backward()
     return {"loss": loss.detach(), "d_hidden": hidden.grad, "d_weight": weight.grad}
 
 
-def _fastgrpo(inputs: Inputs, backend: str) -> Results:
+def fastgrpo_step(inputs: Inputs, backend: str, **more) -> Results:
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
-    options = dict(fastgrpo_options(inputs, backend), softcap=inputs.case.softcap)
+    options = dict(fastgrpo_options(inputs, backend), softcap=inputs.case.softcap, **more)
     loss = linear_grpo_loss(hidden, weight, inputs.ids, inputs.advantages, **options).loss
-    return results(loss, hidden, weight)
+    return _results(loss, hidden, weight)
 
 
-def _eager(inputs: Inputs, made) -> Results:
+def eager_step(inputs: Inputs, made) -> Results:
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
-    return results(made(_eager_loss)(hidden, weight, inputs), hidden, weight)
+    return _results(made(_eager_loss)(hidden, weight, inputs), hidden, weight)
 
 
 def _eager_loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
@@ -118,12 +118,12 @@ def _eager_loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     return eager_loss(logits, inputs)
 
 
-add_fastgrpo(linear, {"": _fastgrpo})
-add_eager(linear, _eager)
+add_fastgrpo(linear, {"": fastgrpo_step})
+add_eager(linear, eager_step)
 
 
 @linear.add("trl", why_not=needs("trl"))
-def trl(inputs: Inputs) -> Results:
+def trl_step(inputs: Inputs) -> Results:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
     from fastgrpo.bench.trl_loss import trl_loss
@@ -138,7 +138,7 @@ def trl(inputs: Inputs) -> Results:
         inputs.case.objective, logps, entropies, completion_mask=inputs.mask, advantages=inputs.advantages,
         old_per_token_logps=inputs.old,
     )  # fmt: skip
-    return results(loss, hidden, weight)
+    return _results(loss, hidden, weight)
 
 
 def _liger(inputs: Inputs, compiled: bool) -> Results:
@@ -147,7 +147,7 @@ def _liger(inputs: Inputs, compiled: bool) -> Results:
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
     function = LigerFusedLinearGRPOLoss(beta=0.0, compiled=compiled, use_ref_model=False, loss_type="dapo")
     loss, *_ = function(hidden, weight, inputs.ids, inputs.mask, inputs.advantages, old_per_token_logps=inputs.old)
-    return results(loss, hidden, weight)
+    return _results(loss, hidden, weight)
 
 
 for _mode, _compiled in (("", True), ("not compiled", False)):  # its default is the first
@@ -185,8 +185,12 @@ def _cross_entropy(inputs: Inputs) -> Results:
     return {"d_hidden": hidden.grad, "d_weight": weight.grad}
 
 
-@linear.add("GEMMs alone", is_floor=True, work=lambda case: 6 * case.B * case.T * case.H * case.V)
-def gemms(inputs: Inputs) -> Results:
+def gemms_work(case: Case) -> int:
+    return 6 * case.B * case.T * case.H * case.V
+
+
+@linear.add("GEMMs alone", is_floor=True, work=gemms_work)
+def gemms_step(inputs: Inputs) -> Results:
     """`h @ Wᵀ`, `dL @ W` and `dLᵀ @ h` into buffers that are there already, in fastgrpo's chunks, all tokens."""
     rows, weight = inputs.hidden.flatten(0, 1), inputs.weight
     parts = chunks(inputs.case, rows.device)

@@ -34,7 +34,7 @@ logps = Operation(
         *accuracy("logps"),
         Target("GPU, logps: share of the copy's bandwidth", "bf16", best_share, 0.92, on="cuda"),
     ),
-    page=3,
+    page=7,
 )
 
 

@@ -144,7 +144,7 @@ def _truth(inputs: Inputs) -> Results:
 step = Operation(
     "step",
     title="loss and backward pass of TRL's trainer, on a model of two layers",
-    place=7,
+    place=9,
     inputs=_inputs,
     truth=_truth,
     bytes=head_bytes,
@@ -154,7 +154,7 @@ step = Operation(
     full=tuple(Case("step", 8, 128, 151_936, dtype=dtype) for dtype in ("bf16", "fp32")),
     targets=both("TRL's step: TRL's time over the subclass's", ratio("trl", under_mode="GRPOTrainer"), 4, 1.6),
     softcap="refused",
-    page=5,
+    page=6,
     short="a step of TRL's trainer, two layers",
     size=lambda shape: f"{shape['B']} completions of {shape['T'] // 2} to {shape['T']} tokens",
 )
