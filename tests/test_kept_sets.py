@@ -22,8 +22,6 @@ from cases import rel_norm as off
 from torch import Tensor
 
 from fastgrpo import (
-    GRPOLoss,
-    LinearGRPOLoss,
     Objective,
     backends,
     grpo_loss,
@@ -35,8 +33,6 @@ from fastgrpo import (
     policy_loss,
     selective_logps,
 )
-from fastgrpo.batch import inputs, kept
-from fastgrpo.engine import hidden as engine
 from fastgrpo.objective import LOSS_TYPES
 
 B, T, H, V, ROWS = 4, 5, 24, 90, 97  # the last rows of the weight are padding
@@ -165,9 +161,7 @@ def agree(got, want, rel, rows=slice(None), what=""):
 def test_every_loss(loss_type, level):
     """Padded and packed, from hidden states in chunks of several sizes and from logits, and both references."""
     case = make(extras=("old", "ref", "sampling"))
-    objective = objective_for(
-        loss_type, level, dict(beta=0.1, entropy_coef=0.02, off_policy_mask_threshold=0.04)
-    )
+    objective = objective_for(loss_type, level, dict(beta=0.1, entropy_coef=0.02, off_policy_mask_threshold=0.04))
     want, sets = truth(case, objective, -2.5), csr(case.lists)
     call = dict(objective=objective, **case.loss)
     operands, mask = (case.hidden, case.weight, case.ids, -2.5), case.loss["completion_mask"] > 0
@@ -276,3 +270,173 @@ def test_every_instruction_set_of_a_cpu(isa, monkeypatch):
     monkeypatch.setenv("FASTGRPO_CPU_ISA", isa)
     for dtype in (torch.float32, torch.bfloat16):
         check_scores(dtype, "cpu")
+
+
+# ---- what is exact
+
+
+def closed(case, lists=None):
+    """The case with a few tokens in place of all, or with other sets."""
+    few = [case.ids.view(-1)[i].item() for i in (OPEN, ALL)]
+    return case._replace(
+        lists=lists or [*case.lists[:OPEN], [*{few[0], 4}], [*{few[1], 5, 6}], *case.lists[ALL + 1 :]]
+    )
+
+
+def outcome(case, sets=None, upstream=-2.5, **how):
+    """[loss, logps, entropies, gradients of hidden states, weight and bias]"""
+    call = dict(objective=Objective(beta=0.1, entropy_coef=0.02), backend="cpu", **case.loss, **case.head) | how
+    call |= csr(case.lists) if sets is None else sets
+    output, *grads = linear_loss_and_grads(linear_grpo_loss, case.hidden, case.weight, case.ids, upstream, **call)
+    return [output.loss.detach(), output.per_token_logps, output.entropies, *grads]
+
+
+def same(got, want, what=""):
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(a, b), f"{what}, result {i}: {(a - b).abs().max()}, {(a != b).nonzero()[:9].tolist()}"
+
+
+def test_sets_of_one_token(backend, device):
+    """Certain tokens have logp, entropy and gradients of exactly 0, and count in the mean."""
+    case = make(softcap=softcap_on(backend, 9.0))
+    sets = on(device, dict(kept_ids=case.ids.clone()[..., None]))
+    ids, mask, advantages = (x.to(device) for x in (case.ids, case.loss["completion_mask"], case.loss["advantages"]))
+    call = dict(advantages=advantages, completion_mask=mask, backend=backend, **sets)
+    logits = of_hidden(case.hidden, case.weight, **case.head).float().to(device)
+    operands, head = (case.hidden.to(device), case.weight.to(device), ids), on(device, case.head)
+    objective = Objective(entropy_coef=0.1)
+    for got in (
+        linear_loss_and_grads(linear_grpo_loss, *operands, objective=objective, **call, **head),
+        loss_and_grad(grpo_loss, logits, ids, objective=objective, temperature=head["temperature"], **call),
+    ):
+        assert got[0].loss.item() == pytest.approx(float(-(advantages[:, None] * mask).sum() / mask.sum()), rel=1e-6)
+        for x in (got[0].per_token_logps, got[0].entropies, *got[1:]):
+            assert (x == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_set_of_all_tokens_and_the_mass_of_one(backend):
+    case = make()
+    everything = dict(kept_ids=torch.arange(V).expand(B, T, V))
+    for a, b in zip(outcome(case, everything, backend=backend), outcome(case, {}, backend=backend), strict=True):
+        assert_close(a, b, 1e-5)
+    logits = of_hidden(case.hidden, case.weight, **case.head).float()
+    mask, few = case.loss["completion_mask"], case.inside.view(B, T, V)
+    call = dict(mask=mask, backend=backend)
+    kept_mass = (logits.double().softmax(-1) * few).sum(-1)
+    assert (kept_mass < 0.97).sum() > 5
+    shifted = selective_logps(logits, case.ids, **csr(case.lists), **call) + kept_mass.log() * mask
+    assert_close(shifted, selective_logps(logits, case.ids, **call), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_the_same_bits_however_sets_are_given(backend, dtype):
+    """In any order, as CSR or padded, of any integer dtype, beside padded or packed rows, from any strides."""
+    case = make(dtype)
+    gen, mask = torch.Generator().manual_seed(0), case.loss["completion_mask"] > 0
+    want, masked = outcome(case, backend=backend), [row is GARBAGE for row in case.lists]
+    mixed = [row and [row[i] for i in torch.randperm(len(row), generator=gen)] for row in case.lists]
+    assert mixed != case.lists
+    clean = [None if hidden else row for row, hidden in zip(mixed, masked, strict=True)]  # fits small dtypes
+    for name, sets in dict(
+        shuffled=csr(mixed),
+        padded=dict(kept_ids=padded(case.lists, case.ids)),
+        int32={k: v.int() for k, v in csr(mixed).items()},
+        int8=dict(kept_ids=padded(clean, case.ids).to(torch.int8)),
+        uint16={k: v.to(torch.uint16) for k, v in csr(clean).items()},
+        spaced=dict(kept_ids=padded(case.lists, case.ids).repeat_interleave(2, -1)[..., ::2]),
+    ).items():
+        same(outcome(case, sets, backend=backend), want, name)
+    doubled = outcome(case, csr([row and row + row[::2] for row in case.lists]), backend=backend)
+    for a, b in zip(doubled, want, strict=True):
+        assert_close(a, b, STORED[dtype])
+    away = torch.full((T, B, 2 * H), math.nan, dtype=dtype)
+    away[..., ::2] = case.hidden.transpose(0, 1)
+    strides = case._replace(hidden=away.transpose(0, 1)[..., ::2], weight=case.weight.t().contiguous().t())
+    assert not strides.hidden.is_contiguous() and strides.weight.stride(1) != 1
+    same(outcome(strides, backend=backend), want, "strides")
+    cu_seqlens, flat = pack(mask, dict(hidden=case.hidden, ids=case.ids, kept_ids=padded(case.lists, case.ids),
+                                       **case.loss, **case.head))  # fmt: skip
+    hidden, ids, sets = flat.pop("hidden"), flat.pop("ids"), dict(kept_ids=flat.pop("kept_ids"))
+    sets["cu_seqlens"], flat["completion_mask"] = cu_seqlens, None
+    packed = case._replace(hidden=hidden, ids=ids, head={}, loss=flat)
+    wanted = [x[mask] if x.shape[:2] == mask.shape else x for x in want]
+    same(outcome(packed, sets, backend=backend)[1:], wanted[1:], "packed")  # the loss is a sum of N, zeros included
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_bits_of_a_row_do_not_depend_on_its_company(backend, dtype, monkeypatch):
+    """Alone, in chunks of any size, beside rows without a set, in tables of a few rows."""
+    case = make(dtype)
+    ups, mask = torch.randn(2, B, T), case.loss["completion_mask"] > 0
+    leaves = case.hidden, case.weight, case.head["bias"]
+    head = {k: v for k, v in case.head.items() if k != "bias"}
+    want = of_logps(linear_logps, leaves, case, ups, backend=backend, **csr(case.lists), **head)
+    for chunk_size in (1, 7):
+        got = of_logps(
+            linear_logps, leaves, case, ups, backend=backend, chunk_size=chunk_size, **csr(case.lists), **head
+        )
+        same(got[:3] if backend == "cpu" else got[:2], want[:3] if backend == "cpu" else want[:2], chunk_size)
+    few = closed(case)
+    want = of_logps(linear_logps, leaves, few, ups, backend=backend, **csr(few.lists), **head)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastgrpo.engine.kept.ELEMENTS", 64)
+        same(of_logps(linear_logps, leaves, few, ups, backend=backend, **csr(few.lists), **head), want, "tables")
+    for row in mask.view(-1).nonzero()[:, 0].tolist():
+        b, t = row // T, slice(row % T, row % T + 1)
+        alone = few._replace(ids=case.ids[b : b + 1, t], loss=dict(completion_mask=mask[b : b + 1, t]))
+        options = head | dict(temperature=head["temperature"][b : b + 1, t])
+        got = of_logps(linear_logps, (case.hidden[b : b + 1, t], *leaves[1:]), alone, ups[:, b : b + 1, t],
+                       backend=backend, **csr(few.lists[row : row + 1]), **options)  # fmt: skip
+        same(got[:3], [x[b : b + 1, t] for x in want[:3]], row)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_only_the_kept_is_read_and_only_its_gradient_is_not_0(backend):
+    """NaN in masked rows, in logits outside of the sets and in rows of the weight that are in none."""
+    case = closed(make())
+    sets, mask = csr(case.lists), case.loss["completion_mask"] > 0
+    used = torch.zeros(N, V, dtype=torch.bool)
+    for row in mask.view(-1).nonzero()[:, 0].tolist():
+        used[row, case.lists[row]] = True
+    unused = ~torch.cat([used.any(0), torch.zeros(ROWS - V, dtype=torch.bool)])
+    assert unused[:V].sum() > 5
+    logits = of_hidden(case.hidden, case.weight, **case.head).float()
+    dirty = case._replace(hidden=case.hidden.masked_fill(~mask[..., None], math.nan))
+    dirty = dirty._replace(weight=case.weight.masked_fill(unused[:, None], math.nan))
+    dirty.loss.update({k: v.masked_fill(~mask, math.nan) for k, v in case.loss.items() if "logps" in k})
+    for options in (dict(), dict(chunk_size=2), dict(return_stats=False, objective=Objective())):
+        got, want = (
+            linear_loss_and_grads(linear_grpo_loss, x.hidden, x.weight, x.ids, backend=backend, **sets, **options,
+                                  **x.loss, **x.head) for x in (dirty, case)
+        )  # fmt: skip
+        same((got[0].loss, *got[1:]), (want[0].loss, *want[1:]), options)
+        assert (got[2][unused] == 0).all() and (got[3][unused] == 0).all() and (got[1][~mask] == 0).all()
+        assert (got[2][~unused].abs().sum(-1) > 0).any()
+    poisoned = logits.view(N, V).masked_fill(~used, math.nan).view(B, T, V)
+    for inplace in (False, True):
+        call = dict(backend=backend, inplace=inplace, temperature=case.head["temperature"], **sets, **case.loss)
+        got, want = (loss_and_grad(lambda x, *a, **k: grpo_loss(x * 1, *a, **k), x, case.ids, **call)
+                     for x in (poisoned, logits))  # fmt: skip
+        same((got[0].loss, got[1]), (want[0].loss, want[1]))
+        assert (got[1].view(N, V)[~used] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_nothing_to_do(backend):
+    """No rows; no set at all, which is no argument; nothing but masked rows."""
+    case = make()
+    same(outcome(case, csr([None] * N), backend=backend), outcome(case, {}, backend=backend))
+    same(outcome(case, dict(kept_ids=torch.empty(B, T, 0).int()), backend=backend), outcome(case, {}, backend=backend))
+    case.loss["completion_mask"] = torch.zeros(B, T)
+    for x in outcome(case, csr([GARBAGE] * N), backend=backend):
+        assert (x == 0).all()
+    for shape in ((0, T), (B, 0)):
+        hidden, ids = torch.randn(*shape, H), torch.zeros(*shape, dtype=torch.int64)
+        for sets in (csr([]), dict(kept_ids=torch.zeros(*shape, 3, dtype=torch.int64))):
+            call = dict(advantages=torch.ones(shape[0]), backend=backend, **sets)
+            got = linear_loss_and_grads(linear_grpo_loss, hidden, case.weight, ids, **call)
+            assert got[0].loss == 0 and (got[2] == 0).all()
+            assert loss_and_grad(grpo_loss, hidden, ids, **call)[0].loss == 0
