@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -60,10 +61,11 @@ def kept_sets(sets: Any, counts: Any = None, *, device: torch.device | str | Non
         ValueError: names the argument, what was expected and what came.
     """
     if counts is not None:
-        ids, sizes = torch.as_tensor(sets), torch.as_tensor(counts).reshape(-1)
-        check(ids.dim() == 1, "sets", "a tensor of shape (M,) with counts", ids)
-        check_dtype("sets", ids, *INTEGERS)
-        check_dtype("counts", sizes, *INTEGERS)
+        ids, sizes = (
+            _integers("sets", sets, "ids (M,) with counts"),
+            _integers("counts", counts, "integers", dims=None),
+        )
+        sizes = sizes.reshape(-1)
         fits = bool((sizes >= 0).all()) and int(sizes.sum()) == len(ids)
         check(fits, "counts", f"numbers >= 0 whose sum is {len(ids)}", counts)
     elif isinstance(sets, Tensor):
@@ -73,9 +75,11 @@ def kept_sets(sets: Any, counts: Any = None, *, device: torch.device | str | Non
         rows = rows & ~rows.all(-1, keepdim=True)
         ids, sizes = rows.nonzero()[:, 1], rows.sum(-1)
     else:
+        expected = "the ids of each row, lists of integers, tensors (k,) or None; or a bool mask (..., V)"
+        check(isinstance(sets, Sequence), "sets", expected, sets)
         lists = [row for entry in sets for row in (entry if _is_nested(entry) else [entry])]
-        tensors = [torch.as_tensor([] if x is None else x, dtype=torch.int64).reshape(-1) for x in lists]
-        ids = torch.cat([torch.empty(0, dtype=torch.int64), *(x.cpu() for x in tensors)])
+        tensors = [_integers("sets", [] if x is None else x, expected).to("cpu", torch.int64) for x in lists]
+        ids = torch.cat([torch.empty(0, dtype=torch.int64), *tensors])
         sizes = torch.tensor([len(x) for x in tensors], dtype=torch.int64)
     device = ids.device if device is None else device
     offsets = torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.long().cumsum(0)])
@@ -84,7 +88,18 @@ def kept_sets(sets: Any, counts: Any = None, *, device: torch.device | str | Non
 
 def _is_nested(entry: Any) -> bool:
     """Whether an entry is a sequence of rows, and not a row."""
-    return isinstance(entry, Sequence) and any(x is None or isinstance(x, (Sequence, Tensor)) for x in entry)
+    return isinstance(entry, Sequence) and any(not isinstance(x, Integral) for x in entry)
+
+
+def _integers(name: str, x: Any, expected: str, dims: int | None = 1) -> Tensor:
+    """As a tensor, of that many dimensions."""
+    try:
+        made = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise wrong(name, expected, x) from None
+    made = made if made.numel() > 0 else made.long()  # torch takes an empty list for floats
+    check(made.dtype in INTEGERS and dims in (None, made.dim()), name, expected, x)
+    return made
 
 
 def make_kept(
@@ -94,7 +109,7 @@ def make_kept(
     mask: Tensor,
     vocab: int,
 ) -> KeptSets | None:
-    """The sets of a call, checked; None: it has none.
+    """The sets of a call, checked; None: it has none, or no id in any.
 
     Args:
         completion_ids: of any shape (...), N rows.
@@ -127,6 +142,11 @@ def make_kept(
                 expected = f"values from 0 up to {len(kept_ids)}, the length of kept_ids, never falling"
                 raise wrong("kept_offsets", expected, offsets.tolist() if n < 20 else kept_offsets)
         start, count = offsets[:-1], offsets.diff()
+        # a row whose offsets are wrong, where they are not checked, has one id, which lies behind the last
+        wrong_row = (start < 0) | (count < 0) | (offsets[1:] > len(kept_ids))
+        start, count = torch.where(wrong_row, len(kept_ids), start), torch.where(wrong_row, 1, count)
+    if kept_ids.numel() == 0:
+        return None
     sets = KeptSets(kept_ids.reshape(-1), start, count).only(mask)
     if values_can_be_checked(sets.ids):
         _check_values(sets, completion_ids.reshape(-1), vocab, padded=kept_offsets is None)

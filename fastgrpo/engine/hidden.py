@@ -85,7 +85,7 @@ def _stats(projection: Projection, head: Head, rows: Rows, at: slice | Tensor, w
 def _logits(projection: Projection, head: Head, hidden: Tensor, table: Table) -> Tensor:
     """(n, w) of a table's columns alone."""
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, projection.weight))
-    return backends.columns(head.backend).column_logits(hidden, weight, projection.bias, table.ids)
+    return table.certain(backends.columns(head.backend).column_logits(hidden, weight, projection.bias, table.ids))
 
 
 def gradients(

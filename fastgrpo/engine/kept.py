@@ -25,6 +25,11 @@ class Table(NamedTuple):
     at: Tensor  # (n,) int64: which rows they are
     ids: Tensor  # (n, w) int32, rising; -1 where there is none
     rows: Rows  # all to be read; the id of a target is its place here, or -1
+    sure: Tensor  # (n,) bool: the target is all that was kept
+
+    def certain(self, z: Tensor) -> Tensor:
+        """Logits (n, w), those of sure rows 0: logp, entropy and gradient are then 0, and not a rounding of z - z."""
+        return z.masked_fill_(self.sure[:, None] & (self.ids >= 0), 0.0)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """(row of the table, place in it) of every column that is there, (P,) each."""
@@ -54,14 +59,16 @@ def _table(sets: KeptSets, rows: Rows, at: Tensor, width: int, vocab: int) -> Ta
     place = torch.arange(width, device=at.device)
     start, count = sets.start[at, None], sets.size[at, None]
     there = place < count
-    ids = sets.ids[torch.where(there, start + place, start)].long()
-    target = rows.ids[at]
-    # an id out of range may not be read, and makes its row NaN as a target does that was not kept
-    wrong = there & ((ids < 0) | (ids >= vocab))
+    source = torch.where(there, start + place, start)
+    ids = sets.ids[source.clamp(max=len(sets.ids) - 1)].long()
+    target = rows.ids[at].clamp(max=vocab)  # which is no id, and not what stands for none
+    # what is out of range may not be read, and makes its row NaN as a target does that was not kept
+    wrong = there & ((ids < 0) | (ids >= vocab) | (source == len(sets.ids)))
     none = torch.iinfo(torch.int32).max
     ids = torch.where(there & ~wrong, ids, none).int().sort(-1).values
     ids[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], none)  # an id counts once
     is_target = ids == target[:, None]
     found = torch.where(is_target.any(-1) & ~wrong.any(-1), is_target.int().argmax(-1), -1)
     ids = ids.masked_fill_(ids == none, -1)
-    return Table(at, ids, Rows(found, torch.ones_like(found, dtype=torch.bool), rows.inv_temperature[at]))
+    sure = (found >= 0) & ((ids >= 0).sum(-1) == 1)
+    return Table(at, ids, Rows(found, torch.ones_like(found, dtype=torch.bool), rows.inv_temperature[at]), sure)

@@ -60,11 +60,12 @@ class Sweeps(NamedTuple):
 
     def d_table(self, z: Tensor, table: Table, scores: Scores, g: Tensor, h: Tensor | None) -> None:
         """The gradient of a table's logits (n, w), over them, from what belongs to the N rows of the call."""
-        at, _, rows = table
+        at, rows = table.at, table.rows
         some = Scores._make(None if x is None else x[at] for x in scores)
         slope, c = None, self.softcap
         if c is not None:
-            slope = torch.cosh(z / c).square_().reciprocal_()
+            e = torch.exp((z / c).abs_() * -2)  # torch's cosh has other bits at the end of a tensor than within
+            slope = 4 * e / (1 + e).square_()
             z.div_(c).tanh_().mul_(c).masked_fill_(table.ids < 0, -torch.inf)
         backends.get(self.backend).row_grad(z[None], rows, some, g[at], None if h is None else h[at], z[None])
         if slope is not None:
@@ -92,10 +93,9 @@ def put_scores(scores: Scores, at: Tensor, some: Scores) -> None:
 
 def _columns(logits: Tensor, table: Table) -> Tensor:
     """The logits of a table's columns, (n, w), at least fp32; -inf where there is none."""
-    at, ids, rows = table
-    row = at[:, None]
+    ids, row = table.ids, table.at[:, None]
     z = logits[row // logits.shape[1], row % logits.shape[1], ids.clamp(min=0).long()]
-    return z.to(rows.inv_temperature.dtype).masked_fill_(ids < 0, -torch.inf)
+    return table.certain(z.to(table.rows.inv_temperature.dtype).masked_fill_(ids < 0, -torch.inf))
 
 
 def fuses(o: Objective, backend: str, logits: Tensor, dtype: torch.dtype, softcap: float | None = None) -> bool:
