@@ -346,6 +346,19 @@ def test_bits_do_not_depend_on_company(backend, make):
         assert torch.equal(got, want[at]), chunk_size
 
 
+@pytest.mark.parametrize("make", [realistic_head, mixed_head])
+def test_packed_rows_have_the_bits_of_padded_ones(make):
+    """dL/dhidden; dL/dweight differs by the order of its sum."""
+    hidden, weight, ids, _, loss = case(make, "plain", torch.bfloat16)
+    mask, call = loss["completion_mask"], dict(backend="cpu", column_tolerance=FINER)
+    _, want, _ = linear_loss_and_grads(linear_grpo_loss, hidden, weight, ids, **call, **loss)
+    del loss["completion_mask"]
+    cu_seqlens, packed = pack(mask, dict(hidden=hidden, ids=ids, **loss))
+    rows = packed.pop("hidden").clone().requires_grad_()
+    linear_grpo_loss(rows, weight, packed.pop("ids"), cu_seqlens=cu_seqlens, **call, **packed).loss.backward()
+    assert torch.equal(rows.grad, want[mask.bool()])
+
+
 # ---- what a head may be
 
 

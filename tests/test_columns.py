@@ -191,14 +191,14 @@ def test_bits_of_an_id_alone_in_company_and_among_others_in_another_order(kernel
 @pytest.mark.parametrize("values, want", [((2.0**25, 1.0, -(2.0**25)), 0.0), ((2.0**25, -(2.0**25), 1.0), 1.0)])
 def test_sums_go_in_order(values, want, kernels, device):
     ids, rows = torch.tensor([4, 4, 1, 4]), torch.tensor([0, 0, 0, 0])
-    dz, hidden = torch.tensor([*values[:2], 9.0, values[2]]), torch.ones(1, 5)
+    dz, hidden = torch.tensor([*values[:2], 9.0, values[2]]), torch.ones(1, 70)
     dz, ids, rows, hidden = dz.to(device), ids.int().to(device), rows.int().to(device), hidden.to(device)
-    out, d_bias = torch.zeros(6, 5, device=device), torch.zeros(6, device=device)
+    out, d_bias = torch.zeros(6, 70, device=device), torch.zeros(6, device=device)
     kernels.column_d_weight(dz, ids, rows, hidden, out, d_bias)
     assert (out[4] == want).all() and d_bias[4] == want and (out[1] == 9).all()
-    table, got = torch.tensor([[4, -1, 4, -1, 4]], dtype=torch.int32, device=device), torch.empty(1, 5, device=device)
+    table, got = torch.tensor([[4, -1, 4, -1, 4]], dtype=torch.int32, device=device), torch.empty(1, 70, device=device)
     spread = torch.tensor([[values[0], math.nan, values[1], math.nan, values[2]]], device=device)
-    kernels.column_d_hidden(spread, table, torch.ones(6, 5, device=device), got)
+    kernels.column_d_hidden(spread, table, torch.ones(6, 70, device=device), got)
     assert (got == want).all()
 
 
@@ -420,6 +420,32 @@ def test_more_candidates_than_are_written_apart(monkeypatch):
             monkeypatch.setattr(columns, "_CANDIDATES", room)
             found.append(verify("triton", logits, rows, scores, g, None, 2**-8, 90))
         assert torch.equal(found[0].ids, found[1].ids)
+
+
+def test_bits_on_any_number_of_threads():
+    """Of calls that are worth three."""
+    if (why := backends.get("cpu").unavailable()) is not None:
+        pytest.skip(why)
+    kernels, generator, before = backends.columns("cpu"), torch.Generator().manual_seed(0), torch.get_num_threads()
+    n, w, V, H = 48, 200, 40_000, 400
+    hidden, weight = torch.randn(n, H, generator=generator), torch.randn(V, H, generator=generator)
+    ids = torch.randint(-1, V // 8, (n, w), generator=generator, dtype=torch.int32)
+    dz, rows = torch.randn(n, w, generator=generator), torch.arange(n, dtype=torch.int32).repeat_interleave(w)
+    logits = 6 * torch.randn(1, n, V, generator=generator)
+    of_rows, scores = scored("cpu", logits, torch.randint(V, (n,), generator=generator), torch.ones(n))
+    made = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            kernels.column_d_hidden(dz, ids, weight, d_hidden)
+            kernels.column_d_weight(dz.flatten(), ids.flatten(), rows, hidden, d_weight, None)
+            found = kernels.select_columns(logits, of_rows, scores, torch.ones(n), None, 2**-8, 300)
+            made.append((kernels.column_logits(hidden, weight, None, ids), d_hidden, d_weight, *found))
+    finally:
+        torch.set_num_threads(before)
+    assert 0 < (found.sizes > 300).sum() < n
+    assert all(torch.equal(a, b) for more in made[1:] for a, b in zip(more, made[0], strict=True))
 
 
 @pytest.fixture(params=backends.get("cpu").instruction_sets() if backends.get("cpu").unavailable() is None else [])
