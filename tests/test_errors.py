@@ -331,10 +331,10 @@ def test_a_failed_call_loses_nothing():
 
 def test_debug_mode_checks_values_on_every_device(monkeypatch):
     """Elsewhere than on a CPU reading a value is a sync, so only FASTGRPO_DEBUG=1 asks for it."""
-    from fastgrpo.batch.inputs import _values_can_be_checked
+    from fastgrpo.batch.checks import values_can_be_checked
 
     elsewhere = torch.zeros(1, device="meta")
     monkeypatch.delenv("FASTGRPO_DEBUG", raising=False)
-    assert _values_can_be_checked(torch.zeros(1)) and not _values_can_be_checked(elsewhere)
+    assert values_can_be_checked(torch.zeros(1)) and not values_can_be_checked(elsewhere)
     monkeypatch.setenv("FASTGRPO_DEBUG", "1")
-    assert _values_can_be_checked(elsewhere)
+    assert values_can_be_checked(elsewhere)

@@ -3,6 +3,7 @@
 The sets come from a nucleus sampler on the case's own logits. Of masked rows the ids are garbage in every case.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -265,6 +266,37 @@ def test_scores_and_their_gradients(dtype, backend, device):
     check_scores(dtype, backend, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_logits_of_half_precision(backend, dtype):
+    case = make()
+    logits = of_hidden(case.hidden, case.weight, **case.head).to(dtype)
+    objective = Objective(beta=0.1, entropy_coef=0.02)
+    want = truth(case, objective, 256.0, logits)
+    for inplace in (False, True):
+        call = dict(objective=objective, temperature=case.head["temperature"], backend=backend, inplace=inplace)
+        got = loss_and_grad(lambda x, *a, **k: grpo_loss(x * 1, *a, **k), logits, case.ids, 256.0, **call,
+                            **csr(case.lists), **case.loss)  # fmt: skip
+        assert got[1].dtype == dtype
+        agree(got, want, STORED[dtype], what=f"inplace {inplace}")
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+def test_gradients_that_nobody_asks_for_and_autocast(wanted):
+    case, objective = make(), Objective(entropy_coef=0.02)
+    rounded = case._replace(hidden=case.hidden.bfloat16(), weight=case.weight.bfloat16())
+    for autocast, want, rel in ((False, truth(case, objective), 1e-5), (True, truth(rounded, objective), 3e-3)):
+        leaves = [x.clone().requires_grad_(need) for x, need in
+                  zip((case.hidden, case.weight, case.head["bias"]), wanted, strict=True)]  # fmt: skip
+        call = dict(objective=objective, backend="cpu", **csr(case.lists), **case.loss, **case.head)
+        call["bias"] = leaves[2]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            linear_grpo_loss(*leaves[:2], case.ids, **call).loss.backward()
+        for leaf, need, true in zip(leaves, wanted, want[1:], strict=True):
+            assert (leaf.grad is not None) == need
+            assert not need or off(leaf.grad, true) < rel
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_of_a_cpu(isa, monkeypatch):
     monkeypatch.setenv("FASTGRPO_CPU_ISA", isa)
@@ -275,12 +307,12 @@ def test_every_instruction_set_of_a_cpu(isa, monkeypatch):
 # ---- what is exact
 
 
-def closed(case, lists=None):
-    """The case with a few tokens in place of all, or with other sets."""
+def closed(case):
+    """The case with a few tokens in place of all."""
     few = [case.ids.view(-1)[i].item() for i in (OPEN, ALL)]
-    return case._replace(
-        lists=lists or [*case.lists[:OPEN], [*{few[0], 4}], [*{few[1], 5, 6}], *case.lists[ALL + 1 :]]
-    )
+    lists = [*case.lists]
+    lists[OPEN], lists[ALL] = [*{few[0], 4}], [*{few[1], 5, 6}]
+    return case._replace(lists=lists)
 
 
 def outcome(case, sets=None, upstream=-2.5, **how):
@@ -373,11 +405,10 @@ def test_bits_of_a_row_do_not_depend_on_its_company(backend, dtype, monkeypatch)
     ups, mask = torch.randn(2, B, T), case.loss["completion_mask"] > 0
     leaves = case.hidden, case.weight, case.head["bias"]
     head = {k: v for k, v in case.head.items() if k != "bias"}
-    want = of_logps(linear_logps, leaves, case, ups, backend=backend, **csr(case.lists), **head)
+    call = dict(backend=backend, **csr(case.lists), **head)
+    want = of_logps(linear_logps, leaves, case, ups, **call)
     for chunk_size in (1, 7):
-        got = of_logps(
-            linear_logps, leaves, case, ups, backend=backend, chunk_size=chunk_size, **csr(case.lists), **head
-        )
+        got = of_logps(linear_logps, leaves, case, ups, chunk_size=chunk_size, **call)
         same(got[:3] if backend == "cpu" else got[:2], want[:3] if backend == "cpu" else want[:2], chunk_size)
     few = closed(case)
     want = of_logps(linear_logps, leaves, few, ups, backend=backend, **csr(few.lists), **head)

@@ -6,7 +6,7 @@ import torch
 from cases import assert_close
 
 from fastgrpo import grpo_loss, linear_grpo_loss, linear_logps, policy_loss, selective_logps
-from fastgrpo.batch.inputs import HeadOptions, Inputs, PolicyInputs, make_layout
+from fastgrpo.batch.inputs import HeadOptions, Inputs, KeptInputs, PolicyInputs, make_layout
 from fastgrpo.engine.head import make_head
 
 
@@ -29,9 +29,11 @@ def test_every_default_is_the_same_wherever_it_stands():
         ("cu_seqlens", None),
         ("token_weights", None),
         ("group_ids", None),
+        ("kept_ids", None),
+        ("kept_offsets", None),
     ]
     of_logps = [(name, p.default) for name, p in signatures[1].items() if name in PolicyInputs.__annotations__]
-    assert of_logps == [pair for pair in shown if pair[0] != "temperature"]
+    assert of_logps == [pair for pair in shown if pair[0] not in ("temperature", *KeptInputs.__annotations__)]
     for name in ("objective", "return_stats"):
         assert signatures[0][name].default == signatures[1][name].default
     linear, logps, linear_rows = (

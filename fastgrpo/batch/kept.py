@@ -61,11 +61,8 @@ def kept_sets(sets: Any, counts: Any = None, *, device: torch.device | str | Non
         ValueError: names the argument, what was expected and what came.
     """
     if counts is not None:
-        ids, sizes = (
-            _integers("sets", sets, "ids (M,) with counts"),
-            _integers("counts", counts, "integers", dims=None),
-        )
-        sizes = sizes.reshape(-1)
+        ids = _integers("sets", sets, "ids (M,) with counts")
+        sizes = _integers("counts", counts, "integers", dims=None).reshape(-1)
         fits = bool((sizes >= 0).all()) and int(sizes.sum()) == len(ids)
         check(fits, "counts", f"numbers >= 0 whose sum is {len(ids)}", counts)
     elif isinstance(sets, Tensor):
