@@ -44,7 +44,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--impl", action="append", help="only this implementation, such as fastgrpo, eager, trl, liger; repeatable")
     add("--backend", action="append", choices=backends.NAMES, help="only this backend of fastgrpo; repeatable")
     add("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    add("--seconds", type=number(above=0), default=2.0, help="of timing for each implementation")
+    add("--seconds", type=number(above=0), default=4.0, help="of timing for each implementation")
 
     add = bench.add_argument_group("output").add_argument
     add("--json", metavar="FILE", help="append the rows, one JSON object a line")
