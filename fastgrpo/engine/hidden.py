@@ -15,9 +15,9 @@ from torch import Tensor
 from fastgrpo import backends
 from fastgrpo.backends import Rows, Scores, cpu
 from fastgrpo.batch.kept import KeptSets
-from fastgrpo.engine.columns import ColumnProducts, FewColumns
+from fastgrpo.engine.columns import ColumnProducts, FewColumns, room
 from fastgrpo.engine.head import Head
-from fastgrpo.engine.kept import Table, tables
+from fastgrpo.engine.kept import Arranged, Table, arrange
 from fastgrpo.engine.logits import Fused, How, put_scores
 from fastgrpo.engine.overlap import Lanes
 from fastgrpo.engine.plan import Plan, Roles, plan_rows
@@ -59,7 +59,8 @@ def score(
     count = 2 + want_entropy
     results = [torch.zeros_like(rows.inv_temperature) for _ in range(count)]
     with no_autocast(hidden):
-        projection = Projection(hidden, head, plan.longest)
+        kept = None if sets is None else arrange(sets)
+        projection = Projection(hidden, head, _longest(plan, head, kept))
         for chunk in plan.score:
             at = plan.at(chunk)
             scores = _stats(projection, head, take_rows(rows, at), at, want_entropy)
@@ -67,9 +68,9 @@ def score(
                 result[at] = values
         logp, lse, *entropy = results
         found = Scores(logp, lse, entropy[0] if entropy else None)
-        if sets is not None:
-            for table in tables(sets, rows, head.vocab):
-                z = _logits(projection, head, projection.gather(table.at), table)
+        if kept is not None:
+            for table in kept.tables(rows, head.vocab, head.chunk):
+                z = _logits(projection, head, table)
                 put_scores(found, table.at, head.sweeps.of_table(z, table, want_entropy))
     return found
 
@@ -82,10 +83,30 @@ def _stats(projection: Projection, head: Head, rows: Rows, at: slice | Tensor, w
     return head.sweeps.stats(projection.logits(at), rows, want_entropy)  # (1, n, V)
 
 
-def _logits(projection: Projection, head: Head, hidden: Tensor, table: Table) -> Tensor:
-    """(n, w) of a table's columns alone."""
-    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, projection.weight))
+def _widest(head: Head) -> int:
+    """Of the tables whose columns are gathered; rows of a wider one are projected, because that is quicker."""
+    return room(head.vocab, head.logits_dtype, head.weight.device.type)
+
+
+def _longest(plan: Plan, head: Head, kept: Arranged | None) -> int:
+    """The most rows that are projected at a time."""
+    return max(plan.longest, 0 if kept is None else min(head.chunk, kept.wider(_widest(head))))
+
+
+def _logits(projection: Projection, head: Head, table: Table) -> Tensor:
+    """(n, w) of a table's columns, whose rows are the projection's chunk then."""
+    projection.take(table.at, buffer=table.width > _widest(head))
+    if table.width > _widest(head):
+        return table.of(projection.project(), torch.arange(len(table.at), device=table.at.device))
+    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (projection.h, projection.weight))
     return table.certain(backends.columns(head.backend).column_logits(hidden, weight, projection.bias, table.ids))
+
+
+def _additions(head: Head, kept: Arranged | None) -> int:
+    """How often rows with a set add to dL/dweight: once for all whose columns are gathered, else for each table."""
+    if kept is None or sum(kept.counts[1:]) == 0:
+        return 0
+    return 1 if kept.wider(_widest(head)) == 0 else 2
 
 
 def gradients(
@@ -108,8 +129,9 @@ def gradients(
     logits: Tensor | None
     out: Tensor | None
     with no_autocast(hidden):
-        projection = Projection(hidden, head, plan.longest)
-        collected = Gradients(projection, head, needs, plan, sets=sets is not None)
+        kept = None if sets is None else arrange(sets)
+        projection = Projection(hidden, head, _longest(plan, head, kept))
+        collected = Gradients(projection, head, needs, plan, more=_additions(head, kept))
         few = FewColumns(head, collected) if head.column_tolerance > 0 else None
         for chunk, _ in plan.learn:
             at = plan.at(chunk)
@@ -122,14 +144,20 @@ def gradients(
             else:
                 few.add(at, logits, *made_of)
         logits = out = None
-        if sets is not None:
+        if kept is not None:
             products = ColumnProducts(head, collected)
-            for table in tables(sets, rows, head.vocab):
-                of_table = projection.gather(table.at)
-                z = _logits(projection, head, of_table, table)
+            for table in kept.tables(rows, head.vocab, head.chunk):
+                z = _logits(projection, head, table)
                 head.sweeps.d_table(z, table, scores, g, h)
-                products.add(table.at, of_table, z, table.ids)
+                if table.width > _widest(head):
+                    out = projection.d_logits().zero_()
+                    row, place = table.pairs()
+                    out[0, row, table.ids[row, place].long()] = z[row, place].to(out.dtype)
+                    collected.add(table.at, out[0], projection.h)
+                else:
+                    products.add(table.at, projection.h, z, table.ids)
             products.finish()
+            out = None
             del products
         del projection  # and with both the buffer, before the weight's gradient is rounded
         return collected.result()

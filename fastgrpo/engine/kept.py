@@ -31,28 +31,56 @@ class Table(NamedTuple):
         """Logits (n, w), those of sure rows 0: logp, entropy and gradient are then 0, and not a rounding of z - z."""
         return z.masked_fill_(self.sure[:, None] & (self.ids >= 0), 0.0)
 
+    @property
+    def width(self) -> int:
+        return self.ids.shape[1]
+
+    def of(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """The logits (n, w) of its columns, at least fp32, out of those (B, T, V) of all; -inf where there is none.
+
+        Args:
+            rows (n,): where its rows stand in `logits`.
+        """
+        row, tokens = rows[:, None], logits.shape[1]
+        z = logits[row // tokens, row % tokens, self.ids.clamp(min=0).long()].to(self.rows.inv_temperature.dtype)
+        return self.certain(z.masked_fill_(self.ids < 0, -torch.inf))
+
     def pairs(self) -> tuple[Tensor, Tensor]:
         """(row of the table, place in it) of every column that is there, (P,) each."""
         row, place = (self.ids >= 0).nonzero(as_tuple=True)
         return row, place
 
 
-def tables(sets: KeptSets, rows: Rows, vocab: int) -> Iterator[Table]:
-    """The rows that have a set, each in one table. Waits for the device once.
+class Arranged(NamedTuple):
+    """The rows that have a set, by the width of their tables."""
 
-    Args:
-        rows: (N,) all of the call; its mask is not read.
-    """
+    sets: KeptSets
+    order: Tensor  # (N,) rows, those without a set first, then from narrow to wide
+    counts: list[int]  # of rows; at place e those of width 2^e, at 0 those without a set
+
+    def wider(self, width: int) -> int:
+        """The number of rows with more columns than so many."""
+        return sum(count for e, count in enumerate(self.counts) if 1 << e > width)
+
+    def tables(self, rows: Rows, vocab: int, most: int = ELEMENTS) -> Iterator[Table]:
+        """Each row in one table, of at most so many rows.
+
+        Args:
+            rows: (N,) all of the call; its mask is not read.
+        """
+        begin = self.counts[0]
+        for e, count in enumerate(self.counts[1:], start=1):
+            for at in self.order[begin : begin + count].split(max(1, min(most, ELEMENTS >> e))) if count else ():
+                yield _table(self.sets, rows, at, 1 << e, vocab)
+            begin += count
+
+
+def arrange(sets: KeptSets) -> Arranged:
+    """Waits for the device once."""
     # 2^exponent is the width: frexp gives x = m · 2^e with 1/2 <= m < 1
     exponent = torch.frexp((sets.size - 1).clamp(min=NARROWEST - 1).double()).exponent
     exponent = torch.where(sets.given, exponent, 0)
-    order = exponent.argsort(stable=True)
-    sizes = torch.bincount(exponent, minlength=1).tolist()
-    begin = sizes[0]
-    for e, size in enumerate(sizes[1:], start=1):
-        for at in order[begin : begin + size].split(max(1, ELEMENTS >> e)) if size else ():
-            yield _table(sets, rows, at, 1 << e, vocab)
-        begin += size
+    return Arranged(sets, exponent.argsort(stable=True), torch.bincount(exponent, minlength=1).tolist())
 
 
 def _table(sets: KeptSets, rows: Rows, at: Tensor, width: int, vocab: int) -> Table:

@@ -12,7 +12,7 @@ from fastgrpo.backends import Call, Rows, Scores, TokenLoss, TokenRows, TokenSpe
 from fastgrpo.batch.batch import Batch, take
 from fastgrpo.batch.kept import KeptSets
 from fastgrpo.batch.layout import Layout
-from fastgrpo.engine.kept import Table, tables
+from fastgrpo.engine.kept import Table, arrange
 from fastgrpo.objective.options import Objective
 from fastgrpo.objective.terms import Terms, Weights, anchor_of, compute_terms, term_columns
 
@@ -32,8 +32,8 @@ class Sweeps(NamedTuple):
             rows = rows._replace(mask=rows.mask & ~sets.given)
         scores = kernels.row_stats(logits, rows, want_entropy=want_entropy, softcap=self.softcap)
         if sets is not None:
-            for table in tables(sets, rows, logits.shape[-1]):
-                put_scores(scores, table.at, self.of_table(_columns(logits, table), table, want_entropy))
+            for table in arrange(sets).tables(rows, logits.shape[-1]):
+                put_scores(scores, table.at, self.of_table(table.of(logits, table.at), table, want_entropy))
         return scores
 
     def of_table(self, z: Tensor, table: Table, want_entropy: bool) -> Scores:
@@ -48,8 +48,8 @@ class Sweeps(NamedTuple):
         if sets is None:
             return kernels.row_grad(logits, rows, scores, g, h, out, softcap=self.softcap)
         found = []  # before their logits are overwritten
-        for table in tables(sets, rows, logits.shape[-1]):
-            z = _columns(logits, table)
+        for table in arrange(sets).tables(rows, logits.shape[-1]):
+            z = table.of(logits, table.at)
             self.d_table(z, table, scores, g, h)
             row, place = table.pairs()
             found.append((table.at[row], table.ids[row, place].long(), z[row, place]))
@@ -89,13 +89,6 @@ def put_scores(scores: Scores, at: Tensor, some: Scores) -> None:
     for x, values in zip(scores, some, strict=True):
         if x is not None and values is not None:
             x[at] = values
-
-
-def _columns(logits: Tensor, table: Table) -> Tensor:
-    """The logits of a table's columns, (n, w), at least fp32; -inf where there is none."""
-    ids, row = table.ids, table.at[:, None]
-    z = logits[row // logits.shape[1], row % logits.shape[1], ids.clamp(min=0).long()]
-    return table.certain(z.to(table.rows.inv_temperature.dtype).masked_fill_(ids < 0, -torch.inf))
 
 
 def fuses(o: Objective, backend: str, logits: Tensor, dtype: torch.dtype, softcap: float | None = None) -> bool:

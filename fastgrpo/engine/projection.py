@@ -59,9 +59,10 @@ class Projection:
         self.take(rows)
         return self.project()
 
-    def take(self, rows: slice | Tensor) -> None:
-        """These rows are the chunk."""
-        _ = self._buffer  # made here, where the chunk begins: a stream beside this one must not own it
+    def take(self, rows: slice | Tensor, buffer: bool = True) -> None:
+        """These rows are the chunk; without a `buffer` they are not projected."""
+        if buffer:
+            _ = self._buffer  # made here, where the chunk begins: a stream beside this one must not own it
         self.h = self.gather(rows)
 
     def project(self, part: slice = slice(None)) -> Tensor:
@@ -98,7 +99,7 @@ class Gradients:
         needs: which of the three are wanted; the others are None.
         plan: its chunks that learn. dL/dweight adds up in fp32 over more than one, whatever the weight is.
         hold: gives the dtype of a gradient from that of its tensor.
-        sets: rows that have a set of tokens are added as one more chunk.
+        more: how often others add to dL/dweight, beside the chunks that learn.
     """
 
     def __init__(
@@ -108,10 +109,10 @@ class Gradients:
         needs: Sequence[bool],
         plan: Plan,
         hold: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
-        sets: bool = False,
+        more: int = 0,
     ):
         self.projection, self.needs, self.started = projection, needs, False
-        hidden, weight, bias, chunks = projection.hidden, head.weight, head.bias, len(plan.learn) + sets
+        hidden, weight, bias, chunks = projection.hidden, head.weight, head.bias, len(plan.learn) + more
         device, sums = weight.device, wide(projection.dtype)
         shape = hidden.shape if needs[0] else (0, 0, 0)
         self.d_hidden = torch.empty(shape, dtype=hold(hidden.dtype), device=device)
@@ -124,7 +125,7 @@ class Gradients:
         self.vocab = projection.weight.shape[0]
         # zeros where no GEMM writes; on a CPU in all of a large one, because page faults inside a GEMM cost more
         small = device.type != "cpu" or self.sum.nbytes < LARGE
-        self._zero = sets or not (chunks and small)  # whether all of it is
+        self._zero = more > 0 or not (chunks and small)  # whether all of it is
         self.sum[0 if self._zero else self.vocab :].zero_()
         self.d_bias = torch.zeros(len(bias), dtype=sums, device=device) if needs[2] and bias is not None else None
         self.bias_dtype = hold(weight.dtype if bias is None else bias.dtype)

@@ -1,8 +1,8 @@
 """The loss from hidden states of a sure policy, whose gradient lies in few columns, and of a flat one.
 
 The logits of a sure policy fall by a Zipf law, each row with its own exponent and one of 64 orders of the tokens. At a
-tolerance of 2^-12 its rows keep 39 columns on average, half of them at most 20, as those of a real model's completions
-at temperature 0.6 do; the mean entropy is 0.4 to 0.5 nats.
+tolerance of 2^-12 its rows keep 39 columns on average, half of them at most 21 and one in ten more than 92, about as
+those of a real model's completions at temperature 0.6 do; the mean entropy is 0.5 nats.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from fastgrpo.bench.ops import linear as dense
 from fastgrpo.bench.sides import add_eager, add_fastgrpo
 from fastgrpo.bench.targets import ratio
 
-TOLERANCE, MODE = 2**-12, "column_tolerance 2^-12"
+TOLERANCE, MODE = 2**-12, "columns 2^-12"  # of the option column_tolerance
 _WAYS = 64  # orders of the tokens, each a column of the weight
+_FIRST = 1.15  # the rank of the likeliest token, whose neighbours are so a little nearer
 _FEW = 64  # rows of logits at a time
 
 
@@ -28,7 +29,7 @@ def _sure(case: Case) -> Inputs:
     random, inputs = Random(case), _heads(case)
     n, ways = case.B * case.T, inputs.ways
     # of a Zipf law with exponent a, the first K columns carry all but K^(1 - a) of what is not on the first
-    kept = (math.log(13) + 1.2 * random.wide(n)).exp().clamp(2.2, 250)
+    kept = (math.log(13) + 1.2 * random.wide(n)).exp().clamp(2.2, 260)
     hidden = 0.02 * random.wide(n, case.H)
     hidden[:, :ways] = 0
     rows = torch.arange(n, device=hidden.device)
@@ -50,8 +51,8 @@ def _heads(case: Case) -> Inputs:
     inputs.ways = min(_WAYS, case.H // 2)
     inputs.weight = random.normal(case.V, case.H)
     for way in range(inputs.ways):
-        rank = random.wide(case.V).argsort().argsort() + 1
-        inputs.weight[:, way] = -rank.float().log().bfloat16()
+        rank = random.wide(case.V).argsort().argsort().float() + 1
+        inputs.weight[:, way] = -rank.clamp(min=_FIRST).log().bfloat16()
     return inputs
 
 
