@@ -12,6 +12,7 @@ from test_kept_sets import (
     N,
     T,
     V,
+    closed,
     csr,
     make,
     nucleus,
@@ -34,7 +35,9 @@ from fastgrpo import (
     linear_logps,
     selective_logps,
 )
-from fastgrpo.batch import kept
+from fastgrpo.backends import cpu
+from fastgrpo.batch import inputs, kept
+from fastgrpo.engine import projection
 
 LISTS = [[[5, 2], None, []], [[9], [1, 1, 0], torch.tensor([3])]]
 FLAT, COUNTS = [5, 2, 9, 1, 1, 0, 3], [2, 0, 0, 1, 3, 1]
@@ -156,11 +159,11 @@ def test_bad_sets(name):
             call()
 
 
-def wrong_offsets(*values):
-    """Offsets of row 4 and those behind it as they are, but for some."""
-    offsets = OFFSETS.clone()
-    offsets[5] = values[0]
-    return dict(kept_ids=IDS, kept_offsets=offsets)
+def wrong_offset(value):
+    """Where row 4 ends and row 5 begins; and the last id of all would be right for row 4."""
+    ids, offsets = IDS.clone(), OFFSETS.clone()
+    ids[-1], offsets[5] = Y[4], value
+    return dict(kept_ids=ids, kept_offsets=offsets)
 
 
 # (sets, the rows that they make NaN)
@@ -171,8 +174,8 @@ UNCHECKED = {
     "far too large": (csr(changed(4, 10**9, Y[4])), [4]),
     "padded": (dict(kept_ids=padded(changed(4, 10**9, Y[4]), WIDE[..., 0])), [4]),
     "nothing right": (csr(changed(4, 10**9, -1)), [4]),
-    "offsets beyond": (wrong_offsets(10**12), [4, 5]),
-    "negative offsets": (wrong_offsets(-(10**12)), [4, 5]),
+    "offsets beyond": (wrong_offset(10**12), [4, 5]),
+    "negative offsets": (wrong_offset(-(10**12)), [4, 5]),
     "ids that are not there": (dict(kept_ids=IDS[: OFFSETS[4]], kept_offsets=OFFSETS), [*range(4, N)]),
 }
 
@@ -210,7 +213,26 @@ def test_values_that_are_not_checked(name, backend, monkeypatch):
     assert (output.per_token_logps.isnan() == bad).all()
 
 
+@pytest.mark.parametrize("target", [V, -1, -100, 2**31 - 1, 2**40])
+def test_targets_that_are_not_checked(target, monkeypatch):
+    for module in (kept, inputs):
+        monkeypatch.setattr(module, "values_can_be_checked", lambda x: False)
+    case = make()
+    case.ids[0, 4] = target
+    logits = of_hidden(case.hidden, case.weight, **case.head).float()
+    logps = selective_logps(logits, case.ids, **csr(case.lists), backend="cpu")
+    assert logps.view(-1).isnan().nonzero().tolist()[0] == [4] and logps[0, :4].isfinite().all()
+
+
 # ---- in use
+
+
+def test_rows_with_a_set_enter_no_gemm(monkeypatch):
+    case, products = closed(make()), []
+    for module, name in ((projection, "product"), (cpu, "head_stats")):
+        monkeypatch.setattr(module, name, lambda *operands, **_: products.append(operands))
+    outcome(case)
+    assert not products
 
 
 def test_the_ratio_of_a_first_update_is_1():

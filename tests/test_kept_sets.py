@@ -307,11 +307,11 @@ def test_every_instruction_set_of_a_cpu(isa, monkeypatch):
 # ---- what is exact
 
 
-def closed(case):
+def closed(case, *rows):
     """The case with a few tokens in place of all."""
-    few = [case.ids.view(-1)[i].item() for i in (OPEN, ALL)]
     lists = [*case.lists]
-    lists[OPEN], lists[ALL] = [*{few[0], 4}], [*{few[1], 5, 6}]
+    for row in rows or (OPEN, ALL):
+        lists[row] = [*{case.ids.view(-1)[row].item(), 4, 5 + row}]
     return case._replace(lists=lists)
 
 
@@ -410,7 +410,7 @@ def test_bits_of_a_row_do_not_depend_on_its_company(backend, dtype, monkeypatch)
     for chunk_size in (1, 7):
         got = of_logps(linear_logps, leaves, case, ups, chunk_size=chunk_size, **call)
         same(got[:3] if backend == "cpu" else got[:2], want[:3] if backend == "cpu" else want[:2], chunk_size)
-    few = closed(case)
+    few = closed(case, OPEN)
     want = of_logps(linear_logps, leaves, few, ups, backend=backend, **csr(few.lists), **head)
     with monkeypatch.context() as patch:
         patch.setattr("fastgrpo.engine.kept.ELEMENTS", 64)
