@@ -40,7 +40,7 @@ def test_the_recorder_samples_as_generate_does(name, model, tokenizer, tmp_path)
     torch.manual_seed(0)
     recorder = sampling.SetRecorder(config)
     completions = generate_completions(model, *prompts, config, recorder)
-    sets = recorder.sets([len(tokens) for tokens in completions])
+    sets = recorder.sets(completions)
     kept = torch.stack(output.scores, dim=1).isfinite()
     assert 1 < kept.sum(-1).double().mean() < 0.8 * kept.shape[-1]
     for i, tokens in enumerate(completions):

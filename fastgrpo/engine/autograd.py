@@ -239,7 +239,9 @@ class _HiddenScores(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenScoring) -> _Scored:
         head, rows, scored, plan, want_entropy, kept = call
         logp, lse, entropy = chunks.score(hidden, head, rows, plan, want_entropy, kept)
-        ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, logp, lse, entropy)
+        # the caller may change logp in place; only a tolerance of columns reads it again
+        saved = logp.clone() if head.column_tolerance > 0 else lse
+        ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, saved, lse, entropy)
         ctx.head, ctx.kept = head.without_tensors(), kept
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)

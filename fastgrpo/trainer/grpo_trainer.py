@@ -170,6 +170,7 @@ class GRPOTrainer(GroupTrainer):
             raise ValueError("GRPOTrainer runs one process per GPU: start it with `accelerate launch` or `torchrun`")
         self.generation_config = make_generation_config(self.args, processing_class, self.eos_token_ids)
         self.eos_token_ids = as_list(self.generation_config.eos_token_id)  # generation_kwargs may bring others
+        self._records_sets = self.args.keep_sampling_mask and truncates(self.generation_config)
         sharding.keep_output_dtype(self.accelerator)
         if self.ref_model is not None:
             self.ref_model = sharding.prepare_reference(self.ref_model, self.accelerator)
@@ -191,9 +192,9 @@ class GRPOTrainer(GroupTrainer):
     def _prepare_inputs(self, inputs: Any) -> dict[str, Tensor]:
         """The micro-batch of this step, for rows: out of the buffer in training, sampled at a round's start."""
         self._check_head()
+        steps = self._steps_per_generation
         if not self.model.training:
             return self._sample_and_score(inputs, "eval")
-        steps = self._steps_per_generation
         if self._step % self._requests_of_a_round == 0 or self._buffered_inputs is None:
             # shuffled, so that a micro-batch is not one prompt's completions
             self._buffered_inputs = split_rows(shuffle_rows(self._sample_and_score(inputs, "train")), steps)
@@ -214,7 +215,7 @@ class GRPOTrainer(GroupTrainer):
         prompt_ids, prompt_mask = pad(prompt_tokens, pad_id, "left", device)
         prompts = rendered(self.processing_class, prompts, prompt_tokens)
         sampled = self._generate(prompt_ids, prompt_mask)
-        completion_tokens = sampled.completions if isinstance(sampled, Sampled) else sampled
+        completion_tokens, kept = sampled if isinstance(sampled, Sampled) else (sampled, None)
         completions = decode_completions(self.processing_class, completion_tokens, is_conversation(prompts[0]))
         completion_ids, completion_mask = pad(completion_tokens, pad_id, "right", device)
 
@@ -230,10 +231,7 @@ class GRPOTrainer(GroupTrainer):
             "completion_mask": completion_mask,
             "num_items_in_batch": accelerator.gather(completion_mask.sum()).sum(),
         }
-        if args.keep_sampling_mask and truncates(self.generation_config):
-            if not isinstance(sampled, Sampled):
-                raise ValueError("keep_sampling_mask: expected a sampler that gives `Sampled`, got completions alone")
-            batch |= pack_sets(sampled.kept, completion_ids.shape[1], device)
+        batch |= pack_sets(kept, completion_ids.shape[1], device) if self._records_sets else {}
         batch |= self._frozen_logps(batch, mode)
         batch["advantages"] = self._score(rows, prompts, completions, completion_tokens, completion_mask, group, mode)
         return batch
@@ -241,11 +239,9 @@ class GRPOTrainer(GroupTrainer):
     def _generate(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[list[int]] | Sampled:
         """Sampled completions of (B, P) prompts; one method, so that another sampler can take its place."""
         model, config = self.accelerator.unwrap_model(self.model_wrapped), self.generation_config
-        if not (self.args.keep_sampling_mask and truncates(config)):
-            return generate_completions(model, prompt_ids, prompt_mask, config)
-        recorder = SetRecorder(config)
+        recorder = SetRecorder(config) if self._records_sets else None
         completions = generate_completions(model, prompt_ids, prompt_mask, config, recorder)
-        return Sampled(completions, recorder.sets([len(tokens) for tokens in completions]))
+        return completions if recorder is None else Sampled(completions, recorder.sets(completions))
 
     def _frozen_logps(self, batch: dict[str, Tensor], mode: str) -> dict[str, Tensor]:
         """Per-token logps (B, T) of the policy that samples, where they will differ from the learner's, and of the
@@ -368,9 +364,7 @@ class GRPOTrainer(GroupTrainer):
             write_completions(folder, self.state.global_step, self._completion_log)
             self._completion_log = {}
 
-    @staticmethod
-    def files_of_process(checkpoint: str, index: int) -> tuple[str, ...]:
-        return rounds.files_of_process(checkpoint, index)
+    files_of_process = staticmethod(rounds.files_of_process)
 
     def _check_resume(self, checkpoint: str) -> None:
         rounds.check(checkpoint, self.args, self.accelerator.device)

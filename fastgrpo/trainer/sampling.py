@@ -68,18 +68,20 @@ class SetRecorder(LogitsProcessor):
         self._counts.append(kept.sum(-1))
         return scores
 
-    def sets(self, lengths: Sequence[int]) -> list[list[Tensor]]:
-        """What was kept for each token of completions of these lengths."""
+    def sets(self, completions: list[list[int]]) -> list[list[Tensor]]:
+        """What was kept for each token of these completions."""
         order = torch.cat(self._rows).argsort(stable=True)
         counts = torch.stack(self._counts, dim=1).cpu()  # (B, steps)
         of_token = torch.cat(self._ids)[order].cpu().split(counts.flatten().tolist())
         steps = counts.shape[1]
-        return [list(of_token[i * steps : i * steps + length]) for i, length in enumerate(lengths)]
+        return [list(of_token[i * steps : i * steps + length]) for i, length in enumerate(map(len, completions))]
 
 
-def pack_sets(kept: Sequence[Sequence[Any]], width: int, device: torch.device) -> dict[str, Tensor]:
+def pack_sets(kept: Sequence[Sequence[Any]] | None, width: int, device: torch.device) -> dict[str, Tensor]:
     """The sets of B completions as tensors with B rows: the ids of a completion, one token after the other, (B, L)
     int32 with -1 behind them, and how many belong to each of its `width` tokens, (B, width)."""
+    if kept is None:
+        raise ValueError("keep_sampling_mask: expected a sampler that gives `Sampled`, got completions alone")
     flat = [kept_sets([*tokens, *[None] * (width - len(tokens))]) for tokens in kept]
     ids = pad_sequence([x.kept_ids.int() for x in flat], batch_first=True, padding_value=-1)
     counts = torch.stack([x.kept_offsets.diff() for x in flat])

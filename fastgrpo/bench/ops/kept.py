@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastgrpo import linear_logps
 from fastgrpo.bench.inputs import Random, add_completions, add_policies
-from fastgrpo.bench.operation import Case, Inputs, Operation, Results, Target, needs
+from fastgrpo.bench.operation import Case, Inputs, Operation, Results, Target, leaf_of, needs
 from fastgrpo.bench.ops import linear
-from fastgrpo.bench.sides import add_fastgrpo
+from fastgrpo.bench.sides import add_eager, add_fastgrpo, eager_loss
 from fastgrpo.bench.targets import ratio
 
 SIZE = 64  # tokens of a set
@@ -53,6 +54,23 @@ def _fastgrpo(inputs: Inputs, backend: str) -> Results:
     return linear.fastgrpo_step(inputs, backend, kept_ids=inputs.kept)
 
 
+def _eager(inputs: Inputs, made) -> Results:
+    hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
+    loss = made(_eager_loss)(hidden, weight, inputs)
+    return linear.results(loss, hidden, weight)
+
+
+def _eager_loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    return eager_loss(masked(hidden @ weight.T, inputs.kept), inputs)
+
+
+def masked(logits: Tensor, kept: Tensor) -> Tensor:
+    """-inf in all but the kept columns."""
+    outside = torch.ones_like(logits, dtype=torch.bool).scatter_(-1, kept, False)
+    return logits.masked_fill(outside, -torch.inf)
+
+
 add_fastgrpo(kept, {"": _fastgrpo})
+add_eager(kept, _eager)
 kept.add("trl", mode="all tokens", why_not=needs("trl"), truth=linear.truth)(linear.trl_step)
 kept.add("GEMMs alone", is_floor=True, work=linear.gemms_work)(linear.gemms_step)

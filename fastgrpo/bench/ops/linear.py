@@ -94,7 +94,7 @@ linear = Operation(
 )  # fmt: skip
 
 
-def _results(loss: Tensor, hidden: Tensor, weight: Tensor) -> Results:
+def results(loss: Tensor, hidden: Tensor, weight: Tensor) -> Results:
     loss.backward()
     return {"loss": loss.detach(), "d_hidden": hidden.grad, "d_weight": weight.grad}
 
@@ -103,12 +103,12 @@ def fastgrpo_step(inputs: Inputs, backend: str, **more) -> Results:
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
     options = dict(fastgrpo_options(inputs, backend), softcap=inputs.case.softcap, **more)
     loss = linear_grpo_loss(hidden, weight, inputs.ids, inputs.advantages, **options).loss
-    return _results(loss, hidden, weight)
+    return results(loss, hidden, weight)
 
 
 def eager_step(inputs: Inputs, made) -> Results:
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
-    return _results(made(_eager_loss)(hidden, weight, inputs), hidden, weight)
+    return results(made(_eager_loss)(hidden, weight, inputs), hidden, weight)
 
 
 def _eager_loss(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
@@ -138,7 +138,7 @@ def trl_step(inputs: Inputs) -> Results:
         inputs.case.objective, logps, entropies, completion_mask=inputs.mask, advantages=inputs.advantages,
         old_per_token_logps=inputs.old,
     )  # fmt: skip
-    return _results(loss, hidden, weight)
+    return results(loss, hidden, weight)
 
 
 def _liger(inputs: Inputs, compiled: bool) -> Results:
@@ -147,7 +147,7 @@ def _liger(inputs: Inputs, compiled: bool) -> Results:
     hidden, weight = leaf_of(inputs.hidden), leaf_of(inputs.weight)
     function = LigerFusedLinearGRPOLoss(beta=0.0, compiled=compiled, use_ref_model=False, loss_type="dapo")
     loss, *_ = function(hidden, weight, inputs.ids, inputs.mask, inputs.advantages, old_per_token_logps=inputs.old)
-    return _results(loss, hidden, weight)
+    return results(loss, hidden, weight)
 
 
 for _mode, _compiled in (("", True), ("not compiled", False)):  # its default is the first
