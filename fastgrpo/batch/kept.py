@@ -125,7 +125,7 @@ def make_kept(
         check_tensor("kept_ids", kept_ids, kept_ids.shape, device, *INTEGERS)
         width = kept_ids.shape[-1]
         start = torch.arange(n, device=device) * width
-        count = (kept_ids.reshape(n, width) >= 0).sum(-1)
+        count = (kept_ids.reshape(n, width).long() >= 0).sum(-1)  # unsigned ones cannot be compared
     else:
         check(
             isinstance(kept_ids, Tensor) and kept_ids.dim() == 1, "kept_ids", "shape (M,) with kept_offsets", kept_ids
