@@ -25,7 +25,10 @@ FLAGS = [
     "-Wextra",
     "-Wno-unknown-pragmas",
 ]
-SOURCES = [*(CPU / f"{name}.cpp" for name in ("api", "products", "sweeps", "matmul")), HERE / "dispatch.cpp"]
+SOURCES = [
+    *(CPU / f"{name}.cpp" for name in ("api", "columns", "products", "gather", "sweeps", "matmul")),
+    HERE / "dispatch.cpp",
+]
 
 
 def unavailable() -> str | None:

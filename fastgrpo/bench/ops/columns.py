@@ -29,7 +29,7 @@ def _sure(case: Case) -> Inputs:
     random, inputs = Random(case), _heads(case)
     n, ways = case.B * case.T, inputs.ways
     # of a Zipf law with exponent a, the first K columns carry all but K^(1 - a) of what is not on the first
-    kept = (math.log(13) + 1.2 * random.wide(n)).exp().clamp(2.2, 260)
+    kept = (math.log(14) + 1.3 * random.wide(n)).exp().clamp(2.2, 300)
     hidden = 0.02 * random.wide(n, case.H)
     hidden[:, :ways] = 0
     rows = torch.arange(n, device=hidden.device)
