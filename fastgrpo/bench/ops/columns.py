@@ -1,8 +1,8 @@
 """The loss from hidden states of a sure policy, whose gradient lies in few columns, and of a flat one.
 
-The logits of a sure policy fall by a Zipf law, each row with its own exponent and one of 64 orders of the tokens. At a
-tolerance of 2^-12 its rows keep 39 columns on average, half of them at most 21 and one in ten more than 92, about as
-those of a real model's completions at temperature 0.6 do; the mean entropy is 0.5 nats.
+The logits of a sure policy fall by a Zipf law, each row with its own exponent and one of 64 orders of the tokens. At
+V = 151,936 and a tolerance of 2^-12 its rows keep about 41 columns on average, half of them at most 19 and nine in ten
+at most 88, about as those of a real model's completions at temperature 0.6 do; the mean entropy is 0.5 nats.
 """
 
 from __future__ import annotations
