@@ -25,8 +25,9 @@ FLAGS = [
     "-Wextra",
     "-Wno-unknown-pragmas",
 ]
+NAMES = ("api", "columns", "gather", "head_stats", "products", "sweeps", "matmul")
 SOURCES = [
-    *(CPU / f"{name}.cpp" for name in ("api", "head_stats", "products", "sweeps", "matmul")),
+    *(CPU / f"{name}.cpp" for name in NAMES),
     HERE / "dispatch.cpp",
 ]
 

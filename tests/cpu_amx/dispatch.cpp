@@ -9,6 +9,7 @@
 namespace fastgrpo {
 
 const Sweeps* sweeps_for(Isa) { return portable::kSweeps; }
+const Gather* gather_for(Isa) { return &portable::kGather; }
 const Products* products_for(Isa) { return &amx::kProducts; }
 
 }  // namespace fastgrpo
