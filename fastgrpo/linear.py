@@ -13,6 +13,7 @@ from fastgrpo.engine.head import make_head
 from fastgrpo.loss import GRPOLoss
 from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
+from fastgrpo.objective.sampler import corrected
 from fastgrpo.output import GRPOOutput, make_output
 
 if TYPE_CHECKING:
@@ -89,8 +90,9 @@ def linear_grpo_loss(
     check_objective(objective, inputs)
     head = make_head(hidden, weight, backend=backend, **head_options(inputs))
     batch = make_batch(completion_ids, advantages, inputs, dtype=wide(head.dtype), vocab_size=head.vocab)
+    batch = corrected(objective.corrections, batch)
     hidden = hidden if hidden.dim() == 3 else hidden[None]
-    logps, entropies, terms = autograd.hidden_loss(hidden, head, objective, batch, return_stats)
+    logps, entropies, terms = autograd.hidden_loss(hidden, head, objective.in_pass(inputs), batch, return_stats)
     return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats)
 
 

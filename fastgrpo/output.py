@@ -31,7 +31,7 @@ def make_output(
     """The public result from row vectors."""
     if not return_stats:
         return GRPOOutput(terms.loss)
-    metrics = compute_metrics(objective, batch, entropies, terms)
+    metrics = compute_metrics(objective, batch, logps, entropies, terms)
     return GRPOOutput(
         loss=terms.loss,
         per_token_logps=logps.detach().view(batch.shape),

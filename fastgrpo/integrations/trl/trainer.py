@@ -68,8 +68,8 @@ class GRPOTrainer(OwnGRPOTrainer):
         completion_mask = inputs["completion_mask"]
         mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
         parts = self.accelerator.num_processes * (self.args.steps_per_generation if train else 1)
-        corrected = objective.record.takes_importance_ratio or (
-            self.use_vllm and self.vllm_importance_sampling_correction
+        corrected = objective.corrections is None and (
+            objective.record.takes_importance_ratio or (self.use_vllm and self.vllm_importance_sampling_correction)
         )
         at_head = LossAtHead(
             completion_mask,
