@@ -94,8 +94,10 @@ class GRPOTrainer(OwnGRPOTrainer):
         carrier = logps.view(-1).gather(0, completion_mask.view(-1).argmax()[None])[0]
         loss = output.loss.detach() + (carrier - carrier.detach())
         made = {"policy_loss": output.loss, **output.metrics}  # without an entropy bonus that is the whole loss
-        reduced = reduce_metrics(self.accelerator, objective, made, mask, accumulation)
         of_config = vars(self).get("_fastgrpo_objective") is None
+        if of_config:  # TRL logs numbers of its own of the sampler, where it samples
+            made = {name: value for name, value in made.items() if not name.startswith("sampling/")}
+        reduced = reduce_metrics(self.accelerator, objective, made, mask, accumulation)
         if not (self._entropy_bonus_enabled if of_config else objective.entropy_coef != 0):
             del reduced["policy_loss"]
         if self.aux_loss_enabled:
