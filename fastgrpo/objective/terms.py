@@ -141,7 +141,7 @@ def _tokens(o: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None,
 
     mask, logps = batch.mask.to(batch.dtype), _Watched.apply(only_where(scored, logps))
     anchor, sampling = given(anchor_of(o, batch)), given(batch.sampling)
-    old, ratio = logps.detach() if anchor is None else anchor, given(batch.importance_ratio, fill=1.0)
+    old, ratio = logps.detach() if anchor is None else anchor, batch.importance_ratio
     if o.corrections is not None:  # of the current policy; others were made before
         assert sampling is not None  # as check_objective says
         ratio = correct(o.corrections, batch.layout, batch.mask, logps.detach(), sampling).weight
@@ -154,7 +154,7 @@ def _tokens(o: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None,
         log_ratio=_log_ratio(o, batch.layout, mask, logps, old),
         advantages=only_where(scored, batch.row_advantages()),
         mask=mask,
-        importance_ratio=ratio,
+        importance_ratio=given(ratio, fill=1.0),
         reference=given(batch.ref),
         entropies=given(entropies),
         scored=scored,
