@@ -33,7 +33,7 @@ TEXTS = [
     *(f"{unit}_{outside}_{measure}:{high}" for measure, bounds in HIGHS.items()
       for unit, high in zip(UNITS, bounds, strict=True) for outside in ("drop", "reject")),
     "token_truncate",
-    "token_mask:0.5_5,any_drop:1e-4_",
+    "token_mask:0.8_5,any_drop:0.6_",
     "token_truncate:1.1,geometric_drop:0.98_1.03",
     "sequence_truncate:1.2,token_reject_k3:0.05,sequence_reject:0.5_2",
 ]  # fmt: skip
