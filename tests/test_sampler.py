@@ -317,6 +317,21 @@ def test_rejected_tokens_leave_the_averages_and_dropped_ones_stay():
     assert (out["reject"].per_token_logps != 0).sum() == kept.sum()
 
 
+def test_reject_without_a_mask():
+    hidden, weight, ids, kwargs = make_linear_inputs(("old", "sampling"))
+    del kwargs["completion_mask"]
+    objective = Objective(sampling_correction="token_reject:0.9_1.1")
+    want, *wanted = linear_truth(hidden, weight, ids, objective=objective, **kwargs)
+    for chunk in (None, 4):
+        got, *grads = linear_loss_and_grads(
+            linear_grpo_loss, hidden, weight, ids, objective=objective, chunk_size=chunk, **kwargs
+        )
+        assert_close(got.loss, want.loss, 2e-6)
+        assert_close(got.per_token_logps, want.per_token_logps, 2e-6)
+        for a, b in zip(grads, wanted, strict=True):
+            assert_close(a, b, 1e-5)
+
+
 def test_text():
     one = Correction("token", "truncate", high=2)
     for text, want in {

@@ -339,8 +339,7 @@ def skyrl(root):
         ):  # fmt: skip
             given = SimpleNamespace(**{**off, **given})
             call = loss(regular, policy_loss_type="regular", off_policy_correction=given)
-            in_fp32 = dict(fp32=True) if "tis" in name else {}  # where its weight is
-            case.add(f"correction {name}", dict(without_kl, sampling_correction=correction, **in_fp32), call)
+            case.add(f"correction {name}", dict(without_kl, sampling_correction=correction), call)
 
         def kl(leaf):
             each = module.compute_approx_kl(leaf, x["ref"], mask, "k3")
