@@ -326,7 +326,7 @@ def test_reject_without_a_mask():
         got, *grads = linear_loss_and_grads(
             linear_grpo_loss, hidden, weight, ids, objective=objective, chunk_size=chunk, **kwargs
         )
-        assert_close(got.loss, want.loss, 2e-6)
+        assert_close(got.loss, want.loss, 1e-5)
         assert_close(got.per_token_logps, want.per_token_logps, 2e-6)
         for a, b in zip(grads, wanted, strict=True):
             assert_close(a, b, 1e-5)
