@@ -19,9 +19,11 @@ from cases import (
 )
 
 from fastgrpo import Correction, Objective, grpo_loss, linear_grpo_loss, policy_loss
+from fastgrpo.batch.inputs import make_batch
 from fastgrpo.engine.logits import Sweeps
+from fastgrpo.engine.plan import roles
 from fastgrpo.objective.sampler import LEVELS as UNITS
-from fastgrpo.objective.sampler import MEASURES, OUTSIDE, text_of
+from fastgrpo.objective.sampler import MEASURES, OUTSIDE, corrected, text_of
 
 BANDS = dict(token=("0.9_1.1", "1.05", "0.95_"), sequence=("0.6_1.4", "1.2", "0.8_"),
              geometric=("0.95_1.05", "1.01", "0.97_"))  # fmt: skip
@@ -144,7 +146,7 @@ def test_of_every_loss(loss_type):
     logps, kwargs = _logps()
     mask, sampling = kwargs["completion_mask"], kwargs.pop("sampling_per_token_logps")
     for level in LEVELS:
-        for text in ("token_truncate:0.9_1.1", "sequence_mask:0.9_1.5", "token_reject:0.9_1.1", *TEXTS[-2:]):
+        for text in ("token_truncate:0.9_1.1", "sequence_mask:0.5_3", "token_reject:0.9_1.1", *TEXTS[-2:]):
             objective = objective_for(loss_type, level, dict(beta=0.1, sampling_correction=text))
             per_sequence = all(one.of_sequences for one in objective.corrections if one.outside != "reject")
             for when in (BEFORE, WITHIN):
@@ -315,6 +317,33 @@ def test_rejected_tokens_leave_the_averages_and_dropped_ones_stay():
     assert 0 < kept.sum() < tokens
     assert_close(out["drop"].loss * tokens, out["reject"].loss * kept.sum(), 1e-12)
     assert (out["reject"].per_token_logps != 0).sum() == kept.sum()
+
+
+def test_ends_of_a_band_are_within_and_masked_tokens_are_nowhere():
+    old = torch.zeros(2, 3).double()
+    for text, q, mask, kept in (
+        ("token_drop:1_1", [0.0, 0.0, 0.0], [1, 1, 1], [1, 1, 1]),
+        ("token_mask:1_2", [0.0, math.log(2.5), 0.1], [1, 1, 0], [1, 0, 0]),
+        ("any_drop:1.2_", [0.5, 0.4, -9.0], [1, 1, 0], [1, 1, 0]),
+        ("sequence_drop:1.2_", [0.5, -0.1, -9.0], [1, 1, 0], [1, 1, 0]),
+        ("geometric_drop:_1.2", [0.5, -0.2, 9.0], [1, 1, 0], [1, 1, 0]),
+    ):
+        sampling = old - torch.tensor([q, [math.nan] * 3]).double()
+        leaf, mask = old.clone().requires_grad_(), torch.tensor([mask, [0, 0, 0]])
+        given = dict(old_per_token_logps=old, sampling_per_token_logps=sampling, completion_mask=mask)
+        loss = policy_loss(leaf, torch.ones(2).double(), objective=Objective(sampling_correction=text), **given).loss
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        assert (gradient != 0).tolist() == [[bool(x) for x in kept], [False] * 3], text
+
+
+def test_rejected_tokens_enter_no_product():
+    objective = Objective(sampling_correction="token_reject:0.9_1.1")
+    ids, old = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3)
+    given = dict(old_per_token_logps=old, sampling_per_token_logps=torch.tensor([[0.0, 1.0, 0.05]]))
+    batch = corrected(objective.corrections, make_batch(ids, torch.ones(1), given, dtype=torch.float32))
+    for statistics in (True, False):
+        scored, learn = roles(objective.in_pass(given), batch, statistics)
+        assert scored.tolist() == [True, False, True] and (learn is None or learn.tolist() == [True, False, True])
 
 
 def test_reject_without_a_mask():

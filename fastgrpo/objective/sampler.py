@@ -118,10 +118,10 @@ def _parsed(text: str) -> Correction:
     level, outside, measure, first, between, second = found.groups()
     low, high = (first, second) if between else (None, first)
     try:
-        bounds = [None if x is None else float(x) for x in (low, high)]
+        bounds = tuple(None if x is None else float(x) for x in (low, high))
     except ValueError:
         raise _wrong("numbers as bounds", text) from None
-    return Correction(level, outside, *bounds, measure or "ratio")
+    return Correction(level, outside, bounds[0], bounds[1], measure or "ratio")
 
 
 def _wrong(expected: str, got: object) -> ValueError:
