@@ -5,7 +5,7 @@ from fastgrpo.batch.kept import kept_sets
 from fastgrpo.linear import LinearGRPOLoss, linear_grpo_loss
 from fastgrpo.logps import linear_logps, selective_logps
 from fastgrpo.loss import GRPOLoss, grpo_loss
-from fastgrpo.objective import Objective, register_loss
+from fastgrpo.objective import Correction, Objective, register_loss
 from fastgrpo.objective.kl import kl_in_reward
 from fastgrpo.output import GRPOOutput
 from fastgrpo.policy import policy_loss
@@ -14,6 +14,7 @@ from fastgrpo.reference import grpo_loss_reference, linear_grpo_loss_reference
 __version__ = "0.1.0"
 
 __all__ = [
+    "Correction",
     "GRPOLoss",
     "GRPOOutput",
     "LinearGRPOLoss",

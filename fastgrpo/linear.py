@@ -13,6 +13,7 @@ from fastgrpo.engine.head import make_head
 from fastgrpo.loss import GRPOLoss
 from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
+from fastgrpo.objective.sampler import corrected
 from fastgrpo.output import GRPOOutput, make_output
 
 if TYPE_CHECKING:
@@ -98,8 +99,10 @@ def linear_grpo_loss(
     check_objective(objective, inputs)
     head = make_head(hidden, weight, backend=backend, **head_options(inputs))
     batch = make_batch(completion_ids, advantages, inputs, dtype=wide(head.dtype), vocab_size=head.vocab)
+    batch = corrected(objective.corrections, batch)
     hidden = hidden if hidden.dim() == 3 else hidden[None]
-    logps, entropies, terms, kept = autograd.hidden_loss(hidden, head, objective, batch, return_stats)
+    within = objective.in_pass(inputs)
+    logps, entropies, terms, kept = autograd.hidden_loss(hidden, head, within, batch, return_stats)
     return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats, kept)
 
 

@@ -18,6 +18,7 @@ from fastgrpo.engine.logits import Apart, How, Sweeps, as_rows, fuse, fuses
 from fastgrpo.engine.plan import roles
 from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
+from fastgrpo.objective.sampler import corrected
 from fastgrpo.objective.terms import row_weights
 from fastgrpo.output import GRPOOutput, make_output
 
@@ -68,7 +69,8 @@ def grpo_loss(
         scale_rewards: "group", "batch" or "none", see `group_advantages`.
         importance_sampling_ratio (B, T), (B, 1) or (B,): factor of the policy term, for samples of another policy than
             the old one, such as an inference engine's.
-        sampling_per_token_logps like completion_ids: the sampler's logps, for the off-policy mask (None: old ones).
+        sampling_per_token_logps like completion_ids: the sampler's logps, for `sampling_correction`, the off-policy
+            mask (None: old ones) and the sampler's metrics. NaN: it has none for that token.
         num_items_in_batch: the number D that the objective's average divides by: of loss tokens for "dapo", of
             sequences or prompts for others (docs/objectives.md; number or 0-dim tensor; None: this batch's). For the
             micro-batches of a step on P processes it is that of the whole step divided by P.
@@ -108,21 +110,23 @@ def grpo_loss(
     check_objective(objective, inputs)
     sweeps = Sweeps(backends.select(logits, backend))
     inplace_now = inplace and logits.requires_grad and torch.is_grad_enabled()
-    fused = fuses(objective, sweeps.backend, logits, logits.dtype)
+    within = objective.in_pass(inputs)
+    fused = fuses(within, sweeps.backend, logits, logits.dtype)
     if (inplace_now and logits.dtype == torch.float16) or inputs.get("kept_ids") is not None:
         fused = False  # such a gradient waits for the upstream factor; and sets are for the sweeps
     dtype, vocab = wide(logits.dtype), logits.size(-1)
     batch = make_batch(completion_ids, advantages, inputs, dtype=dtype, vocab_size=vocab, groups_in_pass=fused)
+    batch = corrected(objective.corrections, batch)
     sweeps = sweeps._replace(kept=batch.kept)
     weights, want_entropy = row_weights(objective, batch), objective.wants_entropy(return_stats)
     rows = Rows(batch.ids, batch.mask, batch.inv_temperature)
     how: How
     if fused:
-        how = fuse(rows, objective, batch, weights, skip_zero=not return_stats)
+        how = fuse(rows, within, batch, weights, skip_zero=not return_stats)
     else:
-        scored = roles(objective, batch, return_stats).scored
+        scored = roles(within, batch, return_stats).scored
         rows = rows if scored is None else Rows(batch.ids, scored, batch.inv_temperature)
-        how = Apart(rows, objective, batch, weights, scored)
+        how = Apart(rows, within, batch, weights, scored)
     call = autograd.loss_in_place if inplace_now else autograd.loss
     scores, terms = call(as_rows(logits, inplace), sweeps, how, want_entropy)
     return make_output(objective, batch, scores.logp, scores.entropy, terms.in_fp32(), return_stats)

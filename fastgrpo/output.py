@@ -37,7 +37,7 @@ def make_output(
     """The public result from row vectors."""
     if not return_stats:
         return GRPOOutput(terms.loss)
-    metrics = compute_metrics(objective, batch, entropies, terms)
+    metrics = compute_metrics(objective, batch, logps, entropies, terms)
     if kept is not None:
         metrics |= column_metrics(kept)
     return GRPOOutput(

@@ -12,6 +12,7 @@ from fastgrpo.batch.checks import FLOATS, check, check_dtype, check_tensor
 from fastgrpo.batch.inputs import PolicyInputs, check_names, make_batch, takes
 from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
+from fastgrpo.objective.sampler import corrected
 from fastgrpo.objective.terms import compute_terms, only_where, row_weights
 from fastgrpo.output import GRPOOutput, make_output
 
@@ -58,7 +59,7 @@ def policy_loss(
     check_objective(objective, inputs)
     dtype, shape = wide(per_token_logps.dtype), per_token_logps.shape
     ids = torch.zeros(shape, dtype=torch.int64, device=per_token_logps.device)
-    batch = make_batch(ids, advantages, inputs, dtype=dtype)
+    batch = corrected(objective.corrections, make_batch(ids, advantages, inputs, dtype=dtype))
     if entropies is None:
         check(
             not objective.needs_entropy,
@@ -70,7 +71,8 @@ def policy_loss(
         check_tensor("entropies", entropies, shape, per_token_logps.device, *FLOATS)
         entropies = entropies.to(dtype).reshape(-1)
     logps = per_token_logps.to(dtype).reshape(-1)
-    terms = compute_terms(objective, batch, logps, entropies, row_weights(objective, batch), batch.mask)
+    weights = row_weights(objective, batch)
+    terms = compute_terms(objective.in_pass(inputs), batch, logps, entropies, weights, batch.mask)
     if entropies is not None:
         entropies = only_where(batch.mask, entropies.detach())
     return make_output(objective, batch, only_where(batch.mask, logps.detach()), entropies, terms, return_stats)

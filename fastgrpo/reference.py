@@ -12,6 +12,7 @@ from fastgrpo.batch.inputs import Inputs, check_names, check_rows, make_batch, t
 from fastgrpo.batch.kept import KeptSets
 from fastgrpo.objective import Objective
 from fastgrpo.objective.options import check_objective
+from fastgrpo.objective.sampler import corrected
 from fastgrpo.objective.terms import compute_terms, only_where, row_weights
 from fastgrpo.output import GRPOOutput, make_output
 
@@ -49,6 +50,7 @@ def grpo_loss_reference(
     check_objective(objective, inputs)
     vocab = logits.size(-1)
     batch = make_batch(completion_ids, advantages, inputs, dtype=logits.dtype, vocab_size=vocab)
+    batch = corrected(objective.corrections, batch)
     z = torch.where(batch.mask[:, None], logits.reshape(-1, vocab), 0.0) * batch.inv_temperature[:, None]
     if batch.kept is not None:
         z = torch.where(in_sets(batch.kept, vocab), z, -torch.inf)
@@ -56,7 +58,8 @@ def grpo_loss_reference(
     logps = all_logps.gather(-1, torch.where(batch.mask, batch.ids, 0)[:, None])[:, 0]
     p = all_logps.exp()
     entropies = -(p * torch.where(p == 0, 0.0, all_logps)).sum(-1)  # p log p is 0 at p = 0
-    terms = compute_terms(objective, batch, logps, entropies, row_weights(objective, batch), batch.mask)
+    weights = row_weights(objective, batch)
+    terms = compute_terms(objective.in_pass(inputs), batch, logps, entropies, weights, batch.mask)
     logps, entropies = (only_where(batch.mask, x.detach()) for x in (logps, entropies))
     return make_output(objective, batch, logps, entropies, terms, return_stats)
 

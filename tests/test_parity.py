@@ -28,7 +28,7 @@ def test_what_is_recorded():
         "slime": "624b824a898a",
         "nemo-rl": "7ea279abfbeb",
     }
-    assert len(CASES) > 40 and len(ADVANTAGE_CASES) > 35
+    assert len(CASES) > 80 and len(ADVANTAGE_CASES) > 35
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -37,7 +37,7 @@ def test_equals_the_framework(package, name, dtype):
     case = RECORDED[package]["cases"][name]
     x = {key: torch.tensor(value, dtype=torch.float64).to(dtype) for key, value in RECORDED[package]["inputs"].items()}
     options = dict(case["objective"])
-    only_kl, in_fp32 = options.pop("only_kl", False), options.pop("fp32", False)
+    only_kl, in_fp32, without_old = (options.pop(name, False) for name in ("only_kl", "fp32", "without_old"))
     preset = options.pop("preset", None)
     objective = Objective(**options) if preset is None else Objective.preset(preset, **options)
     leaf = x["logp"].requires_grad_()
@@ -45,7 +45,7 @@ def test_equals_the_framework(package, name, dtype):
         leaf,
         torch.zeros_like(x["advantages"]) if only_kl else x["advantages"],
         completion_mask=x["mask"],
-        old_per_token_logps=x["old"],
+        old_per_token_logps=None if without_old else x["old"],
         sampling_per_token_logps=x["sampling"],
         ref_per_token_logps=x["ref"],
         num_generations=2,

@@ -21,6 +21,7 @@ from datasets import Dataset
 from test_trl import assert_same, common, dpo_run, fast, logged, reward, sft_run, trl, trl_utils
 from test_trl_seams import Kind, logits_of
 
+from fastgrpo import Objective
 from fastgrpo.integrations.trl import at_head
 from fastgrpo.integrations.trl.chunked import ChunkedLogProb
 
@@ -195,6 +196,34 @@ def test_options_log_the_same_three_ways(name, model_folder, tmp_path, monkeypat
     start = transformers.AutoModelForCausalLM.from_pretrained(model_folder(model)).state_dict()
     frozen = [k for k, v in weights.items() if torch.equal(v, start.get(k.removeprefix("base_model.model."), v[:0]))]
     assert any("lm_head" in k for k in frozen) == ("adapters" in options)
+
+
+CORRECTIONS = {
+    "token_truncate": ("token_truncate:0.6_1.5", "dapo"),
+    "token_mask": ("token_mask:0.6_1.5", "grpo"),
+    "sequence_truncate": ("sequence_truncate:0.6_1.5", "cispo"),
+    "sequence_mask": ("sequence_mask:0.6_1.5", "bnpo"),
+}
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("mode", CORRECTIONS)
+def test_a_correction_of_ones_own_is_trls(mode, corrected, model_folder, tmp_path):
+    """Also where TRL corrects nothing and makes no old logps: then the current ones are the old ones."""
+    text, loss_type = CORRECTIONS[mode]
+    options = dict(CLIPPED, tools=True, loss_type=loss_type, vllm_importance_sampling_mode=mode)
+    want = logged(grpo_run, trl.GRPOTrainer, model_folder("qwen2"), tmp_path, **options)
+    objective = Objective(loss_type=loss_type, sampling_correction=text)
+    given = functools.partial(fast.GRPOTrainer, objective=objective)
+    options |= dict(vllm_importance_sampling_correction=corrected)
+    got = logged(grpo_run, given, model_folder("qwen2"), tmp_path, **options)
+    outside = [entry["sampling/outside_mean"] for entry in got[0] if "sampling/outside_mean" in entry]
+    assert outside and 0 < max(outside) <= 1
+    for history in (got[0], want[0]):
+        for entry in history:
+            for key in [key for key in entry if key.startswith("sampling/")]:
+                del entry[key]  # ours are other ones
+    assert_same(got, want, 1e-5)
 
 
 BF16 = {

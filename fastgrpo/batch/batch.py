@@ -36,6 +36,7 @@ class Batch:
     sampling: Tensor | None = None  # (N,)
     importance_ratio: Tensor | None = None  # (N,)
     importance_ratio_per_sequence: bool = False
+    sampled: Tensor | None = None  # (N,) bool: the loss tokens before a correction rejected some; None: `mask`
     num_items_in_batch: Tensor | float | None = None
     loss_scale: Tensor | float = 1.0
     token_weights: Tensor | None = None  # (N,)

@@ -33,6 +33,7 @@ from fastgrpo.engine.ops import (
 )
 from fastgrpo.engine.plan import Roles, plan_loss, plan_rows
 from fastgrpo.objective.options import CHOICES, Objective
+from fastgrpo.objective.sampler import text_of
 from fastgrpo.objective.terms import Terms, Weights, term_columns
 
 
@@ -183,7 +184,8 @@ class _Elsewhere(Apart):
 
 
 # an objective as an operator takes it: its names as one text, and its numbers
-_NAMES = tuple(field.name for field in dataclasses.fields(Objective) if field.name in ("loss_type", *CHOICES))
+_TEXTS = ("loss_type", "sampling_correction")
+_NAMES = tuple(field.name for field in dataclasses.fields(Objective) if field.name in (*_TEXTS, *CHOICES))
 _NUMBERS = tuple(field for field in dataclasses.fields(Objective) if field.name not in _NAMES)
 _NONE = "-"
 
@@ -194,7 +196,8 @@ def _names_of(o: Objective) -> str:
             f"loss_type: expected a name in a compiled graph, got the function {o.loss_name}; "
             "register_loss gives it one"
         )
-    names = [o.registered_name, *(getattr(o, name) for name in _NAMES if name != "loss_type")]
+    texts = {"loss_type": o.registered_name, "sampling_correction": text_of(o.corrections)}
+    names = [texts[name] if name in texts else getattr(o, name) for name in _NAMES]
     return " ".join([_NONE if name is None else name for name in names])
 
 

@@ -6,6 +6,7 @@ from fastgrpo.objective.options import IMPORTANCE_SAMPLING_LEVELS, Objective
 from fastgrpo.objective.own import DEFAULTS, register_loss
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.objective.record import LOSSES, Loss, Tokens
+from fastgrpo.objective.sampler import Correction
 
 LOSS_TYPES = tuple(LOSSES)
 DEFAULTS.append(Objective())
@@ -17,6 +18,7 @@ __all__ = [
     "LOSS_TYPES",
     "PRESETS",
     "Average",
+    "Correction",
     "Loss",
     "Objective",
     "Tokens",

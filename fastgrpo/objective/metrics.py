@@ -10,12 +10,16 @@ from torch import Tensor
 
 from fastgrpo.batch.batch import Batch
 from fastgrpo.objective.options import Objective
+from fastgrpo.objective.sampler import mismatch
 from fastgrpo.objective.terms import Terms
 
 
 @torch.no_grad()
-def compute_metrics(o: Objective, batch: Batch, entropies: Tensor | None, terms: Terms) -> dict[str, Tensor]:
-    """TRL's metrics, 0-dim tensors: means over the loss tokens, or over sequences for one number a sequence."""
+def compute_metrics(
+    o: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None, terms: Terms
+) -> dict[str, Tensor]:
+    """TRL's metrics and those of the sampler, 0-dim tensors: means over the loss tokens, or over sequences for one
+    number a sequence."""
     layout, sequences = batch.layout, batch.layout.num_sequences
     per_sequence = o.importance_sampling_level == "sequence" and not batch.advantages_per_token
     given = dict(kl=terms.kl, entropy=entropies) | dict(zip(o.record.logs, terms.logged, strict=True))
@@ -54,6 +58,8 @@ def compute_metrics(o: Objective, batch: Batch, entropies: Tensor | None, terms:
         metrics["kept/without"] = (1 - count / tokens).to(batch.dtype)
     if terms.bonus is not None:
         metrics["policy_loss"] = terms.loss.detach() - terms.bonus
+    if batch.sampling is not None:
+        metrics |= mismatch(o.corrections, batch, logps)
     return metrics
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastgrpo.objective.kl import KL_ESTIMATORS
 from fastgrpo.objective.own import name_of, record_of, title
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.objective.record import LOSSES, Loss, TokenLoss
+from fastgrpo.objective.sampler import Correction, corrections_of
 
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
 CHOICES: dict[str, tuple[str, ...]] = {  # of options that are names
@@ -74,6 +75,9 @@ class Objective:
         cov_share: share of the tokens that "clip_cov" and "kl_cov" select by covariance (arXiv:2505.22617).
         cov_low, cov_high: "clip_cov" selects between them.
         cov_coef: coefficient of |logp - old| at the tokens that "kl_cov" selects.
+        sampling_correction: what corrects for a sampler that is not quite the old policy, from
+            `sampling_per_token_logps`: one or several `Correction`, or their text, such as "token_truncate:2" (TIS),
+            "token_mask:0.5_5" (IcePop) or "sequence_mask:3" (TRL's default with vLLM); None: nothing does.
 
     Raises:
         ValueError: names the option, what was expected and what came.
@@ -110,6 +114,7 @@ class Objective:
     cov_low: float = 1.0
     cov_high: float = 5.0
     cov_coef: float = 1.0
+    sampling_correction: str | Correction | Sequence[Correction] | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
@@ -117,9 +122,10 @@ class Objective:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
         record = self.record  # a ValueError if there is none
+        object.__setattr__(self, "sampling_correction", corrections_of(self.sampling_correction))
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), CHOICES.get(field.name)
-            if field.name == "loss_type" or (value is None and field.default is None):
+            if field.name in ("loss_type", "sampling_correction") or (value is None and field.default is None):
                 continue
             if choices is not None:
                 check(field.name, value in choices, f"one of {', '.join(choices)}")
@@ -144,6 +150,8 @@ class Objective:
             given = getattr(self, needed)
             check(needed, given is not None and given > 0, f"a number > 0 with average {self.average_name!r}")
         check("max_completion_length", length is None or length > 0, "None or a number > 0")
+        if self.corrections is not None:  # made here, because a compiled graph could not
+            object.__setattr__(self, "_uncorrected", dataclasses.replace(self, sampling_correction=None))
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Objective:
@@ -197,6 +205,17 @@ class Objective:
         return self.record.clip_high(self.epsilon if self.epsilon_high is None else self.epsilon_high)
 
     @property
+    def corrections(self) -> tuple[Correction, ...] | None:
+        """What `sampling_correction` stands for."""
+        return self.sampling_correction  # type: ignore[return-value]  # as __post_init__ made it
+
+    def in_pass(self, inputs: Mapping[str, Any]) -> Objective:
+        """The objective of the pass of a call: corrections between two given policies are made before it."""
+        if self.corrections is None or inputs.get("old_per_token_logps") is None:
+            return self
+        return self._uncorrected  # type: ignore[attr-defined]  # as __post_init__ made it
+
+    @property
     def is_token_local(self) -> bool:
         """Whether a token's loss and gradient need nothing of other tokens' logits: then one pass over V is enough."""
         return (
@@ -204,12 +223,14 @@ class Objective:
             and not self.record.whole_sequences
             and not self.needs_whole_batch
             and self.off_policy_mask_threshold is None
+            and not any(one.of_sequences for one in self.corrections or ())
         )
 
     @property
     def is_fused(self) -> bool:
         """Whether kernels can hold it, between two looks at a row of logits."""
         unheld = self.log_ratio_clamp is not None or self.log_ratio_penalty != 0 or self.clip_ratio_c is not None
+        unheld = unheld or self.corrections is not None
         if self.beta != 0:
             held = self.kl_estimator == "k3" and self.kl_anchor == "old" and self.kl_average is None
             unheld = unheld or not held or self.kl_clamp is not None or self.kl_log_ratio_clamp is not None
@@ -262,3 +283,12 @@ def check_objective(objective: object, inputs: Mapping[str, Any]) -> None:
     if objective.needs_ref and inputs.get("ref_per_token_logps") is None:
         why = "beta is not 0" if objective.beta != 0 else f"{objective.loss_name} reads t.ref_logp"
         raise wrong("ref_per_token_logps", f"a tensor because {why}", None)
+    if objective.corrections is None:
+        return
+    if inputs.get("sampling_per_token_logps") is None:
+        raise wrong("sampling_per_token_logps", "a tensor because the objective has a sampling_correction", None)
+    if (ratio := inputs.get("importance_sampling_ratio")) is not None:
+        raise wrong("importance_sampling_ratio", "None beside a sampling_correction, which makes one", ratio)
+    if inputs.get("old_per_token_logps") is None and any(one.outside == "reject" for one in objective.corrections):
+        why = "a sampling_correction rejects tokens before the pass; 'drop' takes the current logps"
+        raise wrong("old_per_token_logps", f"a tensor because {why}", None)

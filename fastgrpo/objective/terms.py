@@ -17,6 +17,7 @@ from fastgrpo.objective.losses import bounded_exp
 from fastgrpo.objective.options import Objective
 from fastgrpo.objective.own import check_gradient, check_loss
 from fastgrpo.objective.record import Tokens
+from fastgrpo.objective.sampler import correct
 
 _QUANTILE_LIMIT = 16_000_000  # elements; before 2.14 torch takes 2^24 at most
 
@@ -140,7 +141,10 @@ def _tokens(o: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None,
 
     mask, logps = batch.mask.to(batch.dtype), _Watched.apply(only_where(scored, logps))
     anchor, sampling = given(anchor_of(o, batch)), given(batch.sampling)
-    old = logps.detach() if anchor is None else anchor
+    old, ratio = logps.detach() if anchor is None else anchor, batch.importance_ratio
+    if o.corrections is not None:  # of the current policy; others were made before
+        assert sampling is not None  # as check_objective says
+        ratio = correct(o.corrections, batch.layout, batch.mask, logps.detach(), sampling).weight
     return Tokens(
         objective=o,
         batch=batch,
@@ -150,7 +154,7 @@ def _tokens(o: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None,
         log_ratio=_log_ratio(o, batch.layout, mask, logps, old),
         advantages=only_where(scored, batch.row_advantages()),
         mask=mask,
-        importance_ratio=given(batch.importance_ratio, fill=1.0),
+        importance_ratio=given(ratio, fill=1.0),
         reference=given(batch.ref),
         entropies=given(entropies),
         scored=scored,

@@ -20,7 +20,9 @@ from fastgrpo.trainer.sampling import OTHER_TRUNCATIONS
 _FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
 
-# the options of the objective, with its defaults; one of them has a default of its own here, and the loss is a text
+# the options of the objective, with its defaults; one of them has a default of its own here, and the loss is a text;
+# nobody but the policy samples, so nothing is corrected
+_NOT_OPTIONS = ("max_completion_length", "sampling_correction")
 if TYPE_CHECKING:
     _Options = Objective
 else:
@@ -29,7 +31,7 @@ else:
         [
             (f.name, str if f.name == "loss_type" else typing.get_type_hints(Objective)[f.name], f.default)
             for f in dataclasses.fields(Objective)
-            if f.name != "max_completion_length"
+            if f.name not in _NOT_OPTIONS
         ],
         namespace={"__module__": __name__},
     )
@@ -214,7 +216,8 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
 
     def objective(self) -> Objective:
         """The `Objective` of these options."""
-        return Objective(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Objective)})
+        names = {f.name for f in dataclasses.fields(Objective)} - {"sampling_correction"}
+        return Objective(**{name: getattr(self, name) for name in names})
 
     def _check_choices(self) -> None:
         for name, choices in (

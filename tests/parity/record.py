@@ -13,6 +13,7 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -168,8 +169,68 @@ def verl(root):
 
             options = dict(preset="verl", beta=1.0, kl_estimator=name)
             case.add(f"kl {name}", dict(options, only_kl=True), kl)
+        _verl_corrections(root, core, config, case)
         advantages = record_advantages.verl(core, load(root / "verl/utils/groupwise.py", "verl_groupwise"))
         return case, advantages
+
+
+def _verl_corrections(root, core, config, case):
+    helper = load(root / "verl/trainer/ppo/rollout_corr_helper.py", "verl_rollout_corr")
+    __import__("verl.trainer.ppo.rollout_corr_helper")
+    sys.modules["verl.trainer.ppo.rollout_corr_helper"] = helper
+    helper.DataProto = SimpleNamespace(from_dict=lambda tensors: SimpleNamespace(batch=tensors))
+    x = case.x
+    a, mask, q = x["advantages"][:, None].expand(B, T), x["mask"], x["old"] - x["sampling"]
+
+    def loss(weights=None, rejects=None, mode="vanilla", average="token-mean"):
+        function = core.get_policy_loss_fn(mode)
+        kept = mask if rejects is None else helper.compute_rollout_rejection_mask(q, mask, *rejects)[0]
+        w = None if weights is None else helper.compute_rollout_correction_weights(q, mask, *weights)[0]
+        return lambda leaf: function(x["old"], leaf, a, kept, average, config, w)[0]
+
+    def add(name, correction, call, **options):
+        case.add(name, {"preset": "verl", "sampling_correction": correction, **options}, call)
+
+    add("rollout_is token", "token_truncate:1.1", loss(("token", 1.1)))
+    add("rollout_is token icepop", "token_mask:0.9_1.1", loss(("token", "0.9_1.1")))
+    add("rollout_is sequence", "sequence_truncate:1.2", loss(("sequence", 1.2)))
+    add("rollout_is sequence icepop", "sequence_mask:0.7_1.4", loss(("sequence", "0.7_1.4")))
+    icepop = loss(("token", "0.9_1.1"), mode="geo_mean")
+    case.add("rollout_is geo_mean", dict(loss_type="gmpo", sampling_correction="token_mask:0.9_1.1"), icepop)
+    for level, ours, bounds in (
+        ("token", "token", ("0.9_1.25", 0.045, 0.04)),
+        ("seq_sum", "sequence", ("0.8_1.22", 0.1, 0.05)),
+        ("seq_mean", "geometric", ("0.95_1.3", 0.02, 0.01)),
+        ("seq_max", "any", (None, 0.04, 0.02)),
+    ):
+        for measure, bound in zip(("k1", "k2", "k3"), bounds, strict=True):
+            if bound is None:
+                continue
+            correction = f"{ours}_reject_{measure}:{bound}"
+            if measure == "k1":  # whose ratio is that of the sampler to the policy
+                low, high = (1 / float(text) for text in reversed(bound.split("_")))
+                correction = f"{ours}_reject:{low!r}_{high!r}"
+            add(f"rollout_rs {level}_{measure}", correction, loss(rejects=(f"{level}_{measure}", bound)))
+    add("rollout_is and rollout_rs", "token_truncate:1.1,geometric_reject_k3:0.02,token_reject:0.8_1.25",
+        loss(("token", 1.1), ("seq_mean_k3,token_k1", "0.02,0.8_1.25")))  # fmt: skip
+    add("rollout_rs, seq-mean-token-mean", "token_reject:0.8_1.25",
+        loss(rejects=("token_k1", "0.8_1.25"), average="seq-mean-token-mean"),
+        average="seq-mean-token-mean")  # fmt: skip
+
+    def bypass(leaf, **options):
+        config.policy_loss.get = lambda name, default=None: options
+        config.global_batch_info = dict(dp_size=1, batch_num_tokens=mask.sum())  # as it is before the rejection
+        try:
+            return core.get_policy_loss_fn("bypass_mode")(x["sampling"], leaf, a, mask, "token-mean", config, None)[0]
+        finally:
+            config.global_batch_info = {}
+
+    add("bypass_mode ppo_clip", "geometric_drop_k3:0.1",
+        lambda leaf: bypass(leaf, rollout_rs="seq_mean_k3", rollout_rs_threshold=0.1),
+        ratio_anchor="sampling", without_old=True)  # fmt: skip
+    add("bypass_mode reinforce", "token_truncate:1.5",
+        lambda leaf: bypass(leaf, loss_type="reinforce", rollout_is="token", rollout_is_threshold=1.5),
+        loss_type="reinforce", without_old=True)  # fmt: skip
 
 
 def openrlhf(root):
@@ -184,9 +245,22 @@ def openrlhf(root):
 
         def loss(**options):
             function = module.PolicyLoss(**options)
-            return lambda leaf: function(leaf, x["old"], a, mask)[0]
+            return lambda leaf: function(leaf, x["old"], a, mask, x["sampling"])[0]
 
         case.add("default", dict(preset="openrlhf"), loss())
+        corrections = {
+            "token clip": ("token_truncate:0.9_1.1", "token", "clip", "ratio", (0.9, 1.1)),
+            "token mask": ("token_mask:0.9_1.1", "token", "mask", "ratio", (0.9, 1.1)),
+            "seq mask": ("token_truncate,geometric_drop:0.95_1.05", "seq", "mask", "ratio", (0.95, 1.05)),
+        }
+        for gating in ("binary_kl", "tv"):
+            for level, ours, bound in (("token", "token", 0.02), ("seq", "geometric", 0.04)):
+                correction = f"token_truncate,{ours}_drop_{gating}:{bound}"
+                corrections[f"{level} {gating}"] = (correction, level, "mask", gating, (0, bound))
+        for name, (correction, level, mode, gating, band) in corrections.items():
+            call = loss(is_correction_level=level, is_correction_mode=mode, is_correction_gating=gating,
+                        is_correction_threshold=band)  # fmt: skip
+            case.add(f"correction {name}", dict(preset="openrlhf", sampling_correction=correction), call)
         case.add("dual clip", dict(preset="openrlhf", clip_ratio_c=3.0), loss(dual_clip=3.0))
         case.add("gspo", dict(importance_sampling_level="sequence", average="grpo"), loss(policy_loss_type="gspo"))
         for name in ("k1", "k2", "k3"):
@@ -206,9 +280,8 @@ def skyrl(root):
     with stands("skyrl", "ray", "jaxtyping", "loguru", "omegaconf", "flash_attn"):
         torch_utils = load(folder / "torch_utils.py", "skyrl_torch_utils")
         sys.modules["skyrl.backends.skyrl_train.utils.torch_utils"] = torch_utils
-        __import__("skyrl.backends.skyrl_train.utils.off_policy_correction_utils")
-        corrections = sys.modules["skyrl.backends.skyrl_train.utils.off_policy_correction_utils"]
-        corrections.apply_off_policy_correction = lambda loss, old, rollout, mask, config: (loss, mask, {})
+        name = "skyrl.backends.skyrl_train.utils.off_policy_correction_utils"
+        sys.modules[name] = load(folder / "off_policy_correction_utils.py", name)
         __import__("ray")
         sys.modules["ray"].is_initialized = lambda: False
         __import__("jaxtyping")
@@ -219,7 +292,9 @@ def skyrl(root):
         a, mask = x["advantages"][:, None].expand(B, T), x["mask"]
         config = SimpleNamespace(
             policy_loss_type="regular", eps_clip_low=0.2, eps_clip_high=0.2, clip_ratio_c=3.0,
-            off_policy_correction=SimpleNamespace(tis_ratio_type=None),
+            off_policy_correction=SimpleNamespace(**dict.fromkeys((
+                "tis_ratio_type", "sequence_mask_metric", "outlier_token_is_threshold_low",
+                "outlier_token_is_threshold_high", "token_mask_is_threshold_low", "token_mask_is_threshold_high"))),
             cispo=SimpleNamespace(cispo_anchor="old", cispo_eps_clip_low=1.0, cispo_eps_clip_high=4.0),
             dppo=SimpleNamespace(dppo_type="binary_tv", delta_low=0.2, delta_high=0.2),
         )  # fmt: skip
@@ -248,6 +323,27 @@ def skyrl(root):
                  loss(module.compute_policy_loss_cispo))  # fmt: skip
         case.add("rollout_is", dict(sampled, loss_type="icepop"), loss(module.rollout_is_policy_loss))
         case.add("dppo", dict(sampled, loss_type="dppo"), loss(module.dppo_policy_loss))
+
+        off, least = vars(config.off_policy_correction), math.exp(-20)  # its log ratios are within ±20
+        product = dict(product_mask_low=0.7, product_mask_high=1.4)
+        geometric = dict(geo_mask_low=0.95, geo_mask_high=1.05)
+        token = dict(tis_ratio_type="token", token_tis_ratio_clip_high=1.1)
+        for name, correction, given in (
+            ("tis token", f"token_truncate:{least}_1.1", token),
+            ("tis sequence", f"sequence_truncate:{least}_1.2", dict(tis_ratio_type="sequence",
+                                                           sequence_tis_ratio_clip_high=1.2)),
+            ("geometric", "geometric_drop:0.95_1.05", dict(sequence_mask_metric="geometric", **geometric)),
+            ("product", "sequence_drop:0.7_1.4", dict(sequence_mask_metric="product", **product)),
+            ("token mask", "token_drop:0.9_1.1", dict(token_mask_is_threshold_low=0.9,
+                                                      token_mask_is_threshold_high=1.1)),
+            ("outlier", "any_drop:0.7_1.4", dict(outlier_token_is_threshold_low=0.7,
+                                                 outlier_token_is_threshold_high=1.4)),
+            ("tis token, geometric", f"token_truncate:{least}_1.1,geometric_drop:0.95_1.05",
+             dict(token, sequence_mask_metric="geometric", **geometric)),
+        ):  # fmt: skip
+            given = SimpleNamespace(**{**off, **given})
+            call = loss(regular, policy_loss_type="regular", off_policy_correction=given)
+            case.add(f"correction {name}", dict(without_kl, sampling_correction=correction), call)
 
         def kl(leaf):
             each = module.compute_approx_kl(leaf, x["ref"], mask, "k3")
@@ -337,6 +433,15 @@ def nemo_rl(root):
         case.add("dual clip", dict(preset="nemo-rl", clip_ratio_c=3.0), loss(ratio_clip_c=3.0))
         case.add("reinforce", dict(preset="nemo-rl", loss_type="reinforce"), loss(disable_ppo_ratio=True))
         case.add("cispo", dict(preset="nemo-rl", loss_type="cispo_clip"), loss(use_cispo=True))
+        for kind, correction, (low, high) in (
+            ("tis", "token_truncate:0.9_1.1", (0.9, 1.1)),
+            ("icepop", "token_mask:0.9_1.1", (0.9, 1.1)),
+            ("seq-mask-tis", "token_truncate,geometric_drop:0.95_1.05", (0.95, 1.05)),
+        ):
+            call = loss(use_importance_sampling_correction=True, truncated_importance_sampling_type=kind,
+                        truncated_importance_sampling_ratio=high,
+                        truncated_importance_sampling_ratio_min=low)  # fmt: skip
+            case.add(f"correction {kind}", dict(preset="nemo-rl", sampling_correction=correction), call)
         options = dict(preset="nemo-rl", importance_sampling_level="sequence", average="grpo")
         sequences = dict(sequence_level_importance_ratios=True, token_level_loss=False)
         case.add("gspo", options, loss(**sequences))

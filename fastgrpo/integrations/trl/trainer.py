@@ -78,8 +78,8 @@ class GRPOTrainer(OwnGRPOTrainer):
         completion_mask = inputs["completion_mask"]
         mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
         parts = self.accelerator.num_processes * (self.args.steps_per_generation if train else 1)
-        corrected = objective.record.takes_importance_ratio or (
-            self.use_vllm and self.vllm_importance_sampling_correction
+        corrected = objective.corrections is None and (
+            objective.record.takes_importance_ratio or (self.use_vllm and self.vllm_importance_sampling_correction)
         )
         at_head = LossAtHead(
             completion_mask,
@@ -106,8 +106,10 @@ class GRPOTrainer(OwnGRPOTrainer):
         carrier = logps.view(-1).gather(0, completion_mask.view(-1).argmax()[None])[0]
         loss = output.loss.detach() + (carrier - carrier.detach())
         made = {"policy_loss": output.loss, **output.metrics}  # without an entropy bonus that is the whole loss
-        reduced = reduce_metrics(self.accelerator, objective, made, mask, accumulation)
         of_config = vars(self).get("_fastgrpo_objective") is None
+        if of_config:  # TRL logs numbers of its own of the sampler, where it samples
+            made = {name: value for name, value in made.items() if not name.startswith("sampling/")}
+        reduced = reduce_metrics(self.accelerator, objective, made, mask, accumulation)
         if not (self._entropy_bonus_enabled if of_config else objective.entropy_coef != 0):
             del reduced["policy_loss"]
         if self.aux_loss_enabled:
