@@ -31,6 +31,12 @@ class Table(NamedTuple):
         row, place = (self.ids >= 0).nonzero(as_tuple=True)
         return row, place
 
+    def columns(self, logits: Tensor) -> Tensor:
+        """Those of logits (B, T, V), (n, w), at least fp32; -inf where there is none."""
+        row = self.at[:, None]
+        z = logits[row // logits.shape[1], row % logits.shape[1], self.ids.clamp(min=0).long()]
+        return z.to(self.rows.inv_temperature.dtype).masked_fill_(self.ids < 0, -torch.inf)
+
 
 def tables(sets: KeptSets, rows: Rows, vocab: int) -> Iterator[Table]:
     """The rows that have a set, each in one table. Waits for the device once.

@@ -33,14 +33,18 @@ class Sweeps(NamedTuple):
         scores = kernels.row_stats(logits, rows, want_entropy=want_entropy, softcap=self.softcap)
         if sets is not None:
             for table in tables(sets, rows, logits.shape[-1]):
-                put_scores(scores, table.at, self.of_table(_columns(logits, table), table, want_entropy))
+                put_scores(scores, table.at, self.of_table(table.columns(logits), table, want_entropy))
         return scores
 
     def of_table(self, z: Tensor, table: Table, want_entropy: bool) -> Scores:
         """The scores of a table's rows from their logits (n, w)."""
-        if self.softcap is not None:  # here, because one of a missing logit, -inf, would be -softcap
-            z = (torch.tanh(z / self.softcap) * self.softcap).masked_fill_(table.ids < 0, -torch.inf)
-        return Sweeps(self.backend).stats(z[None], table.rows, want_entropy)
+        return Sweeps(self.backend).stats(self.capped(z, table)[None], table.rows, want_entropy)
+
+    def capped(self, z: Tensor, table: Table) -> Tensor:
+        """A table's logits (n, w) with the softcap; here, because one of a missing logit, -inf, would be -softcap."""
+        if self.softcap is None:
+            return z
+        return (torch.tanh(z / self.softcap) * self.softcap).masked_fill_(table.ids < 0, -torch.inf)
 
     def grad(self, logits: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, out: Tensor) -> None:
         """Writes dL/dlogits from g = dL/dlogp and h = dL/dentropy into `out`, which may be the logits, or narrower."""
@@ -49,7 +53,7 @@ class Sweeps(NamedTuple):
             return kernels.row_grad(logits, rows, scores, g, h, out, softcap=self.softcap)
         found = []  # before their logits are overwritten
         for table in tables(sets, rows, logits.shape[-1]):
-            z = _columns(logits, table)
+            z = table.columns(logits)
             self.d_table(z, table, scores, g, h)
             row, place = table.pairs()
             found.append((table.at[row], table.ids[row, place].long(), z[row, place]))
@@ -89,14 +93,6 @@ def put_scores(scores: Scores, at: Tensor, some: Scores) -> None:
     for x, values in zip(scores, some, strict=True):
         if x is not None:
             x[at] = values
-
-
-def _columns(logits: Tensor, table: Table) -> Tensor:
-    """The logits of a table's columns, (n, w), at least fp32; -inf where there is none."""
-    at, ids, rows = table
-    row = at[:, None]
-    z = logits[row // logits.shape[1], row % logits.shape[1], ids.clamp(min=0).long()]
-    return z.to(rows.inv_temperature.dtype).masked_fill_(ids < 0, -torch.inf)
 
 
 def fuses(o: Objective, backend: str, logits: Tensor, dtype: torch.dtype, softcap: float | None = None) -> bool:
