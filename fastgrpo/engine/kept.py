@@ -26,16 +26,20 @@ class Table(NamedTuple):
     ids: Tensor  # (n, w) int32, rising; -1 where there is none
     rows: Rows  # all to be read; the id of a target is its place here, or -1
 
+    def of(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """The logits (n, w) of its columns, at least fp32, out of those (B, T, V) of all; -inf where there is none.
+
+        Args:
+            rows (n,): where its rows stand in `logits`.
+        """
+        row, tokens = rows[:, None], logits.shape[1]
+        z = logits[row // tokens, row % tokens, self.ids.clamp(min=0).long()].to(self.rows.inv_temperature.dtype)
+        return z.masked_fill_(self.ids < 0, -torch.inf)
+
     def pairs(self) -> tuple[Tensor, Tensor]:
         """(row of the table, place in it) of every column that is there, (P,) each."""
         row, place = (self.ids >= 0).nonzero(as_tuple=True)
         return row, place
-
-    def columns(self, logits: Tensor) -> Tensor:
-        """Those of logits (B, T, V), (n, w), at least fp32; -inf where there is none."""
-        row = self.at[:, None]
-        z = logits[row // logits.shape[1], row % logits.shape[1], self.ids.clamp(min=0).long()]
-        return z.to(self.rows.inv_temperature.dtype).masked_fill_(self.ids < 0, -torch.inf)
 
 
 def tables(sets: KeptSets, rows: Rows, vocab: int) -> Iterator[Table]:

@@ -33,7 +33,7 @@ class Sweeps(NamedTuple):
         scores = kernels.row_stats(logits, rows, want_entropy=want_entropy, softcap=self.softcap)
         if sets is not None:
             for table in tables(sets, rows, logits.shape[-1]):
-                put_scores(scores, table.at, self.of_table(table.columns(logits), table, want_entropy))
+                put_scores(scores, table.at, self.of_table(table.of(logits, table.at), table, want_entropy))
         return scores
 
     def of_table(self, z: Tensor, table: Table, want_entropy: bool) -> Scores:
@@ -53,7 +53,7 @@ class Sweeps(NamedTuple):
             return kernels.row_grad(logits, rows, scores, g, h, out, softcap=self.softcap)
         found = []  # before their logits are overwritten
         for table in tables(sets, rows, logits.shape[-1]):
-            z = table.columns(logits)
+            z = table.of(logits, table.at)
             self.d_table(z, table, scores, g, h)
             row, place = table.pairs()
             found.append((table.at[row], table.ids[row, place].long(), z[row, place]))

@@ -44,7 +44,7 @@ def of_logits(logits: Tensor, sweeps: Sweeps, rows: Rows, logp: Tensor, wanted: 
         return _read(logits, sweeps, rows, logp, wanted)
     found = _read(logits, sweeps._replace(kept=None), rows._replace(mask=mask & ~sets.given), logp, wanted)
     for table in tables(sets, rows, logits.shape[-1]):
-        put(found, table.at, of_table(table.columns(logits), sweeps, table, logp[table.at], wanted))
+        put(found, table.at, of_table(table.of(logits, table.at), sweeps, table, logp[table.at], wanted))
     return found
 
 
