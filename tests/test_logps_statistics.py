@@ -73,6 +73,15 @@ CASES = {
 }
 
 
+INTERPRETED = ("masked", "bf16", "kept, masked, hot")  # some 20 ms a row and sweep
+
+
+def of(case, backend, device):
+    if backend == "triton" and device == "cpu" and case not in INTERPRETED:
+        pytest.skip("seconds in the interpreter; what the case has is not the kernels'")
+    return CASES[case]
+
+
 def arguments(ids, vocab, kwargs, masked=False, hot=False, kept=False, packed=False, **_):
     """(ids, arguments of a call, those of the textbook's)."""
     device = ids.device
@@ -92,7 +101,7 @@ def arguments(ids, vocab, kwargs, masked=False, hot=False, kept=False, packed=Fa
 
 @pytest.mark.parametrize("case", CASES)
 def test_from_logits(case, backend, device):
-    case = CASES[case]
+    case = of(case, backend, device)
     dtype = case.get("dtype", torch.float32)
     logits, ids, kwargs = make_inputs(batch=3, length=3, dtype=dtype, device=device, backend=backend)
     ids = some_greedy(ids, logits)
@@ -113,7 +122,7 @@ def test_from_logits(case, backend, device):
 @pytest.mark.parametrize("head", [{}, HEAD], ids=["plain", "bias, scale, cap, padding"])
 @pytest.mark.parametrize("case", [case for case in CASES if case != "a slice of rows"])
 def test_from_hidden_states(case, head, backend, device):
-    case = CASES[case]
+    case = of(case, backend, device)
     dtype = case.get("dtype", torch.float32)
     hidden, weight, ids, kwargs = make_linear_inputs(
         batch=3, length=3, dtype=dtype, device=device, backend=backend, vocab=61
@@ -121,7 +130,8 @@ def test_from_hidden_states(case, head, backend, device):
     head = {name: softcap_on(backend, x) if name == "softcap" else x for name, x in head.items()}
     vocab = head.get("vocab_size", 61)
     bias = torch.randn(61, device=device).to(dtype) if head else None
-    inputs = [None if x is None else x.cpu().double() for x in (hidden, weight[:vocab], bias if bias is None else bias[:vocab])]  # fmt: skip
+    cut = (hidden, weight[:vocab], None if bias is None else bias[:vocab])
+    inputs = (None if x is None else x.cpu().double() for x in cut)
     logits = project(*inputs, head.get("logit_scale", 1.0), head.get("softcap"))
     ids = some_greedy(ids.clamp(max=vocab - 1).cpu(), logits).to(device)
     ids, call, truth = arguments(ids, vocab, kwargs, **case)
@@ -155,10 +165,6 @@ def test_float64():
 @pytest.mark.parametrize("offset", [0.0, -90.0, 200.0])
 def test_peaked_rows(offset, backend, device):
     """Σp² = 1 - 2e-6 and nearer, whatever the size of the logits: to a few roundings of 1."""
-    if backend == "cpu":
-        relative, absolute = 2e-6, 0.0
-    else:
-        relative, absolute = 0.0, 4e-7
     logits = (torch.randn(1, 4, 257, generator=torch.Generator().manual_seed(0)) / 2).round(decimals=2)
     logits[..., 100] = torch.tensor([12.0, 19.0, 20.0, 25.0])
     logits = (logits + offset).to(device)
@@ -166,9 +172,11 @@ def test_peaked_rows(offset, backend, device):
         found = selective_logps(logits, ids, statistics=NAMES, backend=backend).statistics
         want = textbook(logits, ids)
         assert torch.equal(found["is_top1"].cpu(), want["is_top1"])
-        for name in ("log_sum_sq_probs", "sum_pi_squared"):
-            within = dict(rtol=relative, atol=absolute)
-            torch.testing.assert_close(found[name].double().cpu(), want[name], **within, msg=lambda m, n=name: n + m)
+        got = {name: found[name].double().cpu() for name in ("sum_pi_squared", "log_sum_sq_probs")}
+        for name, x in got.items():
+            assert (x - want[name]).abs().max() < 5e-7, name
+        if backend == "cpu":  # whose logps have all of their digits at p = 1, too
+            assert ((got["log_sum_sq_probs"] / want["log_sum_sq_probs"]) - 1).abs().max() < 2e-6
 
 
 def test_squares_are_those_of_the_gradient():
@@ -186,13 +194,9 @@ def test_of_equal_logits_the_first_is_on_top(backend, device):
     logits[..., [7, 21, 30]] = 2.0
     ids = torch.tensor([[7, 21, 30, 3]], device=device)
     first = [True, False, False, False]
-    assert (
-        selective_logps(logits, ids, statistics=["is_top1"], backend=backend).statistics["is_top1"][0].tolist()
-        == first
-    )
-    sets = kept_sets([[30, 21, 7, 3]] * 4, device=device)._asdict()
-    found = selective_logps(logits, ids, statistics=["is_top1"], backend=backend, **sets).statistics
-    assert found["is_top1"][0].tolist() == first
+    for sets in ({}, kept_sets([[30, 21, 7, 3]] * 4, device=device)._asdict()):
+        found = selective_logps(logits, ids, statistics=["is_top1"], backend=backend, **sets).statistics
+        assert found["is_top1"][0].tolist() == first
 
 
 def test_ruled_out_tokens_and_bad_rows(backend, device):
@@ -254,7 +258,12 @@ def test_only_the_sweeps_that_are_asked_for(monkeypatch, backend, device):
     on_top = int((logits.argmax(-1) == ids).sum())
     kernels, seen = backends.get(backend), []
     stats = kernels.row_stats
-    monkeypatch.setattr(kernels, "row_stats", lambda z, rows, **k: seen.append(int(rows.mask.sum())) or stats(z, rows, **k))  # fmt: skip
+
+    def spy(logits, rows, **options):
+        seen.append(int(rows.mask.sum()))
+        return stats(logits, rows, **options)
+
+    monkeypatch.setattr(kernels, "row_stats", spy)
     for statistics, sweeps in ((("is_top1", "mean_logits"), [6]), (("sum_pi_squared",), [6, 6 - on_top, 6])):
         seen.clear()
         selective_logps(logits, ids, statistics=statistics, backend=backend)
@@ -282,7 +291,7 @@ def test_logits_stay_one_chunk():
 
 
 @pytest.mark.parametrize("from_hidden", [False, True])
-def test_a_compiled_graph_breaks_there(from_hidden, device):
+def test_in_a_compiled_graph(from_hidden, device):
     hidden, weight, ids, _ = make_linear_inputs(device=device)
     call, first = (linear_logps, (hidden, weight)) if from_hidden else (selective_logps, (hidden @ weight.t(),))
 
@@ -290,8 +299,7 @@ def test_a_compiled_graph_breaks_there(from_hidden, device):
         found = call(*first, ids, statistics=NAMES)
         return found.logps * 2, found.statistics
 
-    with torch._dynamo.config.patch(cache_size_limit=64):
-        want, got = step(*first), torch.compile(step, backend="eager")(*first)
+    want, got = step(*first), torch.compile(step, backend="eager")(*first)
     assert torch.equal(want[0], got[0])
     assert all(torch.equal(x, got[1][name]) for name, x in want[1].items())
 
