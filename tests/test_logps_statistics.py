@@ -3,8 +3,10 @@
 import pytest
 import torch
 from cases import assert_close, make_inputs, make_linear_inputs, softcap_on
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import LogpsOutput, backends, kept_sets, linear_logps, selective_logps
+from fastgrpo.backends import eager
 from fastgrpo.engine.statistics import NAMES
 from fastgrpo.reference import project
 
@@ -270,24 +272,25 @@ def test_only_the_sweeps_that_are_asked_for(monkeypatch, backend, device):
         assert seen == sweeps
 
 
-def test_logits_stay_one_chunk():
-    """From hidden states there is no more of them than without statistics; copies are of a few rows."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+def test_logits_stay_one_chunk(monkeypatch):
+    """No tensor is larger than a chunk of bf16 logits, nor an fp32 copy of one."""
 
     class Largest(TorchDispatchMode):
-        elements = 0
+        size = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             for x in result if isinstance(result, (tuple, list)) else [result]:
                 if isinstance(x, torch.Tensor):
-                    self.elements = max(self.elements, x.untyped_storage().nbytes() // 4)
+                    self.size = max(self.size, x.untyped_storage().nbytes())
             return result
 
-    hidden, weight, ids, _ = make_linear_inputs(batch=8, length=8, vocab=640)
+    monkeypatch.setattr(eager, "_BYTES", 4 * 640)  # of a copy: one row
+    hidden, weight, ids, _ = make_linear_inputs(batch=8, length=8, vocab=640, dtype=torch.bfloat16)
+    call = dict(statistics=NAMES, softcap=9.0, chunk_size=32, logits_dtype=torch.bfloat16)
     with Largest() as seen:
-        linear_logps(hidden, weight, ids, statistics=NAMES, softcap=9.0, chunk_size=8)
-    assert seen.elements <= max(8 * 640, weight.numel())
+        linear_logps(hidden, weight, ids, **call)
+    assert seen.size == 32 * 640 * 2
 
 
 @pytest.mark.parametrize("from_hidden", [False, True])
