@@ -102,8 +102,8 @@ def selective_logps(
         statistics: names of what else to return, over the same distribution and without a gradient:
 
             - "sum_pi_squared": Σ p²;
-            - "log_sum_sq_probs": its logarithm, to a few 1e-7 of it or of 1, whichever is more;
-            - "mean_logits": the mean of z, unweighted;
+            - "log_sum_sq_probs": its logarithm, which near p = 1 is good to 5e-7;
+            - "mean_logits": the mean of z, each token counted alike; its last bits may depend on the batch;
             - "is_top1": bool, whether the token has the largest logit; of equal ones the first in the vocabulary has.
 
             The first two take two more sweeps, one of them of the rows alone whose token is not the first.

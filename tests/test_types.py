@@ -131,7 +131,7 @@ WRONG = {
     "one, _ = linear_logps(hidden, weight, ids, return_entropy='yes')": "call-overload",
     "linear_logps(hidden, weight, ids, chunk_size='large')": "call-overload",
     "linear_logps(hidden, weight, ids, statistics=['top1'])": "list-item",
-    "selective_logps(logits, ids, statistics='is_top1')": "call-overload",
+    "selective_logps(logits, ids, statistics='is_top1')": "arg-type",
     "selective_logps(logits, ids, statistics=['is_top1']).sum()": "attr-defined",
     "group_advantages(rewards, num_generation=2)": "call-arg",
     "gae(mask, mask, mask, gamma=1.0)": "call-arg",
