@@ -3,7 +3,7 @@
 from fastgrpo.advantages import gae, group_advantages
 from fastgrpo.batch.kept import kept_sets
 from fastgrpo.linear import LinearGRPOLoss, linear_grpo_loss
-from fastgrpo.logps import linear_logps, selective_logps
+from fastgrpo.logps import LogpsOutput, linear_logps, selective_logps
 from fastgrpo.loss import GRPOLoss, grpo_loss
 from fastgrpo.objective import Correction, Objective, register_loss
 from fastgrpo.objective.kl import kl_in_reward
@@ -18,6 +18,7 @@ __all__ = [
     "GRPOLoss",
     "GRPOOutput",
     "LinearGRPOLoss",
+    "LogpsOutput",
     "Objective",
     "gae",
     "group_advantages",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, overload
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from fastgrpo import backends
-from fastgrpo.backends import Rows
+from fastgrpo.backends import Rows, Scores
 from fastgrpo.batch.batch import wide
+from fastgrpo.batch.checks import wrong
 from fastgrpo.batch.inputs import (
     HeadOptions,
     check_ids,
@@ -26,6 +28,15 @@ from fastgrpo.engine import autograd
 from fastgrpo.engine.head import make_head
 from fastgrpo.engine.logits import Sweeps, as_rows
 from fastgrpo.engine.plan import Roles
+from fastgrpo.engine.statistics import NAMES, Found, Statistic
+
+
+class LogpsOutput(NamedTuple):
+    """What `selective_logps` and `linear_logps` return with `statistics`; all like completion_ids, 0 where masked."""
+
+    logps: Tensor
+    entropies: Tensor | None  # nats; None without `return_entropy`
+    statistics: dict[str, Tensor]  # by name; without a gradient
 
 
 class _Options(TypedDict, total=False):
@@ -52,6 +63,15 @@ def selective_logps(
 def selective_logps(
     logits: Tensor, completion_ids: Tensor, *, return_entropy: bool, **options: Unpack[_Options]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
+def selective_logps(
+    logits: Tensor,
+    completion_ids: Tensor,
+    *,
+    statistics: Sequence[Statistic],
+    return_entropy: bool = ...,
+    **options: Unpack[_Options],
+) -> LogpsOutput: ...
 def selective_logps(
     logits: Tensor,
     completion_ids: Tensor,
@@ -62,7 +82,8 @@ def selective_logps(
     backend: str = "auto",
     kept_ids: Tensor | None = None,
     kept_offsets: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    statistics: Sequence[Statistic] | None = None,
+) -> Tensor | tuple[Tensor, Tensor] | LogpsOutput:
     """The log-probability of each sampled token, and the entropy of its distribution, from one read of the logits.
 
         logp_t = z_t[id_t] - logsumexp(z_t),   H_t = -Σ p_t log p_t   with z = logits / temperature, p = softmax(z)
@@ -78,9 +99,18 @@ def selective_logps(
         return_entropy: also return the entropies, in nats.
         backend: "auto" (see `fastgrpo.backends.select`), "cpu", "cuda", "triton" or "torch".
         kept_ids, kept_offsets: the tokens over which each row's distribution is, as in `grpo_loss`.
+        statistics: names of what else to return, over the same distribution and without a gradient:
+
+            - "sum_pi_squared": Σ p²;
+            - "log_sum_sq_probs": its logarithm, which near p = 1 is good to 5e-7;
+            - "mean_logits": the mean of z, each token counted alike; its last bits may depend on the batch;
+            - "is_top1": bool, whether the token has the largest logit; of equal ones the first in the vocabulary has.
+
+            The first two take two more sweeps, one of them of the rows alone whose token is not the first.
 
     Returns:
         logps like completion_ids, fp32 (float64 from float64); or (logps, entropies). Differentiable in logits.
+        With `statistics`, () too, a `LogpsOutput`.
 
     Raises:
         ValueError: names the argument, what was expected and what came.
@@ -88,15 +118,15 @@ def selective_logps(
 
     Equivalent to: trl.trainer.utils.selective_log_softmax, and entropy_from_logits for the entropy.
     """
+    wanted = _wanted(statistics)
     check_rows(logits, completion_ids, "logits", "V")
     rows = _rows(completion_ids, mask, temperature, wide(logits.dtype), logits.size(-1))
     scored = rows.mask
     assert scored is not None
     kept = make_kept(kept_ids, kept_offsets, completion_ids, scored, logits.size(-1))
     sweeps = Sweeps(backends.select(logits, backend), kept=kept)
-    logps, _, entropies = autograd.stats(as_rows(logits), sweeps, rows, return_entropy)
-    shape = completion_ids.shape
-    return logps.view(shape) if entropies is None else (logps.view(shape), entropies.view(shape))
+    scores, found = autograd.stats(as_rows(logits), sweeps, rows, return_entropy, wanted)
+    return _result(completion_ids.shape, scores, None if statistics is None else found)
 
 
 @overload
@@ -121,6 +151,16 @@ def linear_logps(
 def linear_logps(
     hidden: Tensor, weight: Tensor, completion_ids: Tensor, *, return_entropy: bool, **options: Unpack[_LinearOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    completion_ids: Tensor,
+    *,
+    statistics: Sequence[Statistic],
+    return_entropy: bool = ...,
+    **options: Unpack[_LinearOptions],
+) -> LogpsOutput: ...
 @takes(HeadOptions)
 def linear_logps(
     hidden: Tensor,
@@ -133,8 +173,9 @@ def linear_logps(
     backend: str = "auto",
     kept_ids: Tensor | None = None,
     kept_offsets: Tensor | None = None,
+    statistics: Sequence[Statistic] | None = None,
     **options: Unpack[HeadOptions],
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | LogpsOutput:
     """`selective_logps` from hidden states, a chunk of logits at a time; for old and reference policies, too.
 
         logp_t = z_t[id_t] - logsumexp(z_t)   with z = softcap(logit_scale · (hidden @ weightᵀ + bias)) / temperature
@@ -157,9 +198,11 @@ def linear_logps(
         backend: "auto" (see `fastgrpo.backends.select`), "cpu", "cuda", "triton" or "torch".
         kept_ids, kept_offsets: the tokens over which each row's distribution is, as in `grpo_loss`; a row with k of
             them takes 2kH FLOPs in place of 2HV.
+        statistics: as in `selective_logps`; a chunk of logits then lies in memory on a CPU, too.
 
     Returns:
         logps like completion_ids, fp32; or (logps, entropies). Differentiable in hidden, weight and bias.
+        With `statistics`, () too, a `LogpsOutput`.
 
     Raises:
         ValueError: names the argument, what was expected and what came.
@@ -168,6 +211,7 @@ def linear_logps(
     Equivalent to: `selective_logps` of softcap(logit_scale · (hidden @ weightᵀ + bias)) in `logits_dtype`.
     """
     check_names(options, HeadOptions, "linear_logps")
+    wanted = _wanted(statistics)
     check_rows(hidden, completion_ids, "hidden", "H")
     head = make_head(hidden, weight, backend=backend, **options)
     ids, scored, inv_temperature = _rows(completion_ids, mask, temperature, wide(head.dtype), head.vocab)
@@ -175,9 +219,8 @@ def linear_logps(
     kept = make_kept(kept_ids, kept_offsets, completion_ids, scored, head.vocab)
     rows, roles = Rows(ids, scored, head.scaled(inv_temperature)), Roles(None if mask is None else scored, None)
     hidden = hidden if hidden.dim() == 3 else hidden[None]
-    logps, _, entropies = autograd.hidden_scores(hidden, head, rows, roles, return_entropy, kept=kept)
-    shape = completion_ids.shape
-    return logps.view(shape) if entropies is None else (logps.view(shape), entropies.view(shape))
+    scores, found = autograd.hidden_scores(hidden, head, rows, roles, return_entropy, kept=kept, wanted=wanted)
+    return _result(completion_ids.shape, scores, None if statistics is None else found)
 
 
 def _rows(
@@ -190,3 +233,20 @@ def _rows(
     check_ids(ids, scored, vocab, mask_name="mask")
     layout = Padded(*shape) if len(shape) == 2 else Padded(shape[0], 1)
     return Rows(ids, scored, make_inv_temperature(temperature, layout, shape, scored, dtype))
+
+
+def _wanted(statistics: Sequence[Statistic] | None) -> tuple[Statistic, ...]:
+    if statistics is None:
+        return ()
+    listed = isinstance(statistics, Sequence) and not isinstance(statistics, str)
+    if not (listed and all(name in NAMES for name in statistics)):
+        raise wrong("statistics", f"a sequence of names out of {', '.join(NAMES)}", statistics)
+    return tuple(statistics)
+
+
+def _result(shape: torch.Size, scores: Scores, found: Found | None) -> Tensor | tuple[Tensor, Tensor] | LogpsOutput:
+    logps = scores.logp.view(shape)
+    entropies = None if scores.entropy is None else scores.entropy.view(shape)
+    if found is not None:
+        return LogpsOutput(logps, entropies, {name: x.view(shape) for name, x in found.items()})
+    return logps if entropies is None else (logps, entropies)

@@ -224,3 +224,18 @@ def test_every_output_is_that_of_trl(outputs, n, wide_logits):
         assert (got is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_squares_of_sure_rows_are_not_worse_than_trls():
+    """Where p is 1 - 1e-5 and nearer, log Σp² is smaller than a rounding of the logits."""
+    generator = torch.Generator().manual_seed(0)
+    n, vocab = 256, 2000
+    weight = torch.randn(vocab, 64, generator=generator) * 0.1
+    ids = torch.randint(0, vocab, (n,), generator=generator)
+    hidden = torch.randn(n, 64, generator=generator) + 50 * weight[ids]
+    want = (2 * (hidden.double() @ weight.double().t()).log_softmax(-1)).logsumexp(-1)
+    errors = []
+    for apply in (ChunkedLogProb.apply, trl_utils._ChunkedLogProbFunction.apply):
+        found = apply(hidden, weight, None, ids, 1.0, 32_768, None, 1.0, ("log_sum_sq_probs",))[2]
+        errors.append(float((found - want).abs().max()))
+    assert errors[0] <= NOISE * errors[1] < 1e-6

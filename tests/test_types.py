@@ -26,6 +26,7 @@ from fastgrpo import (
     GRPOLoss,
     GRPOOutput,
     LinearGRPOLoss,
+    LogpsOutput,
     Objective,
     gae,
     group_advantages,
@@ -69,6 +70,9 @@ either = selective_logps(logits, ids, return_entropy=wants)
 one = linear_logps(hidden, weight, ids, softcap=30.0).sum()
 two = linear_logps(hidden, weight, ids, return_entropy=True, bias=None)
 either = linear_logps(hidden, weight, ids, return_entropy=wants, chunk_size=2, backend="cpu")
+found: LogpsOutput = selective_logps(logits, ids, statistics=("is_top1", "mean_logits"), mask=mask)
+found = linear_logps(hidden, weight, ids, statistics=["sum_pi_squared"], return_entropy=True, softcap=30.0)
+one = linear_logps(hidden, weight, ids, statistics=["log_sum_sq_probs"]).statistics["log_sum_sq_probs"]
 one = group_advantages(rewards, 2, scale_rewards="none")
 one = group_advantages(rewards, group_ids=ids[:, 0], epsilon=1e-6)
 one = advantages.rloo(rewards, 2) + advantages.opo(rewards, 2, completion_mask=mask)
@@ -131,6 +135,9 @@ WRONG = {
     "selective_logps(logits, ids, return_entropy=True).sum()": "attr-defined",
     "one, _ = linear_logps(hidden, weight, ids, return_entropy='yes')": "call-overload",
     "linear_logps(hidden, weight, ids, chunk_size='large')": "call-overload",
+    "linear_logps(hidden, weight, ids, statistics=['top1'])": "list-item",
+    "selective_logps(logits, ids, statistics='is_top1')": "arg-type",
+    "selective_logps(logits, ids, statistics=['is_top1']).sum()": "attr-defined",
     "group_advantages(rewards, num_generation=2)": "call-arg",
     "gae(mask, mask, mask, gamma=1.0)": "call-arg",
     "advantages.rloo(rewards, 2, gamma=1.0)": "call-arg",
@@ -184,10 +191,10 @@ def test_wrong_calls(line, found):
 @pytest.mark.parametrize(
     "function, declared, apart",
     [
-        (loss.grpo_loss, loss.Options, "objective"),
-        (linear.linear_grpo_loss, linear.Options, "objective"),
-        (logps.selective_logps, logps._Options, "return_entropy"),
-        (logps.linear_logps, logps._LinearOptions, "return_entropy"),
+        (loss.grpo_loss, loss.Options, ("objective",)),
+        (linear.linear_grpo_loss, linear.Options, ("objective",)),
+        (logps.selective_logps, logps._Options, ("return_entropy", "statistics")),
+        (logps.linear_logps, logps._LinearOptions, ("return_entropy", "statistics")),
     ],
 )
 def test_what_is_declared_for_type_checkers(function, declared, apart):
@@ -195,6 +202,6 @@ def test_what_is_declared_for_type_checkers(function, declared, apart):
     keywords = {
         name: parameter.annotation
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name != apart
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in apart
     }
     assert {name: kind.__forward_arg__ for name, kind in declared.__annotations__.items()} == keywords

@@ -31,7 +31,7 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def _chunks(*tensors: Tensor) -> Iterator[Any]:
+def pieces(*tensors: Tensor) -> Iterator[Any]:
     """(slice of rows, (n, V) views of the tensors (B, T, V) there), over all rows, few enough at a time."""
     batch, length, vocab = tensors[0].shape
     if all(batch == 1 or length == 1 or x.stride(0) == length * x.stride(1) for x in tensors):
@@ -44,7 +44,7 @@ def _chunks(*tensors: Tensor) -> Iterator[Any]:
             yield slice(b * length + start, b * length + stop), *(x[b, start:stop] for x in tensors)
 
 
-def _capped(x: Tensor, softcap: float | None) -> Tensor:
+def cap(x: Tensor, softcap: float | None) -> Tensor:
     return x if softcap is None else torch.tanh(x / softcap) * softcap
 
 
@@ -54,10 +54,10 @@ def row_stats(logits: Tensor, rows: Rows, *, want_entropy: bool, softcap: float 
     dtype, vocab = inv_temperature.dtype, logits.size(-1)
     logp, lse = (torch.zeros(ids.shape, dtype=dtype, device=logits.device) for _ in range(2))
     entropy = torch.zeros_like(logp) if want_entropy else None
-    for part, x in _chunks(logits):
+    for part, x in pieces(logits):
         scored = mask[part]
         # masked rows are overwritten, not multiplied by 0: they may hold NaN
-        z = _capped(torch.where(scored[:, None], x.to(dtype), 0.0), softcap) * inv_temperature[part, None]
+        z = cap(torch.where(scored[:, None], x.to(dtype), 0.0), softcap) * inv_temperature[part, None]
         highest = z.amax(-1)
         z = z - highest[:, None]  # what follows is exact also where |z| is large
         if len(z) == 1:
@@ -86,7 +86,7 @@ def row_grad(
     *,
     softcap: float | None = None,
 ) -> None:
-    for part, x, gradient in _chunks(logits, out):
+    for part, x, gradient in pieces(logits, out):
         gradient.copy_(_gradient(x, *_of(part, rows, scores, g, h), softcap))
 
 
@@ -103,7 +103,7 @@ def _gradient(x: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None
     _, lse, entropy = scores
     dtype, vocab = inv_temperature.dtype, x.size(-1)
     active = g != 0 if h is None else (g != 0) | (h != 0)
-    capped = _capped(torch.where(active[:, None], x.to(dtype), 0.0), softcap)
+    capped = cap(torch.where(active[:, None], x.to(dtype), 0.0), softcap)
     logp = capped * inv_temperature[:, None] - lse[:, None]
     p = logp.exp()
     coefficient = -g[:, None]
@@ -224,7 +224,7 @@ def select_columns(
     ids = torch.full((n, room), -1, dtype=torch.int32, device=logits.device)
     dz = torch.zeros((n, room), dtype=rows.inv_temperature.dtype, device=logits.device)
     sizes = torch.zeros(n, dtype=torch.int32, device=logits.device)
-    for part, x in _chunks(logits):
+    for part, x in pieces(logits):
         few = _of(part, rows, scores, g, h)
         own = _at_target(x, *few, softcap)[:, None]
         is_target = torch.arange(vocab, device=logits.device) == rows.ids[part, None]

@@ -5,6 +5,7 @@ A function takes the tensors that have gradients and one call, whose tensors hav
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from fastgrpo.backends import Rows, Scores, TokenLoss
 from fastgrpo.batch.batch import Batch
 from fastgrpo.batch.kept import KeptSets
 from fastgrpo.engine import hidden as chunks
-from fastgrpo.engine import hidden_ops, ops
+from fastgrpo.engine import hidden_ops, ops, statistics
 from fastgrpo.engine.head import Head
 from fastgrpo.engine.logits import Apart, Fused, How, Sweeps, empty_gradient, fuse, fuses, upstream
 from fastgrpo.engine.ops import refuse_double_backward
@@ -23,7 +24,8 @@ from fastgrpo.engine.plan import Plan, Roles, plan_loss, plan_rows, roles
 from fastgrpo.objective.options import Objective
 from fastgrpo.objective.terms import Terms, Weights, only_where, row_weights
 
-_Scored = tuple[Tensor, Tensor, Tensor | None]  # what autograd takes for them
+# scores as autograd takes them, and the statistics, which have no gradient
+_Scored = tuple[Tensor, Tensor, Tensor | None, statistics.Found]
 
 
 class _Once(torch.autograd.Function):
@@ -46,34 +48,42 @@ def _once(gradient: Tensor | None, *made_of: Tensor | None) -> Tensor | None:
 # ---- from logits
 
 
-def stats(logits: Tensor, sweeps: Sweeps, rows: Rows, want_entropy: bool) -> Scores:
-    """The scores of each row, whose logp and entropy are differentiable in the logits."""
+def stats(
+    logits: Tensor, sweeps: Sweeps, rows: Rows, want_entropy: bool, wanted: Sequence[str] = ()
+) -> tuple[Scores, statistics.Found]:
+    """The scores of each row, whose logp and entropy are differentiable in the logits, and the wanted statistics."""
     apply = _Stats.apply
     if torch.compiler.is_compiling():
-        if sweeps.kept is None:
-            return ops.stats(logits, sweeps, rows, want_entropy)
+        if sweeps.kept is None and not wanted:
+            return ops.stats(logits, sweeps, rows, want_entropy), {}
         apply = torch.compiler.disable(apply)  # one break of the graph
-    return Scores(*apply(logits, _Scoring(sweeps, rows, want_entropy)))
+    *scores, found = apply(logits, _Scoring(sweeps, rows, want_entropy, wanted))
+    return Scores(*scores), found
 
 
 class _Scoring(NamedTuple):
     sweeps: Sweeps
     rows: Rows
     want_entropy: bool
+    wanted: Sequence[str]
 
 
 class _Stats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: _Scoring) -> _Scored:
-        logp, lse, entropy = call.sweeps.stats(logits, call.rows, call.want_entropy)
-        ctx.save_for_backward(logits, *call.rows, lse, entropy)
-        ctx.sweeps = call.sweeps
+        sweeps, rows, want_entropy, wanted = call
+        logp, lse, entropy = sweeps.stats(logits, rows, want_entropy)
+        found = statistics.of_logits(logits, sweeps, rows, logp, wanted) if wanted else {}
+        ctx.save_for_backward(logits, *rows, lse, entropy)
+        ctx.sweeps = sweeps
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # so that an entropy that nobody differentiates costs no gradient
-        return logp, lse, entropy
+        return logp, lse, entropy, found
 
     @staticmethod
-    def backward(ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(
+        ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None, __: None
+    ) -> tuple[Tensor | None, None]:
         if d_logp is None and d_entropy is None:
             return None, None
         logits, ids, mask, inv_temperature, lse, entropy = ctx.saved_tensors
@@ -93,7 +103,7 @@ class _Learning(NamedTuple):
 def loss(logits: Tensor, sweeps: Sweeps, how: How, want_entropy: bool) -> tuple[Scores, Terms]:
     """Scores and terms; the gradient is made in the backward pass, in a new tensor."""
     if isinstance(how, Apart):
-        scores = stats(logits, sweeps, how.rows, want_entropy)
+        scores, _ = stats(logits, sweeps, how.rows, want_entropy)
         return scores, how.terms(scores.logp, scores.entropy)
     if torch.compiler.is_compiling():
         result = ops.fused_loss(logits, sweeps, how, want_entropy)
@@ -205,8 +215,11 @@ def hidden_scores(
     want_entropy: bool,
     plan: Plan | None = None,
     kept: KeptSets | None = None,
-) -> Scores:
-    """The scores of the rows that are scored, differentiable in hidden, weight and bias; the gradients project again.
+    wanted: Sequence[str] = (),
+) -> tuple[Scores, statistics.Found]:
+    """The scores of the rows that are scored, differentiable in hidden, weight and bias, and the wanted statistics.
+
+    The gradients project again.
 
     Args:
         plan: None: it is made here.
@@ -214,15 +227,17 @@ def hidden_scores(
     """
     apply, scored = _HiddenScores.apply, roles.scored
     if torch.compiler.is_compiling():
-        if kept is None:
-            return hidden_ops.scores(hidden, head, rows, roles, want_entropy)
+        if kept is None and not wanted:
+            return hidden_ops.scores(hidden, head, rows, roles, want_entropy), {}
         apply = torch.compiler.disable(apply)  # one break of the graph
     if kept is not None:
         kept = kept.only(scored)
         roles = Roles(~kept.given if scored is None else scored & ~kept.given, None)
     plan = plan or plan_rows(rows.ids.shape[0], roles, head.chunk, learn=False)
-    call = _HiddenScoring(head, rows, scored, plan, want_entropy, kept)
-    return Scores(*apply(hidden, head.weight, head.bias, call))
+    *scores, found = apply(
+        hidden, head.weight, head.bias, _HiddenScoring(head, rows, scored, plan, want_entropy, kept, wanted)
+    )
+    return Scores(*scores), found
 
 
 class _HiddenScoring(NamedTuple):
@@ -232,23 +247,26 @@ class _HiddenScoring(NamedTuple):
     plan: Plan
     want_entropy: bool
     kept: KeptSets | None
+    wanted: Sequence[str]
 
 
 class _HiddenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenScoring) -> _Scored:
-        head, rows, scored, plan, want_entropy, kept = call
-        logp, lse, entropy = chunks.score(hidden, head, rows, plan, want_entropy, kept)
+        head, rows, scored, plan, want_entropy, kept, wanted = call
+        (logp, lse, entropy), found = chunks.score(hidden, head, rows, plan, want_entropy, kept, wanted)
         # the caller may change logp in place; only a tolerance of columns reads it again
         saved = logp.clone() if head.column_tolerance > 0 else lse
         ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, saved, lse, entropy)
         ctx.head, ctx.kept = head.without_tensors(), kept
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        return logp, lse, entropy
+        return logp, lse, entropy, found
 
     @staticmethod
-    def backward(ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None, __: None
+    ) -> tuple[Tensor | None, ...]:
         if d_logp is None and d_entropy is None:
             return None, None, None, None
         hidden, weight, bias, ids, inv_temperature, scored, *scores = ctx.saved_tensors
@@ -278,7 +296,7 @@ def hidden_loss(
     # whether gradients can be made with the logits; a graph does not know the lengths of sequences
     with_logits = objective.is_token_local or batch.ids.shape[0] <= head.chunk if plan is None else plan.fits
     if not (with_logits and learns):
-        scores = hidden_scores(hidden, head, rows, who, want_entropy, plan, batch.kept)
+        scores, _ = hidden_scores(hidden, head, rows, who, want_entropy, plan, batch.kept)
         apart = Apart(rows, objective, batch, weights, who.scored)
         terms = apart.terms(scores.logp, scores.entropy)
         nothing = torch.zeros(3, dtype=torch.int64, device=hidden.device) if head.column_tolerance > 0 else None

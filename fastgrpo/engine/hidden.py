@@ -15,6 +15,7 @@ from torch import Tensor
 from fastgrpo import backends
 from fastgrpo.backends import Rows, Scores, cpu
 from fastgrpo.batch.kept import KeptSets
+from fastgrpo.engine import statistics
 from fastgrpo.engine.columns import ColumnProducts, FewColumns, room
 from fastgrpo.engine.head import Head
 from fastgrpo.engine.kept import Arranged, Table, arrange
@@ -53,17 +54,31 @@ def columns(scores: Scores, *, with_lse: bool = False) -> list[Tensor]:
 
 
 def score(
-    hidden: Tensor, head: Head, rows: Rows, plan: Plan, want_entropy: bool, sets: KeptSets | None = None
-) -> Scores:
-    """The scores of a plan's rows and of those that have a set, which the plan leaves out; they are 0 elsewhere."""
+    hidden: Tensor,
+    head: Head,
+    rows: Rows,
+    plan: Plan,
+    want_entropy: bool,
+    sets: KeptSets | None = None,
+    wanted: Sequence[str] = (),
+) -> tuple[Scores, statistics.Found]:
+    """The scores and the wanted statistics of a plan's rows and of those that have a set, which the plan leaves out;
+    they are 0 elsewhere."""
     count = 2 + want_entropy
     results = [torch.zeros_like(rows.inv_temperature) for _ in range(count)]
+    read = statistics.nothing(wanted, rows.inv_temperature)
     with no_autocast(hidden):
         kept = None if sets is None else arrange(sets)
         projection = Projection(hidden, head, _longest(plan, head, kept))
         for chunk in plan.score:
             at = plan.at(chunk)
-            scores = _stats(projection, head, take_rows(rows, at), at, want_entropy)
+            part = take_rows(rows, at)
+            if wanted:
+                logits = projection.logits(at)  # (1, n, V)
+                scores = head.sweeps.stats(logits, part, want_entropy)
+                statistics.put(read, at, statistics.of_logits(logits, head.sweeps, part, scores.logp, wanted))
+            else:
+                scores = _stats(projection, head, part, at, want_entropy)
             for result, values in zip(results, columns(scores, with_lse=True), strict=True):
                 result[at] = values
         logp, lse, *entropy = results
@@ -71,8 +86,12 @@ def score(
         if kept is not None:
             for table in kept.tables(rows, head.vocab, head.chunk):
                 z = _logits(projection, head, table)
-                put_scores(found, table.at, head.sweeps.of_table(z, table, want_entropy))
-    return found
+                scores = head.sweeps.of_table(z, table, want_entropy)
+                put_scores(found, table.at, scores)
+                if wanted:
+                    of_table = statistics.of_table(z, head.sweeps, table, scores.logp, wanted)
+                    statistics.put(read, table.at, of_table)
+    return found, read
 
 
 def _stats(projection: Projection, head: Head, rows: Rows, at: slice | Tensor, want_entropy: bool) -> Scores:

@@ -85,7 +85,7 @@ def linear_stats(
     assert ids is not None and inv_temperature is not None
     head = _head(weight, bias, sizes, amounts, dtype, backend)
     plan = plan_rows(ids.numel(), Roles(scored, None), head.chunk, learn=False)
-    found = chunks.score(hidden, head, _every(ids, inv_temperature), plan, want_entropy)
+    found, _ = chunks.score(hidden, head, _every(ids, inv_temperature), plan, want_entropy)
     return found.logp, found.lse, given(found.entropy, inv_temperature)
 
 

@@ -38,9 +38,13 @@ class Sweeps(NamedTuple):
 
     def of_table(self, z: Tensor, table: Table, want_entropy: bool) -> Scores:
         """The scores of a table's rows from their logits (n, w)."""
-        if self.softcap is not None:  # here, because one of a missing logit, -inf, would be -softcap
-            z = (torch.tanh(z / self.softcap) * self.softcap).masked_fill_(table.ids < 0, -torch.inf)
-        return Sweeps(self.backend).stats(z[None], table.rows, want_entropy)
+        return Sweeps(self.backend).stats(self.capped(z, table)[None], table.rows, want_entropy)
+
+    def capped(self, z: Tensor, table: Table) -> Tensor:
+        """A table's logits (n, w) with the softcap; here, because one of a missing logit, -inf, would be -softcap."""
+        if self.softcap is None:
+            return z
+        return (torch.tanh(z / self.softcap) * self.softcap).masked_fill_(table.ids < 0, -torch.inf)
 
     def grad(self, logits: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, out: Tensor) -> None:
         """Writes dL/dlogits from g = dL/dlogp and h = dL/dentropy into `out`, which may be the logits, or narrower."""

@@ -9,10 +9,11 @@ from fastgrpo import backends
 from fastgrpo.backends import Rows, Scores
 from fastgrpo.batch.batch import wide
 from fastgrpo.engine.head import Head, choose_logits_dtype, default_chunk
-from fastgrpo.engine.hidden import gradients, no_autocast, score, take_rows
-from fastgrpo.engine.plan import Roles, cut, plan_rows
-from fastgrpo.engine.projection import Projection
+from fastgrpo.engine.hidden import gradients, score
+from fastgrpo.engine.plan import Roles, plan_rows
 from fastgrpo.integrations.trl.versions import gathered
+
+_STATISTICS = ("log_sum_sq_probs", "mean_logits", "is_top1")  # TRL's names are the engine's
 
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Head:
@@ -62,16 +63,13 @@ class ChunkedLogProb(torch.autograd.Function):
         head = _head(hidden, weight, bias, logit_scale, final_logit_softcapping)
         ones = torch.ones(len(targets), dtype=wide(head.dtype), device=hidden.device)
         rows = Rows(targets, ones != 0, head.scaled(ones / temperature))
-        rest = [name for name in outputs if name in _REST]
-        if rest:
-            scores, found = _with_logits(hidden, head, rows, "entropy" in outputs, rest)
-        else:
-            plan = plan_rows(len(targets), Roles(None, None), head.chunk, learn=False)
-            scores, found = score(hidden, head, rows, plan, "entropy" in outputs), {}
+        plan = plan_rows(len(targets), Roles(None, None), head.chunk, learn=False)
+        wanted = [name for name in _STATISTICS if name in outputs]
+        scores, found = score(hidden, head, rows, plan, "entropy" in outputs, wanted=wanted)
         ctx.save_for_backward(hidden, weight, bias, targets, rows.inv_temperature, scores.lse, scores.entropy)
         ctx.head = head.without_tensors()
         ctx.mark_non_differentiable(*found.values())
-        return scores.logp, scores.entropy, *(found.get(name) for name in _REST)
+        return scores.logp, scores.entropy, *(found.get(name) for name in _STATISTICS)
 
     @staticmethod
     def backward(ctx, d_logp: Tensor | None, d_entropy: Tensor | None, *_):
@@ -85,38 +83,3 @@ class ChunkedLogProb(torch.autograd.Function):
             made = gradients(hidden, ctx.head.of(weight, bias), rows, scores, g, h, ctx.needs_input_grad[:3])
         d_hidden, *others = made
         return d_hidden if d_hidden is None else d_hidden[0], *others, *(None,) * 6
-
-
-_REST = ("log_sum_sq_probs", "mean_logits", "is_top1")  # read from the logits themselves
-
-
-def _with_logits(
-    hidden: Tensor, head: Head, rows: Rows, want_entropy: bool, rest: list[str]
-) -> tuple[Scores, dict[str, Tensor]]:
-    """The scores of all rows, and what else is wanted of their logits."""
-    found = {name: torch.empty_like(rows.inv_temperature) for name in ("logp", "lse", "entropy", *rest)}
-    if "is_top1" in rest:
-        found["is_top1"] = torch.empty_like(rows.ids, dtype=torch.bool)
-    with no_autocast(hidden):
-        projection = Projection(hidden, head, min(head.chunk, len(rows.ids)))
-        for at in cut(0, len(rows.ids), head.chunk):
-            logits, part = projection.logits(at), take_rows(rows, at)  # (1, n, V)
-            scores = head.sweeps.stats(logits, part, want_entropy)
-            results = {name: x for name, x in scores._asdict().items() if x is not None}
-            if "log_sum_sq_probs" in rest:  # Σp² = Σexp(2z) / exp(2 lse)
-                twice = head.sweeps.stats(logits, part._replace(inv_temperature=2 * part.inv_temperature), False)
-                results["log_sum_sq_probs"] = twice.lse - 2 * scores.lse
-            if "mean_logits" in rest:
-                inv_t = part.inv_temperature
-                z = _capped(logits[0], head.softcap, inv_t.dtype)
-                results["mean_logits"] = z.mean(-1, dtype=inv_t.dtype) * inv_t
-            if "is_top1" in rest:
-                results["is_top1"] = logits[0].argmax(-1) == part.ids
-            for name, values in results.items():
-                found[name][at] = values
-    scores = Scores(*(found.pop(name) for name in Scores._fields))
-    return scores if want_entropy else scores._replace(entropy=None), found
-
-
-def _capped(logits: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits.to(dtype) / softcap)
