@@ -136,7 +136,7 @@ def exact_loss(o: Objective, xs: list, ds: list, advantage: float, logp: float) 
         each = [_exact_policy(o, x, own, log_w, advantage, logp, i == 0)
                 for i, (x, own) in enumerate(zip(level_xs, xs, strict=True))]  # fmt: skip
         losses, slopes, direct = zip(*each, strict=True)
-        slopes = [_times(slope, a) for slope, a in zip(slopes, alive, strict=True)]
+    slopes = [_times(slope, a) for slope, a in zip(slopes, alive, strict=True)]
     gradient = [s + d for s, d in zip([sum(slopes) / n] * n if per_sequence else slopes, direct, strict=True)]
     if o.beta:
         kl, dkl = _exact_kl(o.use_bias_correction_kl, level_xs, ds, per_sequence, alive)

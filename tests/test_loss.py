@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ from fastgrpo.backends.select import _warn_once
 from fastgrpo.batch.inputs import make_batch
 from fastgrpo.batch.layout import Padded
 from fastgrpo.engine.logits import Apart, Sweeps, fuse
-from fastgrpo.objective import LOSS_TYPES
+from fastgrpo.objective import LOSS_TYPES, LOSSES
+from fastgrpo.objective.presets import PRESETS
 from fastgrpo.objective.terms import row_weights
 
 REL = {torch.float32: 1e-5}  # bf16 and fp16 are held against plain torch instead
@@ -356,8 +358,12 @@ def test_no_host_sync_on_a_gpu():
             torch.cuda.set_sync_debug_mode("default")
 
 
-BEYOND = {  # what the fused objective reads: (objective, the reference's logps)
-    "clip": (dict(loss_type="bnpo"), "here"),
+BEYOND = {  # what the fused objective reads: (objective, the reference's logps); each loss, and with its options
+    **{
+        record.token.__name__: (dict(loss_type=name, average="bnpo"), "here")
+        for name, record in LOSSES.items()
+        if record.kind is not None
+    },
     "clip, delta": (dict(loss_type="bnpo", delta=4.0), "here"),
     "clip, corrected k3": (dict(loss_type="bnpo", beta=0.1), "old"),
     "clip, corrected k3 of 0": (dict(loss_type="bnpo", beta=0.1), "here"),
@@ -370,15 +376,12 @@ BEYOND = {  # what the fused objective reads: (objective, the reference's logps)
         dict(loss_type="bnpo", log_ratio_clamp=85.0, beta=0.1, use_bias_correction_kl=False),
         "near",
     ),
-    "cispo": (dict(loss_type="cispo", epsilon_high=5.0), "here"),
+    "cispo, above 1": (dict(loss_type="cispo", epsilon_high=5.0), "here"),
     "cispo, clamped, corrected k3": (
         dict(loss_type="cispo", epsilon_high=5.0, log_ratio_clamp=1.0, beta=0.1),
         "near",
     ),
-    "cispo_clip": (dict(loss_type="cispo_clip", average="bnpo"), "here"),
-    "reinforce": (dict(loss_type="reinforce", average="bnpo"), "here"),
     "reinforce, corrected k3": (dict(loss_type="reinforce", beta=0.1), "old"),
-    "sapo": (dict(loss_type="sapo"), "here"),
     "sapo, corrected k3": (dict(loss_type="sapo", beta=0.1), "near"),
     "sapo, clamped": (dict(loss_type="sapo", log_ratio_clamp=10.0), "here"),
 }
@@ -425,6 +428,33 @@ def test_ratios_beyond_fp32_in_the_fused_objective(name, backend, device):
             gradient = -want_g * p
             gradient[0] += want_g
             assert_close(logits[i, 0], gradient, 1.5e-5, case)
+
+
+NO_KIND, NOT_OF_TOKENS = ("loss_type",), ("importance_sampling_level",)
+UNHELD = {  # a preset: the options that no kernel holds; the others take one pass
+    **dict.fromkeys(("gspo", "gspo-token", "luspo"), NOT_OF_TOKENS),
+    **dict.fromkeys(("vespo", "gmpo", "dppo-tv", "dppo-kl", "clip-cov", "kl-cov", "icepop"), NO_KIND),
+    "dro": ("log_ratio_penalty",),
+    "prime-rl": ("loss_type", "log_ratio_penalty"),
+    "skyrl": ("kl_estimator", "kl_average"),
+    "nemo-rl": ("kl_anchor", "kl_log_ratio_clamp", "kl_clamp"),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_presets_of_one_pass(name, backend, device, monkeypatch):
+    objective = Objective.preset(name, **(dict(max_completion_length=9) if name == "dr_grpo" else {}))
+    assert objective.unheld == UNHELD.get(name, ()) and objective.is_fused == (name not in UNHELD)
+    logits, ids, kwargs = make_inputs(("old", "ref", "sampling"), batch=2, length=2, device=device, backend=backend)
+    kwargs["group_ids"] = torch.tensor([0, 1], device=device)
+    kernels, functions = backends.get(backend), ("token_loss", "row_stats", "row_grad")
+    spies = {function: mock.Mock(wraps=getattr(kernels, function)) for function in functions}
+    for function, spy in spies.items():
+        monkeypatch.setattr(kernels, function, spy)
+    loss_and_grad(grpo_loss, logits, ids, objective=objective, backend=backend, inplace=True, **kwargs)
+    one_pass = name not in UNHELD and backend != "torch"
+    wanted = {"token_loss"} if one_pass else {"row_stats", "row_grad"}
+    assert {function for function, spy in spies.items() if spy.called} == wanted
 
 
 @pytest.mark.parametrize("with_old", [True, False])
