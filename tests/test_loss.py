@@ -369,7 +369,9 @@ BEYOND = {  # what the fused objective reads: (objective, the reference's logps)
     "clip, corrected k3 of 0": (dict(loss_type="bnpo", beta=0.1), "here"),
     "clip, k3": (dict(loss_type="bnpo", beta=0.1, use_bias_correction_kl=False), "old"),
     "clip, dual": (dict(loss_type="bnpo", clip_ratio_c=3.0), "here"),
+    "clip, dual, a tie at 1": (dict(loss_type="bnpo", clip_ratio_c=1.0), "here"),
     "clip, dual below delta": (dict(loss_type="bnpo", clip_ratio_c=1.1, delta=2.0), "here"),
+    "clip, clamped within the range": (dict(loss_type="bnpo", log_ratio_clamp=0.125), "here"),
     "clip, clamped": (dict(loss_type="bnpo", log_ratio_clamp=10.0), "here"),
     "clip, clamped, corrected k3": (dict(loss_type="bnpo", log_ratio_clamp=50.0, beta=0.1), "old"),
     "clip, clamped late, k3": (
@@ -466,7 +468,7 @@ def test_the_fused_objective_is_the_unfused_one(name, with_old, backend, device)
     objective, nan = Objective(**BEYOND[name][0]), math.nan
     assert objective.is_fused
     few = backend != "cpu"  # the others are emulated
-    xs = (-1000.0, -0.3, 0.15, 2.0, nan) if few else (*LOG_RATIOS, -0.3, 0.0, 0.15, 0.5, 2.0, nan)
+    xs = (-1000.0, -0.3, 0.125, 0.15, 2.0, nan) if few else (*LOG_RATIOS, -0.3, 0.0, 0.125, 0.15, 0.5, 2.0, nan)
     table = [  # log ratio, advantage, importance ratio, ref - logp, id
         *((x, a, 1.0, d, 0) for x in (xs if with_old else (0.0,)) for a in (1.5, 0.0, -1.5)
           for d in ((0.25,) if few else (0.25, 22.0))),

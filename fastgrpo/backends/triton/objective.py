@@ -23,7 +23,7 @@ def _clamp(x, lowest, highest):
 
 # ---- the policy loss of a token, by kind: (loss, dloss/dlogp)
 # ratio = low * high, so that v * low * high is finite wherever v * ratio is, and 0 with v = 0; `numbers` are 4, unused
-# ones last. Where the log ratio is clamped, `_policy` takes away the derivative of what moves with the ratio.
+# ones last.
 
 
 @triton.jit
@@ -59,14 +59,14 @@ def _sapo(ratio, low, high, advantage, numbers):
 
 
 @triton.jit
-def _policy(kind, ratio, low, high, held, logp, advantage, numbers):
+def _policy(kind, ratio, low, high, logp, advantage, numbers):
     if kind == CLIP:
         loss, dloss = _clip(ratio, low, high, advantage, numbers)
     elif kind == CISPO:
         loss, dloss = _cispo(ratio, logp, advantage, numbers)
     else:
         loss, dloss = _sapo(ratio, low, high, advantage, numbers)
-    return loss, tl.where(held & (kind != CISPO), 0.0, dloss)
+    return loss, dloss
 
 
 # ---- the whole of a token
@@ -86,7 +86,8 @@ def _objective(logp, d, ref, advantage, spec):
     low = tl.exp2(tl.where(d > 80.0, 80.0, d) * LOG2E)  # and high = 1 up to d = 80
     high = tl.exp2(tl.minimum(tl.maximum(d - 80.0, 0.0), 80.0) * LOG2E)
     ratio = low * high
-    loss, dloss = _policy(spec.kind, ratio, low, high, held, logp, advantage, spec.numbers)
+    loss, dloss = _policy(spec.kind, ratio, low, high, logp, advantage, spec.numbers)
+    dloss = tl.where(held & (spec.kind != CISPO), 0.0, dloss)
     kl = 0.0
     dkl = 0.0
     if spec.beta != 0.0:
