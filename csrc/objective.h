@@ -26,7 +26,8 @@ using ObjectiveNumbers = float[4];
   F(int32_t, kind)                                                           \
   F(ObjectiveNumbers, numbers) /* the kind's own, which objective() names */ \
   F(float, beta)                                                             \
-  F(int32_t, bias_correction)
+  F(int32_t, bias_correction)                                                \
+  F(float, log_ratio_clamp) /* of the log ratio, on both sides; inf: none */
 
 #define FASTGRPO_FIELD(type, name) type name;
 struct ObjectiveSpec {
@@ -50,6 +51,9 @@ struct ObjectiveResult {
   float ratio;  // before the delta clamp
 };
 
+// x within [low, high]; the comparisons let a NaN pass through, as torch does.
+FASTGRPO_INLINE float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
 // x * factor, where an infinite x stands for a number beyond fp32.
 FASTGRPO_INLINE float times(float x, float factor) { return factor == 0.0f && fabsf(x) > FLT_MAX ? 0.0f : x * factor; }
 
@@ -57,7 +61,9 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
   const float lp = row.logp, A = row.advantage;
   // Without old logps the ratio is 1, except that a NaN logp still gives a NaN loss and gradient.
   const float on_policy = lp != lp ? lp : 0.0f;
-  const float x = row.has_old ? lp - row.old_logp : on_policy;
+  const float apart = row.has_old ? lp - row.old_logp : on_policy;
+  const float x = clamp(apart, -spec.log_ratio_clamp, spec.log_ratio_clamp);
+  const bool held = fabsf(apart) > spec.log_ratio_clamp;  // then the ratio has no derivative
   // The ratio is low * high: v * low * high is finite wherever v * e^x is, and 0 with v = 0.
   const float low = expf(x > 80.0f ? 80.0f : x);
   const float high = x > 80.0f ? expf(x > 160.0f ? 80.0f : x - 80.0f) : 1.0f;
@@ -65,28 +71,31 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
 
   float loss, d;  // of the policy term
   if (spec.kind == kCispo) {
-    const float clip_high = spec.numbers[0];
-    const float r = c1 > clip_high ? clip_high : c1;
-    loss = -r * A * lp;
-    d = -r * A;
+    const float clip_low = spec.numbers[0], clip_high = spec.numbers[1];
+    // Equal bounds are the factor, whatever the ratio is.
+    d = -(clip_low == clip_high ? clip_low : clamp(c1, clip_low, clip_high)) * A;
+    loss = d * lp;
   } else if (spec.kind == kSapo) {
     const float tau = A > 0 ? spec.numbers[0] : spec.numbers[1];
     const float s = 1.0f / (1.0f + expf(-tau * (c1 - 1.0f)));
     loss = -A * s * (4.0f / tau);
-    d = -A * 4.0f * s * (1.0f - s) * low * high;
+    d = held ? 0.0f : -A * 4.0f * s * (1.0f - s) * low * high;
   } else {
     const float clip_low = spec.numbers[0], clip_high = spec.numbers[1];
-    const float delta = spec.numbers[2];  // clips the other term from above; inf: it does not
-    // Comparisons are written so that a NaN ratio passes through every clamp, as it does in torch.
-    const float clamped = c1 < clip_low ? clip_low : c1 > clip_high ? clip_high : c1;
+    const float delta = spec.numbers[2];      // clips the other term from above; inf: it does not
+    const float most = -spec.numbers[3] * A;  // of the loss where A < 0; inf: it has no bound
     const float slope = A * low * high;
     const float l1 = c1 > delta ? delta * A : slope;
-    const float l2 = clamped * A;
-    const float m1 = c1 > delta ? 0.0f : slope;
-    const float m2 = c1 < clip_low || c1 > clip_high ? 0.0f : slope;
+    const float l2 = clamp(c1, clip_low, clip_high) * A;
+    const float m1 = held || c1 > delta ? 0.0f : slope;
+    const float m2 = held || c1 < clip_low || c1 > clip_high ? 0.0f : slope;
     loss = -(l1 < l2 ? l1 : l1 > l2 ? l2 : l1 == l2 ? l1 : l1 + l2);
     // A tie, which is the usual case inside the clip range, shares the gradient as torch.min does.
     d = -(l1 < l2 ? m1 : l1 > l2 ? m2 : 0.5f * (m1 + m2));
+    if (A < 0.0f && loss >= most) {
+      d = loss > most ? 0.0f : 0.5f * d;
+      loss = most;
+    }
   }
   loss = times(loss, row.policy_scale);
   d = times(d, row.policy_scale);
@@ -98,15 +107,17 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
     float dk = -e;
     k = e - q;
     if (spec.bias_correction) {
-      // Its derivative (k - e) * c1, without the cancellation; and beyond q = 20, where e^q may overflow beside a
-      // small ratio, e^x * (e^q - 1 - q) with the two exponents added.
-      dk = -q * low * high;
-      k = q > 20.0f ? expf(q + x) * (1.0f - (1.0f + q) * expf(-q)) : k * low * high;
+      // Its derivative (k - e) * c1, without the cancellation, or -e * c1 beside a ratio without one; and beyond q =
+      // 20, where e^q may overflow beside a small ratio, e^x * (e^q - 1 - q) with the two exponents added.
+      const float grown = q > 20.0f ? expf(q + x) : e * low * high;
+      dk = held ? -grown : -q * low * high;
+      k = q > 20.0f ? grown * (1.0f - (1.0f + q) * expf(-q)) : k * low * high;
     }
     loss += spec.beta * k;
     d += spec.beta * dk;
   }
-  return {times(loss, row.weight), times(d, row.weight), k, c1};
+  // A NaN logp has a NaN gradient, also where the policy term is linear in it.
+  return {times(loss, row.weight), lp != lp ? lp : times(d, row.weight), k, c1};
 }
 
 // The group-relative advantage of sequence `seq`: rewards stand in contiguous groups of group_size, NaN rewards do not

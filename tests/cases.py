@@ -120,8 +120,13 @@ def exact_loss(o: Objective, xs: list, ds: list, advantage: float, logp: float) 
 
     From xs = logp - old, ds = ref - logp, and the logp and advantage that all its tokens share; not averaged.
     """
-    n = len(xs)
-    level_xs = xs if o.importance_sampling_level == "token" else [sum(xs) / n] * n
+    n, bound = len(xs), math.inf if o.log_ratio_clamp is None else o.log_ratio_clamp
+    lowest = -bound
+    level_xs = xs
+    if o.importance_sampling_level != "token":
+        level_xs, lowest = [sum(xs) / n] * n, -math.inf
+    alive = [float(lowest <= x <= bound) for x in level_xs]  # a ratio that is clamped has no derivative
+    level_xs = [min(max(x, lowest), bound) for x in level_xs]
     log_w = sum(min(max(x, -20), 20) for x in xs)
     per_sequence = o.importance_sampling_level == "sequence"
     if o.loss_type == "gmpo":
@@ -131,15 +136,16 @@ def exact_loss(o: Objective, xs: list, ds: list, advantage: float, logp: float) 
         each = [_exact_policy(o, x, own, log_w, advantage, logp, i == 0)
                 for i, (x, own) in enumerate(zip(level_xs, xs, strict=True))]  # fmt: skip
         losses, slopes, direct = zip(*each, strict=True)
+    slopes = [_times(slope, a) for slope, a in zip(slopes, alive, strict=True)]
     gradient = [s + d for s, d in zip([sum(slopes) / n] * n if per_sequence else slopes, direct, strict=True)]
     if o.beta:
-        kl, dkl = _exact_kl(o.use_bias_correction_kl, level_xs, ds, per_sequence)
+        kl, dkl = _exact_kl(o.use_bias_correction_kl, level_xs, ds, per_sequence, alive)
         losses = [loss + o.beta * k for loss, k in zip(losses, kl, strict=True)]
         gradient = [g + o.beta * k for g, k in zip(gradient, dkl, strict=True)]
     return list(losses), gradient
 
 
-def _exact_kl(times_ratio: bool, xs: list, ds: list, per_sequence: bool) -> tuple[list, list]:
+def _exact_kl(times_ratio: bool, xs: list, ds: list, per_sequence: bool, alive: list) -> tuple[list, list]:
     """(k3 or k3 times the ratio, its derivative in logp) of each token."""
     if not times_ratio:
         return [math.expm1(d) - d if d < 709 else math.inf for d in ds], [1 - _exp(d) for d in ds]
@@ -147,11 +153,11 @@ def _exact_kl(times_ratio: bool, xs: list, ds: list, per_sequence: bool) -> tupl
         _times(math.expm1(d) - d, _exp(x)) if d < 1 else _exp(x + d) - _times(1 + d, _exp(x))
         for x, d in zip(xs, ds, strict=True)
     ]
-    if not per_sequence:  # the two parts of the derivative share e^(x + d), which is gone from their sum
-        return kl, [_times(-d, _exp(x)) for x, d in zip(xs, ds, strict=True)]
-    mean = sum(kl) / len(kl)
     grown = [_times(math.expm1(d), _exp(x)) if d < 1 else _exp(x + d) - _exp(x) for x, d in zip(xs, ds, strict=True)]
-    return kl, [mean - e for e in grown]
+    if not per_sequence:  # the two parts of the derivative share e^(x + d), which is gone from their sum
+        return kl, [_times(-d, _exp(x)) if a else -e for x, d, e, a in zip(xs, ds, grown, alive, strict=True)]
+    mean = sum(kl) / len(kl)
+    return kl, [mean * a - e for e, a in zip(grown, alive, strict=True)]
 
 
 def make_inputs(

@@ -325,8 +325,8 @@ def test_objective(kind, bias_correction):
     logits = torch.randn(1, n, vocab, generator=generator)
     ids, ones = torch.randint(vocab, (n,), generator=generator), torch.ones(n)
     current = cpu.row_stats(logits, Rows(ids, everything(n), ones), want_entropy=False)[0]
-    numbers = [(0.8, 1.3, 1.5), (1.1,), (1.0, 1.05)][kind]
-    spec = TokenSpec(kind, numbers, beta=0.1, bias_correction=bias_correction)
+    numbers = [(0.8, 1.3, 1.5, 1.4), (0.9, 1.1), (1.0, 1.05)][kind]
+    spec = TokenSpec(kind, numbers, beta=0.1, bias_correction=bias_correction, log_ratio_clamp=0.5)
     rows = clip_rows(n, generator, h=torch.randn(n, generator=generator) * 0.1)._replace(
         old=current + torch.randn(n, generator=generator) * 0.4,
         ref=current + torch.randn(n, generator=generator) * 0.4,
@@ -340,12 +340,13 @@ def test_objective(kind, bias_correction):
     x = logits[0].double().requires_grad_()
     log_p = x.log_softmax(-1)
     lp, ent = log_p.gather(1, ids[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    A, c1 = rows.advantages.double(), (lp - rows.old).exp()
+    A, c1 = rows.advantages.double(), (lp - rows.old).clamp(-0.5, 0.5).exp()
     if kind == 0:
-        low, high, delta = numbers
+        low, high, delta, dual = numbers
         ell = -torch.min(c1.clamp(max=delta) * A, c1.clamp(low, high) * A)
+        ell = torch.where(A < 0, torch.min(ell, -dual * A), ell)
     elif kind == 1:
-        ell = -c1.clamp(max=numbers[0]).detach() * A * lp
+        ell = -c1.clamp(*numbers).detach() * A * lp
     else:
         tau = torch.where(A > 0, *numbers).double()
         ell = -A * 4 / tau * torch.sigmoid(tau * (c1 - 1))

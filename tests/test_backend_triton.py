@@ -205,12 +205,14 @@ def rows_of(n, **given):
 
 def objective(logp, entropy, rows, spec, advantages):
     """The clipped objective of TokenSpec in torch float64, as (loss, kl, ratio)."""
-    ratio = (logp - (logp.detach() if rows.old is None else rows.old.double())).exp()
+    log_ratio = logp - (logp.detach() if rows.old is None else rows.old.double())
+    ratio = log_ratio.clamp(-spec.log_ratio_clamp, spec.log_ratio_clamp).exp()
     if spec.kind == 0:
-        low, high, delta = spec.numbers
+        low, high, delta, dual = spec.numbers
         loss = -torch.min(ratio.clamp(max=delta) * advantages, ratio.clamp(low, high) * advantages)
+        loss = torch.where(advantages < 0, torch.min(loss, -dual * advantages), loss)
     elif spec.kind == 1:
-        loss = -ratio.clamp(max=spec.numbers[0]).detach() * advantages * logp
+        loss = -ratio.clamp(*spec.numbers).detach() * advantages * logp
     else:
         tau = torch.where(advantages > 0, *spec.numbers)
         loss = -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
@@ -228,9 +230,11 @@ def objective(logp, entropy, rows, spec, advantages):
 
 SPECS = {
     "clip": TokenSpec(),
-    "clip, delta, k3": TokenSpec(numbers=(0.8, 1.2, 1.1), beta=0.04),
+    "clip, delta, k3": TokenSpec(numbers=(0.8, 1.2, 1.1, math.inf), beta=0.04),
+    "clip, dual": TokenSpec(numbers=(0.8, 1.2, math.inf, 1.1)),
+    "clip, clamped, corrected k3": TokenSpec(beta=0.04, bias_correction=1, log_ratio_clamp=0.26),
     "clip, corrected k3": TokenSpec(beta=0.04, bias_correction=1),
-    "cispo": TokenSpec(kind=1, numbers=(1.05,)),
+    "cispo": TokenSpec(kind=1, numbers=(0.8, 1.05)),
     "sapo": TokenSpec(kind=2, numbers=(1.0, 1.05), beta=0.1),
 }
 
@@ -290,7 +294,7 @@ def test_ties_split_the_derivative(path):
     logits, ids, mask, inv_t = make(1, 2, 64)
     rows = rows_of(2, advantages=torch.tensor([1.0, -1.0], device=DEVICE))
     for low, high, delta, share in ((1.0, 1.2, math.inf, 1.0), (0.5, 1.0, 1.0, 1.0), (0.5, 0.9, math.inf, 0.0)):
-        spec = TokenSpec(numbers=(low, high, delta))
+        spec = TokenSpec(numbers=(low, high, delta, math.inf))
         g = backend.token_loss(logits, Rows(ids, mask, inv_t), rows, spec, None, want_entropy=False)[6]
         assert g[0] == -0.25 * share
         assert g[1] == 0.25

@@ -1,6 +1,8 @@
 """grpo_loss on every backend, against the reference and TRL in float64."""
 
 import itertools
+import math
+from unittest import mock
 
 import pytest
 import torch
@@ -29,11 +31,13 @@ from fastgrpo import (
     linear_grpo_loss,
     selective_logps,
 )
-from fastgrpo.backends import Rows
+from fastgrpo.backends import Rows, Scores
 from fastgrpo.backends.select import _warn_once
 from fastgrpo.batch.inputs import make_batch
-from fastgrpo.engine.logits import Sweeps, fuse
-from fastgrpo.objective import LOSS_TYPES
+from fastgrpo.batch.layout import Padded
+from fastgrpo.engine.logits import Apart, Sweeps, fuse
+from fastgrpo.objective import LOSS_TYPES, LOSSES
+from fastgrpo.objective.presets import PRESETS
 from fastgrpo.objective.terms import row_weights
 
 REL = {torch.float32: 1e-5}  # bf16 and fp16 are held against plain torch instead
@@ -354,15 +358,34 @@ def test_no_host_sync_on_a_gpu():
             torch.cuda.set_sync_debug_mode("default")
 
 
-BEYOND = {  # what the fused objective reads: (objective, the reference's logps)
-    "clip": (dict(loss_type="bnpo"), "here"),
+BEYOND = {  # what the fused objective reads: (objective, the reference's logps); each loss, and with its options
+    **{
+        record.token.__name__: (dict(loss_type=name, average="bnpo"), "here")
+        for name, record in LOSSES.items()
+        if record.kind is not None
+    },
     "clip, delta": (dict(loss_type="bnpo", delta=4.0), "here"),
     "clip, corrected k3": (dict(loss_type="bnpo", beta=0.1), "old"),
     "clip, corrected k3 of 0": (dict(loss_type="bnpo", beta=0.1), "here"),
     "clip, k3": (dict(loss_type="bnpo", beta=0.1, use_bias_correction_kl=False), "old"),
-    "cispo": (dict(loss_type="cispo", epsilon_high=5.0), "here"),
-    "sapo": (dict(loss_type="sapo"), "here"),
+    "clip, dual": (dict(loss_type="bnpo", clip_ratio_c=3.0), "here"),
+    "clip, dual, a tie at 1": (dict(loss_type="bnpo", clip_ratio_c=1.0), "here"),
+    "clip, dual below delta": (dict(loss_type="bnpo", clip_ratio_c=1.1, delta=2.0), "here"),
+    "clip, clamped within the range": (dict(loss_type="bnpo", log_ratio_clamp=0.125), "here"),
+    "clip, clamped": (dict(loss_type="bnpo", log_ratio_clamp=10.0), "here"),
+    "clip, clamped, corrected k3": (dict(loss_type="bnpo", log_ratio_clamp=50.0, beta=0.1), "old"),
+    "clip, clamped late, k3": (
+        dict(loss_type="bnpo", log_ratio_clamp=85.0, beta=0.1, use_bias_correction_kl=False),
+        "near",
+    ),
+    "cispo, above 1": (dict(loss_type="cispo", epsilon_high=5.0), "here"),
+    "cispo, clamped, corrected k3": (
+        dict(loss_type="cispo", epsilon_high=5.0, log_ratio_clamp=1.0, beta=0.1),
+        "near",
+    ),
+    "reinforce, corrected k3": (dict(loss_type="reinforce", beta=0.1), "old"),
     "sapo, corrected k3": (dict(loss_type="sapo", beta=0.1), "near"),
+    "sapo, clamped": (dict(loss_type="sapo", log_ratio_clamp=10.0), "here"),
 }
 
 
@@ -407,6 +430,75 @@ def test_ratios_beyond_fp32_in_the_fused_objective(name, backend, device):
             gradient = -want_g * p
             gradient[0] += want_g
             assert_close(logits[i, 0], gradient, 1.5e-5, case)
+
+
+NO_KIND, NOT_OF_TOKENS = ("loss_type",), ("importance_sampling_level",)
+UNHELD = {  # a preset: the options that no kernel holds; the others take one pass
+    **dict.fromkeys(("gspo", "gspo-token", "luspo"), NOT_OF_TOKENS),
+    **dict.fromkeys(("vespo", "gmpo", "dppo-tv", "dppo-kl", "clip-cov", "kl-cov", "icepop"), NO_KIND),
+    "dro": ("log_ratio_penalty",),
+    "prime-rl": ("loss_type", "log_ratio_penalty"),
+    "skyrl": ("kl_estimator", "kl_average"),
+    "nemo-rl": ("kl_anchor", "kl_log_ratio_clamp", "kl_clamp"),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_presets_of_one_pass(name, backend, device, monkeypatch):
+    objective = Objective.preset(name, **(dict(max_completion_length=9) if name == "dr_grpo" else {}))
+    assert objective.unheld == UNHELD.get(name, ()) and objective.is_fused == (name not in UNHELD)
+    logits, ids, kwargs = make_inputs(("old", "ref", "sampling"), batch=2, length=2, device=device, backend=backend)
+    kwargs["group_ids"] = torch.tensor([0, 1], device=device)
+    kernels, functions = backends.get(backend), ("token_loss", "row_stats", "row_grad")
+    spies = {function: mock.Mock(wraps=getattr(kernels, function)) for function in functions}
+    for function, spy in spies.items():
+        monkeypatch.setattr(kernels, function, spy)
+    loss_and_grad(grpo_loss, logits, ids, objective=objective, backend=backend, inplace=True, **kwargs)
+    one_pass = name not in UNHELD and backend != "torch"
+    wanted = {"token_loss"} if one_pass else {"row_stats", "row_grad"}
+    assert {function for function, spy in spies.items() if spy.called} == wanted
+
+
+@pytest.mark.parametrize("with_old", [True, False])
+@pytest.mark.parametrize("name", BEYOND)
+def test_the_fused_objective_is_the_unfused_one(name, with_old, backend, device):
+    """Row by row, NaN in each input included."""
+    if backend == "torch":
+        pytest.skip("the torch backend has no fused objective")
+    objective, nan = Objective(**BEYOND[name][0]), math.nan
+    assert objective.is_fused
+    few = backend != "cpu"  # the others are emulated
+    xs = (-1000.0, -0.3, 0.125, 0.15, 2.0, nan) if few else (*LOG_RATIOS, -0.3, 0.0, 0.125, 0.15, 0.5, 2.0, nan)
+    table = [  # log ratio, advantage, importance ratio, ref - logp, id
+        *((x, a, 1.0, d, 0) for x in (xs if with_old else (0.0,)) for a in (1.5, 0.0, -1.5)
+          for d in ((0.25,) if few else (0.25, 22.0))),
+        *((x, a, f, d, i) for x in ((100.0,) if few else xs) for a, f, d, i in (
+            (-1.5, 0.0, 0.25, 0), (1.5, 0.7, -3.0, 0), (nan, 1.0, 0.0, 0), (1.5, 1.0, nan, 0), (1.5, 1.0, 0.25, -1),
+            (0.0, 1.0, 0.0, -1), (1.5, nan, 0.0, 0),
+        )),
+    ]  # fmt: skip
+    x, advantages, factor, d, ids = (
+        torch.tensor(column, device=device)[:, None] for column in zip(*table, strict=True)
+    )
+    logits = torch.randn(8, generator=torch.Generator().manual_seed(0)).expand(len(table), 1, -1).to(device)
+    logps = selective_logps(logits[:1], ids[:1] * 0, backend=backend)
+    inputs = dict(ref_per_token_logps=logps + d, importance_sampling_ratio=factor)
+    inputs |= dict(old_per_token_logps=logps - x) if with_old else {}
+    batch = make_batch(ids, advantages[:, 0], inputs, dtype=torch.float32)
+    rows, weights = Rows(batch.ids, batch.mask, batch.inv_temperature), row_weights(objective, batch)
+    fused = Sweeps(backend).token_loss(logits, fuse(rows, objective, batch, weights), False, out=None)
+    apart = Apart(rows, objective, batch, weights, None)
+    for i, case in enumerate(table):
+        at = slice(i, i + 1)
+        terms, g, _ = apart.part(at, Padded(1, 1)).coefficients(Scores(fused.logp[at], fused.lse[at], None))
+        made = dict(loss=(fused.loss[i], terms.loss), g=(fused.g[i], g[0]), ratio=(fused.ratio[i], terms.ratio[0]))
+        if objective.beta:
+            made["kl"] = fused.kl[i], terms.kl[0]
+        for what, (got, want) in made.items():
+            got, want = got.item(), want.item()
+            if what == "g" and not (terms.loss.isfinite() or math.isnan(case[0]) or case[-1] < 0):
+                continue  # where the loss has overflowed, or a factor is no number, autograd's may be 0 · inf, or 0
+            assert got == pytest.approx(want, rel=1e-5, abs=1e-12, nan_ok=True), f"{what} at {case}: {got}, not {want}"
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -221,6 +221,7 @@ def test_ratios_beyond_fp32(loss_type, level):
     """Loss and gradient are float64's wherever those fit; beyond fp32's largest number the loss is infinite."""
     weight = {"luspo": 1.0, "dr_grpo": 1 / 9}.get(loss_type, 1 / 3)
     options = [dict(beta=0.0), dict(beta=0.1), dict(beta=0.1, use_bias_correction_kl=False)]
+    options += [dict(beta=0.0, log_ratio_clamp=20.0), dict(beta=0.1, log_ratio_clamp=78.0)]
     if LOSSES[loss_type].kind == Kind.CLIP:
         options += [dict(beta=0.0, delta=4.0), dict(beta=0.0, clip_ratio_c=3.0)]
     if loss_type in ("dppo_tv", "dppo_kl"):

@@ -162,7 +162,8 @@ def fp32_token_loss(V, path):
     logp = backend.row_stats(logits, rows, **options).logp
     logits[0, 1] = math.nan
     token = rows_of(8, DEVICE, advantages=advantages, old=logp - shift, h=torch.where(advantages == 0, 0.0, h))
-    arguments, fp32 = (rows, token, TokenSpec(numbers=(0.8, 1.2, 3.0), skip_zero=1)), torch.full_like(logits, math.nan)
+    spec, fp32 = TokenSpec(numbers=(0.8, 1.2, 3.0, math.inf), skip_zero=1), torch.full_like(logits, math.nan)
+    arguments = rows, token, spec
     kept = logits.clone()
     result = backend.token_loss(logits, *arguments, fp32, **options)
     assert torch.equal(kept.nan_to_num(7.0), logits.nan_to_num(7.0)), "logits whose gradient goes elsewhere"

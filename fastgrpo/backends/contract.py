@@ -61,9 +61,10 @@ class TokenSpec(NamedTuple):
 
     kind: int = 0  # the loss of a token, as csrc/objective.h numbers them
     # the kind's own, at most 4; here those of a ratio that is clipped between the first two
-    numbers: tuple[float, ...] = (0.8, 1.2, math.inf)
+    numbers: tuple[float, ...] = (0.8, 1.2, math.inf, math.inf)
     beta: float = 0.0
     bias_correction: bool = False
+    log_ratio_clamp: float = math.inf
     group_size: int = 0  # of rewards
     scale_by_std: bool = False  # advantages of a group, by its standard deviation
     skip_zero: bool = False  # rows without an advantage are not read; only where nothing else (beta, h) has a gradient

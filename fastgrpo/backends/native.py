@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .contract import Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
-_ABI = 7
+_ABI = 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -28,6 +28,7 @@ class Spec(ctypes.Structure):
         ("numbers", ctypes.c_float * 4),
         ("beta", ctypes.c_float),
         ("bias_correction", ctypes.c_int32),
+        ("log_ratio_clamp", ctypes.c_float),
     ]
 
 
@@ -207,7 +208,7 @@ class RowCalls:
         entropy = torch.empty_like(logp) if want_entropy or token.h is not None else None
         results = TokenLoss(loss, logp, lse, entropy, kl, ratio, g)
         args = make_args(logits, out, softcap, rows, token, results)
-        args.spec = Spec(spec.kind, spec.numbers, spec.beta, spec.bias_correction)
+        args.spec = Spec(*(getattr(spec, field[0]) for field in Spec._fields_))
         args.group_size, args.scale_by_std, args.skip_zero = spec.group_size, spec.scale_by_std, spec.skip_zero
         if token.advantages is None:  # the library works them out
             assert token.rewards is not None

@@ -43,7 +43,7 @@ class Table(NamedTuple):
         """
         row, tokens = rows[:, None], logits.shape[1]
         z = logits[row // tokens, row % tokens, self.ids.clamp(min=0).long()].to(self.rows.inv_temperature.dtype)
-        return z.masked_fill_(self.ids < 0, -torch.inf)
+        return self.certain(z.masked_fill_(self.ids < 0, -torch.inf))
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """(row of the table, place in it) of every column that is there, (P,) each."""

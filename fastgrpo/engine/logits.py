@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -177,6 +178,7 @@ def fuse(rows: Rows, o: Objective, batch: Batch, weights: Weights, *, skip_zero:
         numbers=o.record.numbers(o),
         beta=o.beta,
         bias_correction=o.use_bias_correction_kl,
+        log_ratio_clamp=math.inf if o.log_ratio_clamp is None else o.log_ratio_clamp,
         group_size=batch.num_generations,
         scale_by_std=grouped and batch.scale_rewards == "group",
         skip_zero=skip_zero and o.may_be_inert(batch.advantages_per_token),

@@ -1,4 +1,4 @@
-"""The operators `torch.ops.fastgrpo_4.*` on logits, for compiled graphs alone: schemas, fakes, autograd formulas.
+"""The operators `torch.ops.fastgrpo_5.*` on logits, for compiled graphs alone: schemas, fakes, autograd formulas.
 
 An operator takes tensors, lists of them and numbers, where the engine takes objects. Each has beside it the function
 that takes the objects apart; its body puts them together again and calls what an eager call calls.
@@ -17,7 +17,7 @@ from fastgrpo.engine.logits import Fused, Sweeps, empty_gradient, upstream
 
 # Goes up with every change of an operator or its gradient: torch keeps compiled graphs on disk, and finds them by the
 # names of the operators in their forward pass.
-NAMESPACE = "fastgrpo_4"
+NAMESPACE = "fastgrpo_5"
 
 Vectors = Sequence[Tensor | None]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -144,9 +144,10 @@ def spec_numbers(spec: TokenSpec) -> list[float]:
 
 
 def fused_of(rows: Sequence[Tensor] | Rows, token: Vectors, numbers: Sequence[float]) -> Fused:
-    kind, beta, bias_correction, group_size, scale_by_std, skip_zero, *own = numbers
-    flags = bool(bias_correction), int(group_size), bool(scale_by_std), bool(skip_zero)
-    return Fused(Rows._make(rows), TokenRows._make(token), TokenSpec(int(kind), tuple(own), beta, *flags))
+    defaults = {name: default for name, default in TokenSpec._field_defaults.items() if name != "numbers"}
+    values = {name: type(default)(x) for (name, default), x in zip(defaults.items(), numbers, strict=False)}
+    spec = TokenSpec(numbers=tuple(numbers[len(defaults) :]), **values)
+    return Fused(Rows._make(rows), TokenRows._make(token), spec)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::token_loss", mutates_args=())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -220,17 +221,21 @@ def cispo_shares(o: Objective, ratio: Tensor, advantages: Tensor) -> dict[str, T
 class Kind(enum.IntEnum):
     """The fused objectives, as csrc/objective.h and the Triton kernels number them, and what their numbers are."""
 
-    CLIP = 0  # lowest and highest ratio, delta (inf: none)
-    CISPO = 1  # highest ratio
+    CLIP = 0  # lowest and highest ratio; delta and clip_ratio_c (inf: none)
+    CISPO = 1  # lowest and highest factor of -A logp, which is the ratio between them
     SAPO = 2  # τ where A > 0, τ elsewhere
 
 
 def _clip_numbers(o: Objective) -> tuple[float, ...]:
-    return 1 - o.epsilon, o.clip_high, math.inf if o.delta is None else o.delta
+    return 1 - o.epsilon, o.clip_high, *(math.inf if x is None else x for x in (o.delta, o.clip_ratio_c))
 
 
 def _clipped(average: str, **more: Any) -> Loss:
     return Loss(clipped, average, kind=Kind.CLIP.value, numbers=_clip_numbers, shares=clipped_shares, **more)
+
+
+def _weighing(token: TokenLoss, numbers: Callable[[Objective], tuple[float, float]], **more: Any) -> Loss:
+    return Loss(token, "dapo", kind=Kind.CISPO.value, numbers=numbers, **more)
 
 
 def _dppo(token: TokenLoss) -> Loss:
@@ -247,11 +252,9 @@ LOSSES |= {
     "dr_grpo": _clipped("dr_grpo"),  # arXiv:2503.20783
     "dapo": _clipped("dapo"),  # arXiv:2503.14476
     "luspo": _clipped("luspo"),  # arXiv:2602.05261
-    "cispo": Loss(  # arXiv:2506.13585
+    "cispo": _weighing(  # arXiv:2506.13585
         cispo,
-        "dapo",
-        kind=Kind.CISPO.value,
-        numbers=lambda o: (o.clip_high,),
+        lambda o: (-math.inf, o.clip_high),
         clip_high=lambda epsilon_high: epsilon_high,
         shares=cispo_shares,
     ),
@@ -266,8 +269,10 @@ LOSSES |= {
         logs=("vespo/phi_seq_mean",),
         logs_of_sequences=True,
     ),
-    "reinforce": Loss(reinforce, "dapo"),  # RLOO arXiv:2402.14740, GPG arXiv:2504.02546
-    "cispo_clip": Loss(cispo_clip, "dapo", shares=cispo_clip_shares),  # arXiv:2506.13585, its two-sided form
+    "reinforce": _weighing(reinforce, lambda o: (1.0, 1.0)),  # RLOO arXiv:2402.14740, GPG arXiv:2504.02546
+    "cispo_clip": _weighing(  # arXiv:2506.13585, its two-sided form
+        cispo_clip, lambda o: (1 - o.epsilon, o.clip_high), shares=cispo_clip_shares
+    ),
     "icepop": Loss(icepop, "dapo", shares=icepop_shares),  # arXiv:2510.18855
     "dppo_tv": _dppo(dppo_tv),  # arXiv:2602.04879
     "dppo_kl": _dppo(dppo_kl),

@@ -218,23 +218,36 @@ class Objective:
     @property
     def is_token_local(self) -> bool:
         """Whether a token's loss and gradient need nothing of other tokens' logits: then one pass over V is enough."""
-        return (
-            self.importance_sampling_level == "token"
-            and not self.record.whole_sequences
-            and not self.needs_whole_batch
-            and self.off_policy_mask_threshold is None
-            and not any(one.of_sequences for one in self.corrections or ())
-        )
+        return not self.record.whole_sequences and not self.record.whole_batch and not self._beyond_tokens()
+
+    def _beyond_tokens(self) -> list[str]:
+        """The options that make a token's loss depend on other tokens."""
+        names = {
+            "importance_sampling_level": self.importance_sampling_level != "token",
+            "top_entropy_quantile": self.top_entropy_quantile < 1,
+            "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,
+            "sampling_correction": any(one.of_sequences for one in self.corrections or ()),
+        }
+        return [name for name, true in names.items() if true]
+
+    @property
+    def unheld(self) -> tuple[str, ...]:
+        """The options, by name, that kernels do not hold between two looks at a row of logits; none: one pass."""
+        names = {"loss_type": self.record.kind is None, "log_ratio_penalty": self.log_ratio_penalty != 0}
+        names["sampling_correction"] = (
+            self.corrections is not None
+        )  # which `in_pass` takes out where it is made before
+        if self.beta != 0:
+            names["kl_estimator"] = self.kl_estimator != "k3"
+            names["kl_anchor"] = self.use_bias_correction_kl and self.kl_anchor != "old"
+            names["kl_average"] = self.kl_average not in (None, self.average_name)
+            names |= {name: getattr(self, name) is not None for name in ("kl_log_ratio_clamp", "kl_clamp")}
+        return tuple(dict.fromkeys([*(name for name, true in names.items() if true), *self._beyond_tokens()]))
 
     @property
     def is_fused(self) -> bool:
-        """Whether kernels can hold it, between two looks at a row of logits."""
-        unheld = self.log_ratio_clamp is not None or self.log_ratio_penalty != 0 or self.clip_ratio_c is not None
-        unheld = unheld or self.corrections is not None
-        if self.beta != 0:
-            held = self.kl_estimator == "k3" and self.kl_anchor == "old" and self.kl_average is None
-            unheld = unheld or not held or self.kl_clamp is not None or self.kl_log_ratio_clamp is not None
-        return self.is_token_local and self.record.kind is not None and not unheld
+        """Whether kernels can hold it, between two looks at a row of logits; `unheld` says why not."""
+        return not self.unheld
 
     @property
     def needs_whole_batch(self) -> bool:

@@ -184,12 +184,13 @@ def _seq_mean(layout: Layout, mask: Tensor, x: Tensor) -> Tensor:
 
 def _log_ratio(o: Objective, layout: Layout, mask: Tensor, logps: Tensor, old: Tensor) -> Tensor:
     """(N,) the logarithm of the ratio of the objective's level."""
-    bound = o.log_ratio_clamp
+    ratio, bound, lowest = logps - old, o.log_ratio_clamp, None
     if o.importance_sampling_level == "token":
-        return logps - old if bound is None else (logps - old).clamp(-bound, bound)
-    mean = _seq_mean(layout, mask, logps - old)
-    ratio = mean if o.importance_sampling_level == "sequence" else mean.detach() + (logps - logps.detach())
-    return ratio if bound is None else ratio.clamp(max=bound)
+        lowest = None if bound is None else -bound
+    else:
+        mean = _seq_mean(layout, mask, ratio)
+        ratio = mean if o.importance_sampling_level == "sequence" else mean.detach() + (logps - logps.detach())
+    return ratio if bound is None else _Watched.apply(ratio).clamp(lowest, bound)
 
 
 def _kl(t: Tokens) -> Tensor:

@@ -324,7 +324,7 @@ class Run {
       args.mask = at_mask.get();
       args.logp = logp->get();
       if (case_.kernel == kToken) {
-        args.spec = {kClip, {(float)kClipLow, (float)kClipHigh, INFINITY}, (float)kBeta, 0};
+        args.spec = {kClip, {(float)kClipLow, (float)kClipHigh, INFINITY, INFINITY}, (float)kBeta, 0, INFINITY};
         args.weight = at_weight.get(), args.advantages = at_advantages.get();
         if (case_.groups) {
           args.group_size = args.sequences = kBatch;

@@ -200,10 +200,9 @@ def _with_advantages(token: TokenRows, spec: TokenSpec) -> TokenRows:
 @functools.lru_cache
 def _floats(spec: TokenSpec) -> TokenSpec:
     """What the token kernel reads of `spec`, as floats, because Triton specialises upon integers; 4 numbers."""
-    kind, numbers, beta, bias_correction, _, _, skip_zero = spec
-    numbers = *map(float, numbers), *(0.0,) * (4 - len(numbers))
-    floats = float(kind), numbers, float(beta), float(bias_correction), None, None, float(skip_zero)
-    return TokenSpec._make(floats)
+    unread, numbers = ("group_size", "scale_by_std"), (*spec.numbers, *(0.0,) * (4 - len(spec.numbers)))
+    floats = {name: None if name in unread else float(x) for name, x in spec._asdict().items() if name != "numbers"}
+    return spec._replace(numbers=tuple(map(float, numbers)), **floats)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

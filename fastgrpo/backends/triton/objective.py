@@ -14,6 +14,13 @@ CLIP = tl.constexpr(0)  # as in csrc/objective.h
 CISPO = tl.constexpr(1)
 
 
+@triton.jit
+def _clamp(x, lowest, highest):
+    """NaN stays NaN."""
+    return tl.minimum(tl.maximum(x, lowest, propagate_nan=tl.PropagateNan.ALL), highest,
+                      propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+
+
 # ---- the policy loss of a token, by kind: (loss, dloss/dlogp)
 # ratio = low * high, so that v * low * high is finite wherever v * ratio is, and 0 with v = 0; `numbers` are 4, unused
 # ones last.
@@ -22,22 +29,24 @@ CISPO = tl.constexpr(1)
 @triton.jit
 def _clip(ratio, low, high, advantage, numbers):
     """Ties split the derivative in halves, as torch.min does."""
-    lowest, highest, delta, _ = numbers
-    clipped = tl.minimum(tl.maximum(ratio, lowest, propagate_nan=tl.PropagateNan.ALL), highest,
-                         propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+    lowest, highest, delta, dual = numbers
     slope = advantage * low * high
     loss1 = tl.where(ratio > delta, delta * advantage, slope)
-    loss2 = clipped * advantage
-    slope1 = tl.where(ratio <= delta, slope, 0.0)
-    slope2 = tl.where((lowest <= ratio) & (ratio <= highest), slope, 0.0)
+    loss2 = _clamp(ratio, lowest, highest) * advantage
+    slope1 = tl.where(ratio > delta, 0.0, slope)  # of a NaN ratio NaN
+    slope2 = tl.where((ratio < lowest) | (ratio > highest), 0.0, slope)
     loss = -tl.minimum(loss1, loss2, propagate_nan=tl.PropagateNan.ALL)
-    return loss, -tl.where(loss1 < loss2, slope1, tl.where(loss1 > loss2, slope2, 0.5 * (slope1 + slope2)))
+    dloss = -tl.where(loss1 < loss2, slope1, tl.where(loss1 > loss2, slope2, 0.5 * (slope1 + slope2)))
+    most = tl.where(advantage < 0.0, -dual * advantage, INF)
+    dloss = tl.where(loss < most, dloss, tl.where(loss > most, 0.0, 0.5 * dloss))
+    return tl.minimum(loss, most, propagate_nan=tl.PropagateNan.ALL), dloss
 
 
 @triton.jit
 def _cispo(ratio, logp, advantage, numbers):
-    highest = numbers[0]
-    dloss = -tl.minimum(ratio, highest, propagate_nan=tl.PropagateNan.ALL) * advantage
+    """Equal bounds are the factor, whatever the ratio is."""
+    lowest, highest, _, _ = numbers
+    dloss = -tl.where(lowest == highest, lowest, _clamp(ratio, lowest, highest)) * advantage
     return dloss * logp, dloss
 
 
@@ -72,22 +81,26 @@ def _times(x, factor):
 @triton.jit
 def _objective(logp, d, ref, advantage, spec):
     """(policy loss, its d/dlogp, kl, its d/dlogp, ratio) of one token; d = logp - old."""
+    held = tl.abs(d) > spec.log_ratio_clamp  # then the ratio has no derivative
+    d = _clamp(d, -spec.log_ratio_clamp, spec.log_ratio_clamp)
     low = tl.exp2(tl.where(d > 80.0, 80.0, d) * LOG2E)  # and high = 1 up to d = 80
     high = tl.exp2(tl.minimum(tl.maximum(d - 80.0, 0.0), 80.0) * LOG2E)
     ratio = low * high
     loss, dloss = _policy(spec.kind, ratio, low, high, logp, advantage, spec.numbers)
+    dloss = tl.where(held & (spec.kind != CISPO), 0.0, dloss)
     kl = 0.0
     dkl = 0.0
     if spec.beta != 0.0:
         grown, kl = expm1(ref - logp)
         dkl = -grown
         if spec.bias_correction != 0.0:
-            # Its derivative (kl - grown) * ratio, without the cancellation; and beyond q = 20, where e^q may overflow
-            # beside a small ratio, e^d * (e^q - 1 - q) with the two exponents added.
+            # Its derivative (kl - grown) * ratio, without the cancellation, or -grown * ratio beside a ratio without
+            # one; and beyond q = 20, where e^q may overflow beside a small ratio, e^d * (e^q - 1 - q) with the two
+            # exponents added.
             q = ref - logp
-            dkl = -q * low * high
-            far = tl.exp2((q + d) * LOG2E) * (1.0 - (1.0 + q) * tl.exp2(-q * LOG2E))
-            kl = tl.where(q > 20.0, far, kl * low * high)
+            far = tl.exp2((q + d) * LOG2E)
+            dkl = tl.where(held, -tl.where(q > 20.0, far, grown * low * high), -q * low * high)
+            kl = tl.where(q > 20.0, far * (1.0 - (1.0 + q) * tl.exp2(-q * LOG2E)), kl * low * high)
     return loss, dloss, kl, dkl, ratio
 
 
@@ -123,7 +136,7 @@ def token_objective(row, scores, advantage, token, spec, out):
         loss += spec.beta * kl
         dloss += spec.beta * dkl
     loss = _times(loss, factor)
-    g = _times(dloss, factor)
+    g = tl.where(logp == logp, _times(dloss, factor), logp)  # also of a policy term that is linear in logp
     dentropy = 0.0
     if token.h is not None:
         dentropy = tl.load(token.h + row)
