@@ -233,10 +233,11 @@ class Objective:
     @property
     def unheld(self) -> tuple[str, ...]:
         """The options, by name, that kernels do not hold between two looks at a row of logits; none: one pass."""
-        names = {"loss_type": self.record.kind is None, "log_ratio_penalty": self.log_ratio_penalty != 0}
-        names["sampling_correction"] = (
-            self.corrections is not None
-        )  # which `in_pass` takes out where it is made before
+        names = {
+            "loss_type": self.record.kind is None,
+            "log_ratio_penalty": self.log_ratio_penalty != 0,
+            "sampling_correction": self.corrections is not None,  # `in_pass` takes out what is made before
+        }
         if self.beta != 0:
             names["kl_estimator"] = self.kl_estimator != "k3"
             names["kl_anchor"] = self.use_bias_correction_kl and self.kl_anchor != "old"
