@@ -50,14 +50,18 @@ def of_logits(logits: Tensor, sweeps: Sweeps, rows: Rows, logp: Tensor, wanted: 
 
 def of_table(z: Tensor, sweeps: Sweeps, table: Table, logp: Tensor, wanted: Sequence[str]) -> Found:
     """Those of a table's rows, over its columns alone, from their logits (n, w) and the logps of their targets."""
-    z = sweeps.capped(z, table)[None]
-    return _read(z, Sweeps(sweeps.backend), table.rows, logp, wanted, there=table.ids >= 0)
+    z, there = sweeps.capped(z, table), table.ids >= 0
+    # the mean alone would count the missing, whose logits are -inf
+    beside = [name for name in wanted if name != "mean_logits"]
+    found = _read(z[None], Sweeps(sweeps.backend), table.rows, logp, beside)
+    if "mean_logits" in wanted:
+        mean = z.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)
+        found["mean_logits"] = mean * table.rows.inv_temperature
+    return {name: found[name] for name in wanted}
 
 
-def _read(
-    logits: Tensor, sweeps: Sweeps, rows: Rows, logp: Tensor, wanted: Sequence[str], there: Tensor | None = None
-) -> Found:
-    """Those of logits (B, T, V), which are -inf outside `there` (N, V); None: all are there."""
+def _read(logits: Tensor, sweeps: Sweeps, rows: Rows, logp: Tensor, wanted: Sequence[str]) -> Found:
+    """Those of logits (B, T, V), over all of V."""
     ids, mask, inv_temperature = rows
     assert mask is not None
     found: Found = {}
@@ -73,10 +77,7 @@ def _read(
         found["log_sum_sq_probs"] = 2 * log_top - twice
         found["sum_pi_squared"] = torch.where(mask, found["log_sum_sq_probs"].exp(), 0.0)
     if "mean_logits" in wanted:
-        if there is None:
-            mean = _means(logits, sweeps.softcap, inv_temperature.dtype)
-        else:
-            mean = logits[0].masked_fill(~there, 0.0).sum(-1) / there.sum(-1)
+        mean = _means(logits, sweeps.softcap, inv_temperature.dtype)
         found["mean_logits"] = torch.where(mask, mean * inv_temperature, 0.0)
     return {name: found[name] for name in wanted}
 
