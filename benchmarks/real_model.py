@@ -216,9 +216,8 @@ def table(runs: dict[str, list[list[dict]]]) -> Iterator[str]:
             for some in (slice(part), slice(-part, None))
         )
         before, after = (statistics.mean(accuracies_of(lines)[i][1] for lines in of_seeds) for i in (0, -1))
-        seconds, head = (
-            statistics.median(s[name] for of_seed in steps for s in of_seed) for name in ("seconds", "head")
-        )
+        every = [step for of_seed in steps for step in of_seed]
+        seconds, head = (statistics.median(step[name] for step in every) for name in ("seconds", "head"))
         peak = max(step["MiB"] for step in every) / 1024
         counts = "/".join(str(n) for n in sorted({len(of_seed) for of_seed in steps}))
         yield (
