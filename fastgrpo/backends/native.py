@@ -208,7 +208,7 @@ class RowCalls:
         entropy = torch.empty_like(logp) if want_entropy or token.h is not None else None
         results = TokenLoss(loss, logp, lse, entropy, kl, ratio, g)
         args = make_args(logits, out, softcap, rows, token, results)
-        args.spec = Spec(*(getattr(spec, name) for name, _ in Spec._fields_))
+        args.spec = Spec(*(getattr(spec, name) for name, *_ in Spec._fields_))
         args.group_size, args.scale_by_std, args.skip_zero = spec.group_size, spec.scale_by_std, spec.skip_zero
         if token.advantages is None:  # the library works them out
             assert token.rewards is not None

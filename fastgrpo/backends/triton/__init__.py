@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,9 +201,10 @@ def _with_advantages(token: TokenRows, spec: TokenSpec) -> TokenRows:
 @functools.lru_cache
 def _floats(spec: TokenSpec) -> TokenSpec:
     """What the token kernel reads of `spec`, as floats, because Triton specialises upon integers; 4 numbers."""
-    unread, numbers = ("group_size", "scale_by_std"), (*spec.numbers, *(0.0,) * (4 - len(spec.numbers)))
-    floats = {name: None if name in unread else float(x) for name, x in spec._asdict().items() if name != "numbers"}
-    return TokenSpec(numbers=tuple(map(float, numbers)), **floats)
+    values: dict[str, Any] = spec._asdict()
+    numbers = *map(float, values.pop("numbers")), *(0.0,) * (4 - len(spec.numbers))
+    floats: dict[str, Any] = {name: float(x) for name, x in values.items()}
+    return TokenSpec(**floats | dict(numbers=numbers, group_size=None, scale_by_std=None))
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
