@@ -118,7 +118,7 @@ def _logits(projection: Projection, head: Head, table: Table) -> Tensor:
     if table.width > _widest(head):
         return table.of(projection.project(), torch.arange(len(table.at), device=table.at.device))
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (projection.h, projection.weight))
-    return table.certain(backends.columns(head.backend).column_logits(hidden, weight, projection.bias, table.ids))
+    return backends.columns(head.backend).column_logits(hidden, weight, projection.bias, table.ids)
 
 
 def _additions(head: Head, kept: Arranged | None) -> int:

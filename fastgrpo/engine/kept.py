@@ -27,9 +27,11 @@ class Table(NamedTuple):
     rows: Rows  # all to be read; the id of a target is its place here, or -1
     sure: Tensor  # (n,) bool: the target is all that was kept
 
-    def certain(self, z: Tensor) -> Tensor:
-        """Logits (n, w), those of sure rows 0: logp, entropy and gradient are then 0, and not a rounding of z - z."""
-        return z.masked_fill_(self.sure[:, None] & (self.ids >= 0), 0.0)
+    @property
+    def certain(self) -> Tensor:
+        """(n, w) bool: the targets of sure rows, whose logits the sweeps have as 0, so that logp, entropy and gradient
+        are 0, too, and not a rounding of z - z."""
+        return self.sure[:, None] & (self.ids >= 0)
 
     @property
     def width(self) -> int:
@@ -43,7 +45,7 @@ class Table(NamedTuple):
         """
         row, tokens = rows[:, None], logits.shape[1]
         z = logits[row // tokens, row % tokens, self.ids.clamp(min=0).long()].to(self.rows.inv_temperature.dtype)
-        return self.certain(z.masked_fill_(self.ids < 0, -torch.inf))
+        return z.masked_fill_(self.ids < 0, -torch.inf)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """(row of the table, place in it) of every column that is there, (P,) each."""

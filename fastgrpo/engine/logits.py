@@ -39,7 +39,8 @@ class Sweeps(NamedTuple):
 
     def of_table(self, z: Tensor, table: Table, want_entropy: bool) -> Scores:
         """The scores of a table's rows from their logits (n, w)."""
-        return Sweeps(self.backend).stats(self.capped(z, table)[None], table.rows, want_entropy)
+        z = self.capped(z, table).masked_fill(table.certain, 0.0)
+        return Sweeps(self.backend).stats(z[None], table.rows, want_entropy)
 
     def capped(self, z: Tensor, table: Table) -> Tensor:
         """A table's logits (n, w) with the softcap; here, because one of a missing logit, -inf, would be -softcap."""
@@ -68,6 +69,7 @@ class Sweeps(NamedTuple):
         at, rows = table.at, table.rows
         some = Scores._make(None if x is None else x[at] for x in scores)
         slope, c = None, self.softcap
+        z.masked_fill_(table.certain, 0.0)
         if c is not None:
             e = torch.exp((z / c).abs_() * -2)  # torch's cosh has other bits at the end of a tensor than within
             slope = 4 * e / (1 + e).square_()

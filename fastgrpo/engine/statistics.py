@@ -53,7 +53,7 @@ def of_table(z: Tensor, sweeps: Sweeps, table: Table, logp: Tensor, wanted: Sequ
     z, there = sweeps.capped(z, table), table.ids >= 0
     # the mean alone would count the missing, whose logits are -inf
     beside = [name for name in wanted if name != "mean_logits"]
-    found = _read(z[None], Sweeps(sweeps.backend), table.rows, logp, beside)
+    found = _read(z.masked_fill(table.certain, 0.0)[None], Sweeps(sweeps.backend), table.rows, logp, beside)
     if "mean_logits" in wanted:
         mean = z.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)
         found["mean_logits"] = mean * table.rows.inv_temperature
