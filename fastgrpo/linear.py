@@ -102,8 +102,8 @@ def linear_grpo_loss(
     batch = corrected(objective.corrections, batch)
     hidden = hidden if hidden.dim() == 3 else hidden[None]
     within = objective.in_pass(inputs)
-    logps, entropies, terms, kept = autograd.hidden_loss(hidden, head, within, batch, return_stats)
-    return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats, kept)
+    logps, entropies, terms, counts = autograd.hidden_loss(hidden, head, within, batch, return_stats)
+    return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats, counts)
 
 
 class Options(LinearInputs, total=False):
