@@ -46,7 +46,7 @@ def linear_grpo_loss(
     chunk of logits, and the gradients until the backward pass. dL/dweight adds up in fp32 over several chunks.
     Gradients of fp32 tensors leave their GEMMs in fp32; those of fp16 tensors, too, and stay fp32 until the backward
     pass. With a `column_tolerance`, gradients that lie in few columns are made of these alone, with 4H FLOPs for each
-    column in place of 4HV for the row. Masked rows enter no GEMM, and no row with `kept_ids` does: k kept tokens take
+    column in place of 4HV for the row. Masked rows enter no GEMM, nor do rows with few `kept_ids`: k kept tokens take
     2kH FLOPs forward and 6kH backward. Rows of advantage 0, with beta and entropy_coef 0, cost one forward GEMM, or
     none with `return_stats=False`.
 
@@ -102,8 +102,8 @@ def linear_grpo_loss(
     batch = corrected(objective.corrections, batch)
     hidden = hidden if hidden.dim() == 3 else hidden[None]
     within = objective.in_pass(inputs)
-    logps, entropies, terms, kept = autograd.hidden_loss(hidden, head, within, batch, return_stats)
-    return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats, kept)
+    logps, entropies, terms, counts = autograd.hidden_loss(hidden, head, within, batch, return_stats)
+    return make_output(objective, batch, logps, entropies, terms.in_fp32(), return_stats, counts)
 
 
 class Options(LinearInputs, total=False):

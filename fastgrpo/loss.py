@@ -49,9 +49,9 @@ def grpo_loss(
     summed over all tokens, D being the number of loss tokens (`num_items_in_batch`). `Objective` has the other losses,
     ratios and averages, and docs/objectives.md their formulas.
 
-    With `inplace=True` the gradient is made in the forward pass and written over the logits: token-level objectives
-    take one pass over them, and nothing is allocated that grows with V. With `inplace=False` the forward pass reads
-    the logits once, and the backward pass makes the gradient in a new tensor.
+    With `inplace=True` the gradient is made in the forward pass and written over the logits: objectives that kernels
+    hold (`Objective.is_fused`) take one pass over them, and nothing is allocated that grows with V. With
+    `inplace=False` the forward pass reads the logits once, and the backward pass makes the gradient in a new tensor.
 
     Args:
         logits (B, T, V) or packed (N, V), fp32, bf16 or fp16: row t predicts completion_ids[:, t] (the caller drops
@@ -93,7 +93,7 @@ def grpo_loss(
             scored.
         inplace: overwrite `logits` with their gradient if they require one. Use them for nothing else afterwards; the
             .grad of a leaf shares its memory. One backward call is allowed. torch.compile(fullgraph=True) takes it
-            on the kernel backends, in fp32 and bf16, at token level.
+            on the kernel backends, in fp32 and bf16, with an objective that they hold.
         backend: "auto" (see `fastgrpo.backends.select`), "cpu", "cuda", "triton" or "torch".
 
     Returns:

@@ -32,14 +32,14 @@ def make_output(
     entropies: Tensor | None,
     terms: Terms,
     return_stats: bool,
-    kept: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> GRPOOutput:
     """The public result from row vectors."""
     if not return_stats:
         return GRPOOutput(terms.loss)
     metrics = compute_metrics(objective, batch, logps, entropies, terms)
-    if kept is not None:
-        metrics |= column_metrics(kept)
+    if counts is not None:
+        metrics |= column_metrics(counts)
     return GRPOOutput(
         loss=terms.loss,
         per_token_logps=logps.detach().view(batch.shape),

@@ -141,12 +141,13 @@ def test_what_cannot_be_kept_is_refused(model, tokenizer, dataset, tmp_path):
         Elsewhere(model, even_digits, args, dataset, processing_class=tokenizer).train()
 
 
-def test_a_sampler_of_the_users_gives_sets_as_lists(model, tokenizer, dataset, tmp_path):
+@pytest.mark.parametrize("top_p", [0.9, 1.0], ids=["of the config", "of the sampler alone"])
+def test_a_sampler_of_the_users_gives_sets_as_lists(top_p, model, tokenizer, dataset, tmp_path):
     class Elsewhere(GRPOTrainer):
         def _generate(self, prompt_ids, prompt_mask):
             return sampling.Sampled([[2, 3]] * len(prompt_ids), [[[2, 5], [3]]] * len(prompt_ids))
 
-    args = make_config(tmp_path, keep_sampling_mask=True, top_p=0.9, max_steps=1)
+    args = make_config(tmp_path, keep_sampling_mask=True, top_p=top_p, max_steps=1)
     trainer = Elsewhere(model, even_digits, args, dataset, processing_class=tokenizer)
     trainer.train()
     (entry,) = step_logs(trainer)

@@ -281,7 +281,7 @@ class _HiddenScores(torch.autograd.Function):
 def hidden_loss(
     hidden: Tensor, head: Head, objective: Objective, batch: Batch, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Terms, Tensor | None]:
-    """(logps, entropies, terms, kept), the loss differentiable in hidden, weight and bias; `kept` as in `Learned`.
+    """(logps, entropies, terms, counts), the loss differentiable in hidden, weight and bias; `counts` as in `Learned`.
 
     The gradients are made in the forward pass where they can be; else in the backward pass, which projects again.
     """
@@ -308,15 +308,15 @@ def hidden_loss(
         weights = Weights._make(None if x is None else x * scale for x in weights)
     how = fuse(rows, objective, batch, weights) if fused else Apart(rows, objective, batch, weights, who.scored)
     if plan is None:
-        loss, columns, bonus, kept = hidden_ops.hidden_loss(hidden, head, how, who, needs, want_entropy)
+        loss, columns, bonus, counts = hidden_ops.hidden_loss(hidden, head, how, who, needs, want_entropy)
     else:
         call = _HiddenLearning(head, how, plan, tuple(needs), want_entropy)
-        loss, (columns, bonus, kept) = _HiddenLoss.apply(hidden, head.weight, head.bias, call)
+        loss, (columns, bonus, counts) = _HiddenLoss.apply(hidden, head.weight, head.bias, call)
     if scale is not None:
         loss, bonus = loss / scale, None if bonus is None else bonus / scale
     logged = tuple(columns[name] for name in objective.record.logs)
     terms = Terms(loss, columns["ratio"], columns.get("kl"), logged, bonus)
-    return columns["logp"], columns.get("entropy"), terms, kept
+    return columns["logp"], columns.get("entropy"), terms, counts
 
 
 def _power_of_two(o: Objective, batch: Batch, weights: Weights, scored: Tensor | None) -> Tensor:
@@ -350,11 +350,11 @@ class _HiddenLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenLearning
     ) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor | None, Tensor | None]]:
-        loss, columns, bonus, gradients, kept = chunks.learn(hidden, *call)
+        loss, columns, bonus, gradients, counts = chunks.learn(hidden, *call)
         ctx.gradients, ctx.sweeps = [*gradients], call.head.sweeps
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         ctx.set_materialize_grads(False)
-        return loss, (columns, bonus, kept)  # the second has no gradient
+        return loss, (columns, bonus, counts)  # the second has no gradient
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,7 @@ from fastgrpo.backends import Rows, Scores
 from fastgrpo.batch.batch import take
 from fastgrpo.engine.head import Head
 from fastgrpo.engine.projection import Gradients
-from fastgrpo.objective.metrics import Kept
+from fastgrpo.objective.metrics import ColumnCounts
 
 # A row of K columns costs K/b, a dense one V/F: gathered bytes over the bandwidth b, FLOPs over the speed F of a GEMM.
 # They are equal at K = V·b/F: V/37 at 20 GB/s and 0.7 TFLOP/s (two cores), V/233 at 3 TB/s and 700 TFLOP/s (H100).
@@ -96,10 +96,10 @@ class FewColumns:
         self.head, self.collected = head, collected
         self.kernels, self.products = backends.columns(head.backend), ColumnProducts(head, collected)
         self.room = room(head.vocab, head.logits_dtype, head.weight.device.type)
-        self.counted = Kept(0, 0, 0)
+        self.counted = ColumnCounts(0, 0, 0)
 
-    def kept(self) -> Tensor:
-        """(3,) int64, `Kept` of all chunks."""
+    def counts(self) -> Tensor:
+        """(3,) int64, `ColumnCounts` of all chunks."""
         return torch.tensor(self.counted, device=self.head.weight.device)
 
     def add(self, at: slice | Tensor, logits: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None) -> None:

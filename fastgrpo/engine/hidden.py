@@ -35,7 +35,7 @@ class Learned(NamedTuple):
     columns: dict[str, Tensor]  # (N,) by name: "logp", "entropy" if wanted, and those of the objective's terms
     bonus: Tensor | None
     gradients: HeadGradients  # of the loss; those of fp16 tensors in fp32
-    kept: Tensor | None  # (3,) of few columns, `objective.metrics.Kept`; None without a tolerance
+    counts: Tensor | None  # (3,) of few columns, `objective.metrics.ColumnCounts`; None without a tolerance
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
@@ -234,7 +234,7 @@ def learn(hidden: Tensor, head: Head, how: How, plan: Plan, needs: Sequence[bool
     loss = sum(losses[1:], start=losses[0]) if losses else vectors.new_zeros(())
     bonus = sum(bonuses[1:], start=bonuses[0]) if bonuses else None if how.h is None else vectors.new_zeros(())
     columns_of = dict(zip(names, table.unbind(), strict=True))
-    return Learned(loss, columns_of, bonus, made, None if few is None else few.kept())
+    return Learned(loss, columns_of, bonus, made, None if few is None else few.counts())
 
 
 def _put(table: Tensor, at: slice | Tensor, columns: list[Tensor]) -> None:

@@ -256,13 +256,13 @@ def taken_apart(how: How) -> tuple[list[Tensor | None], list[float], str]:
 def hidden_loss(
     hidden: Tensor, head: Head, how: How, roles: Roles, needs: list[bool], want_entropy: bool
 ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None]:
-    """(loss, columns, bonus, kept) as `hidden.Learned` has them."""
+    """(loss, columns, bonus, counts) as `hidden.Learned` has them."""
     rows, flags = [how.rows.ids, *roles, how.rows.inv_temperature], [*needs, want_entropy]
     tensors = (hidden, head.weight, head.bias, rows)
-    loss, bonus, kept, table, *_ = linear_loss(*tensors, *taken_apart(how), flags, *_numbers(head))
+    loss, bonus, counts, table, *_ = linear_loss(*tensors, *taken_apart(how), flags, *_numbers(head))
     columns = [*["logp", "entropy"][: 1 + want_entropy], *how.columns()]
     made = dict(zip(columns, table.unbind(), strict=True))
-    return loss, made, None if how.h is None else bonus, kept if head.column_tolerance > 0 else None
+    return loss, made, None if how.h is None else bonus, counts if head.column_tolerance > 0 else None
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_loss", mutates_args=())
@@ -302,8 +302,8 @@ def linear_loss(
     table = torch.stack([*learned.columns.values()])
     d_hidden, d_weight, d_bias = (given(x, inv_temperature) for x in learned.gradients)
     bonus = torch.zeros_like(learned.loss) if learned.bonus is None else learned.bonus
-    kept = torch.empty(0, dtype=torch.int64, device=table.device) if learned.kept is None else learned.kept
-    return learned.loss, bonus, kept, table, d_hidden, d_weight, d_bias
+    counts = torch.empty(0, dtype=torch.int64, device=table.device) if learned.counts is None else learned.counts
+    return learned.loss, bonus, counts, table, d_hidden, d_weight, d_bias
 
 
 @linear_loss.register_fake
@@ -316,16 +316,16 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, *rest:
     made = _fake_gradients(hidden, weight, bias, needs, inv_temperature)
     d_hidden, d_weight, d_bias = (x.to(chunks.hold_dtype(x.dtype)) for x in made)
     loss, bonus = inv_temperature.new_empty(()), inv_temperature.new_empty(())
-    kept = inv_temperature.new_empty(3 if column_tolerance > 0 else 0, dtype=torch.int64)
-    return loss, bonus, kept, table, d_hidden, d_weight, d_bias
+    counts = inv_temperature.new_empty(3 if column_tolerance > 0 else 0, dtype=torch.int64)
+    return loss, bonus, counts, table, d_hidden, d_weight, d_bias
 
 
 def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Seven) -> None:
     hidden, weight, bias, *_ = inputs
-    _, bonus, kept, table, *gradients = output
+    _, bonus, counts, table, *gradients = output
     ctx.dtypes = [hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
     ctx.save_for_backward(*gradients)
-    ctx.mark_non_differentiable(bonus, kept, table, *gradients)
+    ctx.mark_non_differentiable(bonus, counts, table, *gradients)
     ctx.set_materialize_grads(False)
 
 

@@ -63,20 +63,20 @@ def compute_metrics(
     return metrics
 
 
-class Kept(NamedTuple):
+class ColumnCounts(NamedTuple):
     """What was counted where gradients were made of a few columns of each row."""
 
     columns: int  # of the rows that fit
     fitting: int  # rows with a gradient that have few columns
     dense: int  # those that went through the GEMMs
 
-    def plus(self, columns: int, fitting: int, dense: int) -> Kept:
-        return Kept(self.columns + columns, self.fitting + fitting, self.dense + dense)
+    def plus(self, columns: int, fitting: int, dense: int) -> ColumnCounts:
+        return ColumnCounts(self.columns + columns, self.fitting + fitting, self.dense + dense)
 
 
-def column_metrics(kept: Tensor) -> dict[str, Tensor]:
-    """Means over rows, fp32, from `Kept` as a tensor (3,); 0 over no rows."""
-    columns, fitting, dense = kept.float().unbind()
+def column_metrics(counts: Tensor) -> dict[str, Tensor]:
+    """Means over rows, fp32, from `ColumnCounts` as a tensor (3,); 0 over no rows."""
+    columns, fitting, dense = counts.float().unbind()
     rows = fitting + dense
     mean, share = columns / fitting.clamp(min=1), dense / rows.clamp(min=1)
     return {"columns/mean": mean, "columns/dense": share, "columns/rows": rows}

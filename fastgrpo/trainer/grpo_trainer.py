@@ -231,7 +231,8 @@ class GRPOTrainer(GroupTrainer):
             "completion_mask": completion_mask,
             "num_items_in_batch": accelerator.gather(completion_mask.sum()).sum(),
         }
-        batch |= pack_sets(kept, completion_ids.shape[1], device) if self._records_sets else {}
+        if self._records_sets or (args.keep_sampling_mask and kept is not None):  # a sampler may truncate by itself
+            batch |= pack_sets(kept, completion_ids.shape[1], device)
         batch |= self._frozen_logps(batch, mode)
         batch["advantages"] = self._score(rows, prompts, completions, completion_tokens, completion_mask, group, mode)
         return batch
