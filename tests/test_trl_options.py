@@ -485,6 +485,9 @@ def test_sets_in_the_inputs(model_folder, tmp_path):
         return logged(grpo_run, Keeps, model_folder("qwen2"), tmp_path / way, tools=True)
 
     none, every, one = map(run, ways)
+    sizes = [entry.pop("kept/mean") for entry in every[0] if "kept/mean" in entry]
+    assert sizes and set(sizes) == {128.0}
+    assert not any(entry.pop("kept/without", 0) for entry in every[0])
     assert_same(every, none, 2e-6)
     entropies = [entry["entropy"] for entry in one[0] if "entropy" in entry]
     assert entropies and not any(entropies)
