@@ -57,7 +57,7 @@ WORD_PROBLEMS = Sizes(
 )
 PRODUCTS = Sizes(  # for --model smollm2
     max_completion_length=12,  # an equation such as 30 * 9 = 270 takes 10 tokens, and the end token
-    steps=150,
+    steps=100,
     learning_rate=1e-5,
     warmup_steps=5,
     batch_size=32,

@@ -182,8 +182,8 @@ class Scripted:
 
 @pytest.mark.slow
 def test_ten_steps_on_smollm2_equal_trl(real_model, tmp_path):
-    """The same completions in fp32: every logged number of ten steps agrees to 1e-5, and the updates of the weights
-    agree."""
+    """The same completions, each for two updates, in fp32: every logged number of ten steps agrees to 1e-5, and the
+    updates of the weights agree to a thousandth."""
     if (why := real_model.missing()) is not None:
         pytest.skip(why)
     train, _ = products.make_datasets(0)
@@ -191,7 +191,7 @@ def test_ten_steps_on_smollm2_equal_trl(real_model, tmp_path):
     logs, updates = {}, {}
     for side in ("trl", "fastgrpo"):
         model = copy.deepcopy(first)
-        sizes = dict(per_device_train_batch_size=4, num_generations=4, max_steps=STEPS, seed=7)
+        sizes = dict(per_device_train_batch_size=4, num_generations=4, num_iterations=2, max_steps=STEPS, seed=7)
         trainer = real_model.make_trainer(side, str(tmp_path / side), model, tokenizer, train, **sizes)
         script = Scripted(tokenizer)
         if side == "trl":
@@ -209,13 +209,16 @@ def test_ten_steps_on_smollm2_equal_trl(real_model, tmp_path):
     for theirs, ours in zip(logs["trl"], logs["fastgrpo"], strict=True):
         assert set(ours) == set(theirs)
         for key in set(ours) - {"step_time"}:
+            if ours[key] is None or theirs[key] is None:
+                assert ours[key] == theirs[key], key
+                continue
             a, b = float(ours[key]), float(theirs[key])
             worst[key] = max(worst.get(key, 0.0), abs(a - b) / max(1.0, abs(b)))
     ours = updates["fastgrpo"]
     off = {name: float((ours[name] - theirs).norm() / theirs.norm()) for name, theirs in updates["trl"].items()}
     print({key: f"{value:.1e}" for key, value in worst.items()}, f"updates: {max(off.values()):.1e}")
     assert max(worst.values()) < 1e-5, worst
-    assert max(off.values()) < 1e-2, max(off, key=off.get)
+    assert max(off.values()) < 1e-3, max(off, key=off.get)
 
 
 @pytest.mark.slow
