@@ -290,6 +290,7 @@ def skyrl(root):
         case = _Case()
         x = case.x
         a, mask = x["advantages"][:, None].expand(B, T), x["mask"]
+        tokens = mask.sum().item()
         config = SimpleNamespace(
             policy_loss_type="regular", eps_clip_low=0.2, eps_clip_high=0.2, clip_ratio_c=3.0,
             off_policy_correction=SimpleNamespace(**dict.fromkeys((
@@ -297,6 +298,10 @@ def skyrl(root):
                 "outlier_token_is_threshold_high", "token_mask_is_threshold_low", "token_mask_is_threshold_high"))),
             cispo=SimpleNamespace(cispo_anchor="old", cispo_eps_clip_low=1.0, cispo_eps_clip_high=4.0),
             dppo=SimpleNamespace(dppo_type="binary_tv", delta_low=0.2, delta_high=0.2),
+            sapo=SimpleNamespace(tau_pos=1.0, tau_neg=1.05), loss_reduction="sequence_mean",
+            # the advantages that these see are already over the number of tokens, the coefficient is not
+            clip_cov=SimpleNamespace(clip_ratio=1.0, clip_cov_lb=0.1 / tokens, clip_cov_ub=5.0 / tokens),
+            kl_cov=SimpleNamespace(kl_cov_frac=0.3, ppo_kl_coef=0.1 / tokens),
         )  # fmt: skip
 
         def loss(function, reduction="token_mean", **options):
@@ -323,6 +328,16 @@ def skyrl(root):
                  loss(module.compute_policy_loss_cispo))  # fmt: skip
         case.add("rollout_is", dict(sampled, loss_type="icepop"), loss(module.rollout_is_policy_loss))
         case.add("dppo", dict(sampled, loss_type="dppo"), loss(module.dppo_policy_loss))
+        case.add("clip_cov", dict(loss_type="clip_cov", cov_low=0.1, cov_share=1.0),
+                 loss(module.compute_policy_loss_clip_cov))  # fmt: skip
+        case.add("kl_cov", dict(loss_type="kl_cov", cov_share=0.3, cov_coef=0.1),
+                 loss(module.compute_policy_loss_kl_cov))  # fmt: skip
+        sequences = dict(importance_sampling_level="sequence_token", average="grpo")
+        case.add("gspo", dict(without_kl, **sequences, log_ratio_clamp=10.0),
+                 loss(module.gspo_policy_loss, "sequence_mean"))  # fmt: skip
+        case.add("sapo", dict(loss_type="sapo", log_ratio_clamp=20.0), loss(module.sapo_policy_loss, "sequence_mean"))
+        case.add("importance_sampling", dict(loss_type="dapo", epsilon=1e6),  # no bound
+                 loss(module.importance_sampling_loss))  # fmt: skip
 
         off, least = vars(config.off_policy_correction), math.exp(-20)  # its log ratios are within ±20
         product = dict(product_mask_low=0.7, product_mask_high=1.4)
