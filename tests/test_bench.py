@@ -16,7 +16,7 @@ from fastgrpo.bench import command, measure, operation, origin, report, turns, v
 from fastgrpo.bench.operation import OPERATIONS, Case, Implementation, label
 from fastgrpo.bench.registry import REGISTRY
 from fastgrpo.cli import main
-from fastgrpo.logps import selective_logps
+from fastgrpo.logps import linear_logps, selective_logps
 
 ROOT = Path(__file__).parents[1]
 TINY = Case("linear", 8, 4, 300, 64, "fp32")
@@ -186,6 +186,14 @@ def test_old_logps_keep_away_from_the_clip_edges():
 
 
 SMALL = "bench --op logps --shape B=8,T=4,V=300 --dtype bf16 --seconds 0.01 --impl fastgrpo --impl eager --backend cpu"
+
+
+@pytest.mark.parametrize("op, low, high", [("flat", 4, 9), ("sure", 0.1, 2)])
+def test_policies_are_as_sure_as_they_are_called(op, low, high):
+    case = Case(op, 4, 16, 8192, 512)
+    inputs = OPERATIONS[op].inputs(case)
+    _, entropies = linear_logps(inputs.hidden, inputs.weight, inputs.ids, return_entropy=True)
+    assert low < entropies.mean() < high
 
 
 def test_the_command_writes_rows(tmp_path, capsys):
