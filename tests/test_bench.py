@@ -439,6 +439,9 @@ def test_the_short_table_has_the_size_that_most_were_measured_at():
     cells = ["from hidden states, bf16", "512 tokens, V = 1,000, H = 10", *("10 ms · 1e-03", "–", "50 ms · 1e-03")]
     assert f"| {' | '.join(cells)} | 60 ms" in text
     assert "Liger (not compiled) |" in text and "792" not in text and "| 7 ms" not in text
+    other = recorded(impl="liger", ms_p50=55.0, dtype="fp32", case="in fp32", mode="compiled")
+    text = report.short_table([[*rows, other]])  # modes that differ stand with their times
+    assert "| Liger |" in text and "60 ms · 1e-03 (not compiled) |" in text and "55 ms · 1e-03 (compiled) |" in text
     assert "Not measured yet: any GPU" in text
     assert "GPU" not in report.short_table([rows, [recorded(on="cuda", device="a card")]])
 

@@ -91,17 +91,24 @@ def short_table(devices: list[Rows]) -> str:
             if row["op"] in _SHORT and row["impl"] in _SIDES and row["ms_p50"] and "--growth" not in row["command"]:
                 key = list(_SHORT).index(row["op"]), row["inactive"] > 0, row["dtype"]
                 groups.setdefault(key, {}).setdefault(_size(row), []).append(row)
-        lines, modes = [], {side: {} for side in _SIDES}
+        chosen = []
         for key in sorted(groups):
             size, found = max(groups[key].items(), key=lambda item: len({row["impl"] for row in item[1]}))
             best = {row["impl"]: row for row in sorted(found, key=lambda row: -row["ms_p50"])}  # the last: the fastest
-            for side, row in best.items():
-                modes[side][row["mode"]] = None
-            what = _SHORT[found[0]["op"]] + (f" ({mode})" if (mode := best.get("fastgrpo", {}).get("mode")) else "")
-            cells = [" · ".join(filter(None, _facts(best[side]))) if side in best else "–" for side in _SIDES]
-            lines.append(f"| {what}, {key[2]} | {size} | " + " | ".join(cells) + " |")
-        names = [f"{name} ({mode})" if (mode := ", ".join(modes[side])) and side != "fastgrpo" else name
-                 for side, name in _SIDES.items()]  # fmt: skip
+            chosen.append((key, size, best))
+        modes = {side: {best[side]["mode"] for *_, best in chosen if side in best} for side in _SIDES}
+        names, lines = [], []
+        for side, name in _SIDES.items():
+            in_head = side != "fastgrpo" and len(modes[side]) == 1
+            names.append(name + (_in_brackets(*modes[side]) if in_head else ""))
+        for (*_, dtype), size, best in chosen:
+            cells, op = [], next(iter(best.values()))["op"]
+            for side in _SIDES:
+                cell = " · ".join(filter(None, _facts(best[side]))) if side in best else "–"
+                in_cell = side != "fastgrpo" and side in best and len(modes[side]) > 1
+                cells.append(cell + (_in_brackets(best[side]["mode"]) if in_cell else ""))
+            what = _SHORT[op] + _in_brackets(best.get("fastgrpo", {}).get("mode"))
+            lines.append(f"| {what}, {dtype} | {size} | " + " | ".join(cells) + " |")
         head = [f"| {_device(rows[0])} | size | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(_SIDES)]
         parts.append("\n".join(head + lines))
     if not any(row["on"] == "cuda" and row["ms_p50"] for rows in devices for row in rows):
@@ -110,6 +117,10 @@ def short_table(devices: list[Rows]) -> str:
             f"**Not measured yet: any GPU{others}.** No timing of the Triton and CUDA kernels has been recorded."
         )
     return "\n\n".join(parts)
+
+
+def _in_brackets(mode: str | None) -> str:
+    return f" ({mode})" if mode else ""
 
 
 def section(rows: Rows, left_out: Rows = ()) -> str:

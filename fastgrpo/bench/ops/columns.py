@@ -102,7 +102,7 @@ sure = _operation(
            ratio("fastgrpo", "GEMMs alone", MODE), 0.45, at_most=True),
     Target("a sure policy, column_tolerance 2^-12: our error over that of all columns", "bf16", _error_over_dense, 1.5,
            at_most=True, accuracy=True),
-    short="of a sure policy, few columns",
+    short="from hidden states, a sure policy",
 )  # fmt: skip
 flat = _operation(
     "flat", "loss and gradients from hidden states of a flat policy", 6, 3, _flat,

@@ -46,7 +46,7 @@ kept = Operation(
     ),
     softcap="refused",
     page=4,
-    short=f"the same, {SIZE} kept tokens a row",
+    short=f"from hidden states, {SIZE} kept tokens a row",
 )  # fmt: skip
 
 
