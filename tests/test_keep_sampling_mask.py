@@ -154,6 +154,26 @@ def test_a_sampler_of_the_users_gives_sets_as_lists(top_p, model, tokenizer, dat
     assert 0 < entry["entropy"] <= math.log(2) / 2  # of two tokens the second was alone
 
 
+@pytest.mark.parametrize("top_p", [0.9, 1.0], ids=["of the config", "of the sampler alone"])
+def test_metrics_are_the_same_ones_where_nothing_was_kept(top_p, model, tokenizer, dataset, tmp_path, monkeypatch):
+    """Processes gather them in one tensor: their names and order are those of the config, whatever was sampled."""
+    seen, reduce = [], grpo_trainer.reduce_metrics
+    monkeypatch.setattr(grpo_trainer, "reduce_metrics", lambda *a: seen.append(a[2]) or reduce(*a))
+
+    class Elsewhere(GRPOTrainer):
+        def _generate(self, prompt_ids, prompt_mask):
+            completions, n = [[2, 3]] * len(prompt_ids), len(prompt_ids)
+            if len(seen) == 0:
+                return sampling.Sampled(completions, [[[2, 5], [3]]] * n)
+            return completions if top_p == 1.0 and len(seen) == 1 else sampling.Sampled(completions, [[None, []]] * n)
+
+    args = make_config(tmp_path, keep_sampling_mask=True, top_p=top_p, max_steps=3, entropy_coef=0.01)
+    Elsewhere(model, even_digits, args, dataset, processing_class=tokenizer).train()
+    assert len(seen) == 3 and len({tuple(metrics) for metrics in seen}) == 1
+    of_sets = [(metrics["kept/mean"].item(), metrics["kept/without"].item()) for metrics in seen]
+    assert of_sets == [(1.5, 0), (0, 1), (0, 1)]
+
+
 def test_a_round_with_sets_goes_on_from_a_checkpoint(tokenizer, dataset, tmp_path):
     options = dict(
         keep_sampling_mask=True, top_k=4, steps_per_generation=4, gradient_accumulation_steps=2, max_steps=4,

@@ -231,7 +231,10 @@ class GRPOTrainer(GroupTrainer):
             "completion_mask": completion_mask,
             "num_items_in_batch": accelerator.gather(completion_mask.sum()).sum(),
         }
-        if self._records_sets or (args.keep_sampling_mask and kept is not None):  # a sampler may truncate by itself
+        if args.keep_sampling_mask:  # with sets or without: every process logs the same metrics
+            if kept is None and self._records_sets:
+                raise ValueError("keep_sampling_mask: expected a sampler that gives `Sampled`, got completions alone")
+            kept = [()] * len(completion_tokens) if kept is None else kept
             batch |= pack_sets(kept, completion_ids.shape[1], device)
         batch |= self._frozen_logps(batch, mode)
         batch["advantages"] = self._score(rows, prompts, completions, completion_tokens, completion_mask, group, mode)
