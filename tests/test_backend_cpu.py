@@ -430,8 +430,7 @@ def test_sources_beside_an_installed_package(tmp_path, monkeypatch):
     assert f"the sources in {sources}" in why and f"in {site}, has them: run Python in another folder" in why
 
 
-# Every call has its tensors before the limit. What it takes besides is mapped by itself, so that it counts at once, and
-# two threads take it.
+# Every call has its tensors before the limit. What two threads take besides is mapped block by block, and so counts.
 WITHOUT_MEMORY = """
 import math, resource, sys
 import torch
