@@ -50,12 +50,14 @@ def test_the_recorder_samples_as_generate_does(name, model, tokenizer, tmp_path)
 
 def test_sets_are_carried_with_the_rows_of_a_batch():
     kept = [[[3, 1], None, [5]], [[2]], [torch.tensor([7, 8, 9]), []]]
-    batch = sampling.pack_sets(kept, 4, torch.device("cpu"))
+    batch = sampling.pack_sets(kept, torch.zeros(3, 4))
     assert batch["kept_counts"].tolist() == [[2, 0, 1, 0], [1, 0, 0, 0], [3, 0, 0, 0]]
     part = sampling.sets_of({name: x[[2, 0]] for name, x in batch.items()})
     assert part["kept_ids"].tolist() == [7, 8, 9, 3, 1, 5]
     assert part["kept_offsets"].tolist() == [0, 3, 3, 3, 3, 5, 5, 6, 6]
     assert sampling.sets_of({}) == {}
+    nothing = sampling.sets_of(sampling.pack_sets(None, torch.zeros(3, 4)))
+    assert nothing["kept_ids"].tolist() == [] and nothing["kept_offsets"].tolist() == [0] * 13
 
 
 def first_ratios(keep, model, tokenizer, dataset, tmp_path, monkeypatch):
