@@ -72,8 +72,7 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
   float loss, d;  // of the policy term
   if (spec.kind == kCispo) {
     const float clip_low = spec.numbers[0], clip_high = spec.numbers[1];
-    // Equal bounds are the factor, whatever the ratio is.
-    d = -(clip_low == clip_high ? clip_low : clamp(c1, clip_low, clip_high)) * A;
+    d = -clamp(c1, clip_low, clip_high) * A;
     loss = d * lp;
   } else if (spec.kind == kSapo) {
     const float tau = A > 0 ? spec.numbers[0] : spec.numbers[1];

@@ -2,6 +2,10 @@
 fast path. The objective and the gradients of all backends are held against each other in test_backends.py."""
 
 import math
+import os
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -424,3 +428,93 @@ def test_sources_beside_an_installed_package(tmp_path, monkeypatch):
     (site / "fastgrpo" / "lib" / "libfastgrpo_cpu.so").touch()
     why = native.load("fastgrpo_cpu", "a C++ compiler")[1]
     assert f"the sources in {sources}" in why and f"in {site}, has them: run Python in another folder" in why
+
+
+# Every call has its tensors before the limit. What two threads take besides is mapped block by block, and so counts.
+WITHOUT_MEMORY = """
+import math, resource, sys
+import torch
+from fastgrpo.backends import Rows, Scores, TokenRows, TokenSpec, cpu
+
+torch.set_num_threads(2)
+torch.manual_seed(0)
+
+
+def calls():
+    n, V = 4, 1 << 21
+    x, out = torch.randn(1, n, V).bfloat16(), torch.empty(1, n, V, dtype=torch.bfloat16)
+    rows = Rows(torch.arange(n), torch.ones(n, dtype=torch.bool), torch.ones(n))
+    g, h = torch.ones(n), torch.full((n,), 0.1)
+    token = TokenRows(torch.ones(n), torch.ones(n), None, None, None, None, None, None)
+    scores = cpu.row_stats(x, rows, want_entropy=True, softcap=9.0)
+    yield "row_stats", lambda: cpu.row_stats(x, rows, want_entropy=True, softcap=9.0)
+    yield "row_grad", lambda: cpu.row_grad(x, rows, scores, g, h, out, softcap=9.0) or out
+    yield "token_loss", lambda: cpu.token_loss(x, rows, token, TokenSpec(), out, want_entropy=False, softcap=9.0)
+    yield "select_columns", lambda: cpu.select_columns(x, rows, scores, g, h, 0.9, V // 64, softcap=9.0).sizes
+    del x, out
+    weight, dz, ids = torch.randn(1, V).bfloat16(), torch.ones(n, 1), torch.zeros(n, 1, dtype=torch.int32)
+    out = torch.empty(n, V, dtype=torch.bfloat16)
+    yield "column_d_hidden", lambda: cpu.column_d_hidden(dz, ids, weight, out) or out
+    pairs = 17
+    wide = torch.empty(pairs, V, dtype=torch.bfloat16)
+
+    def d_weight():
+        flat = torch.arange(pairs, dtype=torch.int32)
+        cpu.column_d_weight(torch.ones(pairs), flat, flat * 0, weight, wide.zero_(), None)
+        return wide
+
+    yield "column_d_weight", d_weight
+    del weight, out, wide
+    a, b, c = torch.randn(120, 40000), torch.randn(40000, 96), torch.empty(120, 96)  # by segments
+    yield "matmul", lambda: cpu.matmul(a, b, c) or c
+    left = torch.randn(40000, 120).t()  # which is packed, on every instruction set
+    yield "matmul", lambda: cpu.matmul(left, b, c) or c
+    d = torch.empty(96, 120)
+    yield "matmul", lambda: cpu.matmul(b[:9000].t(), left[:, :9000].t(), d) or d
+    hidden, head = torch.randn(96, 9000), torch.randn(300, 9000)
+    rows = Rows(torch.arange(96), torch.ones(96, dtype=torch.bool), torch.ones(96))
+    yield "head_stats", lambda: cpu.head_stats(hidden, head, None, rows, want_entropy=True)
+
+
+def bits(result):
+    return [x.clone() for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
+
+
+for name, call in calls():
+    want, refused, done = bits(call()), 0, 0
+    for spare in range(0, 40 << 20, 1 << 20):
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        made = None
+        resource.setrlimit(resource.RLIMIT_AS, (used + spare, hard))
+        try:
+            made = call()
+        except MemoryError as error:
+            message = str(error)
+        except RuntimeError as error:
+            assert "allocate memory" in str(error), error  # torch's own, of a result
+            message = ""
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        if made is None:
+            refused += message == f"backend 'cpu': {name}: not enough memory"
+        else:
+            done += 1
+            assert all(map(torch.equal, bits(made), want)), name
+    again = bits(call())
+    assert all(map(torch.equal, again, want)), name
+    print(name, refused, done, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit and the use of addresses are read as Linux has them")
+def test_a_call_without_memory_is_an_error():
+    """On a thread of its own, too, and wherever it ends: nothing waits for it, and the next call is as any other."""
+    here = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1", OMP_NUM_THREADS="1")
+    command = ["bash", "-c", 'ulimit -s 256; exec "$@"', "-", sys.executable, "-c", WITHOUT_MEMORY]
+    done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout}{done.stderr[-2000:]}"
+    counts = re.findall(r"^(\w+) (\d+) (\d+)$", done.stdout, re.MULTILINE)
+    assert len(counts) == 10
+    for name, refused, made in counts:
+        assert int(refused) > 0 and int(made) > 0, (name, refused, made)

@@ -50,12 +50,14 @@ def test_the_recorder_samples_as_generate_does(name, model, tokenizer, tmp_path)
 
 def test_sets_are_carried_with_the_rows_of_a_batch():
     kept = [[[3, 1], None, [5]], [[2]], [torch.tensor([7, 8, 9]), []]]
-    batch = sampling.pack_sets(kept, 4, torch.device("cpu"))
+    batch = sampling.pack_sets(kept, torch.zeros(3, 4))
     assert batch["kept_counts"].tolist() == [[2, 0, 1, 0], [1, 0, 0, 0], [3, 0, 0, 0]]
     part = sampling.sets_of({name: x[[2, 0]] for name, x in batch.items()})
     assert part["kept_ids"].tolist() == [7, 8, 9, 3, 1, 5]
     assert part["kept_offsets"].tolist() == [0, 3, 3, 3, 3, 5, 5, 6, 6]
     assert sampling.sets_of({}) == {}
+    nothing = sampling.sets_of(sampling.pack_sets(None, torch.zeros(3, 4)))
+    assert nothing["kept_ids"].tolist() == [] and nothing["kept_offsets"].tolist() == [0] * 13
 
 
 def first_ratios(keep, model, tokenizer, dataset, tmp_path, monkeypatch):
@@ -152,6 +154,26 @@ def test_a_sampler_of_the_users_gives_sets_as_lists(top_p, model, tokenizer, dat
     trainer.train()
     (entry,) = step_logs(trainer)
     assert 0 < entry["entropy"] <= math.log(2) / 2  # of two tokens the second was alone
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0], ids=["of the config", "of the sampler alone"])
+def test_metrics_are_the_same_ones_where_nothing_was_kept(top_p, model, tokenizer, dataset, tmp_path, monkeypatch):
+    """Processes gather them in one tensor: their names and order are those of the config, whatever was sampled."""
+    seen, reduce = [], grpo_trainer.reduce_metrics
+    monkeypatch.setattr(grpo_trainer, "reduce_metrics", lambda *a: seen.append(a[2]) or reduce(*a))
+
+    class Elsewhere(GRPOTrainer):
+        def _generate(self, prompt_ids, prompt_mask):
+            completions, n = [[2, 3]] * len(prompt_ids), len(prompt_ids)
+            if len(seen) == 0:
+                return sampling.Sampled(completions, [[[2, 5], [3]]] * n)
+            return completions if top_p == 1.0 and len(seen) == 1 else sampling.Sampled(completions, [[None, []]] * n)
+
+    args = make_config(tmp_path, keep_sampling_mask=True, top_p=top_p, max_steps=3, entropy_coef=0.01)
+    Elsewhere(model, even_digits, args, dataset, processing_class=tokenizer).train()
+    assert len(seen) == 3 and len({tuple(metrics) for metrics in seen}) == 1
+    of_sets = [(metrics["kept/mean"].item(), metrics["kept/without"].item()) for metrics in seen]
+    assert of_sets == [(1.5, 0), (0, 1), (0, 1)]
 
 
 def test_a_round_with_sets_goes_on_from_a_checkpoint(tokenizer, dataset, tmp_path):

@@ -53,6 +53,7 @@ MADE = {
         [4, 2, 3],
         [2, 1],
     ),
+    "an empty one beside sequences": (([[], [[1], [2]], (), [None]],), [1, 2], [1, 1, 0]),
     "no rows": (([],), [], []),
     "no sets": (([None, [], None],), [], [0, 0, 0]),
     "flat": ((torch.tensor(FLAT, dtype=torch.int32), torch.tensor(COUNTS).view(2, 3)), FLAT, COUNTS),
@@ -84,6 +85,9 @@ NOT_MADE = {
     "one row of a mask": ((torch.ones(3, dtype=torch.bool),), r"sets: .*\(3,\)"),
     "rows of two dimensions": (([torch.zeros(2, 3).long()],), r"sets: .*\(2, 3\)"),
     "none": ((None,), "sets: .*None"),
+    "None beside a sequence": (([[[1], [2]], None],), "sets: .*sequence of rows in each place.*got None"),
+    "a row beside a sequence": (([[3, 4], [[1], [2]]],), r"sets: .*sequence of rows in each place.*got \[3, 4\]"),
+    "a tensor beside a sequence": (([torch.ones(0), [None]],), r"sets: .*sequence of rows in each place.*\(0,\)"),
     "too few counts": ((FLAT, [1, 2]), "counts: .*sum is 7"),
     "a negative count": ((FLAT, [8, -1]), "counts: .*>= 0"),
     "float counts": ((FLAT, [7.0]), "counts: .*integers"),
@@ -96,6 +100,22 @@ def test_sets_that_cannot_be_made(name):
     arguments, message = NOT_MADE[name]
     with pytest.raises(ValueError, match=f"^{message}"):
         kept_sets(*arguments)
+
+
+def test_metrics_of_sets_without_any():
+    """The names are those of a call that gives sets, also where no row has one."""
+    logits, ids = torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.int64)
+    names = []
+    for sets in ([[1, 4]] + [None] * 5, [None] * 6):
+        calls = (lambda **k: grpo_loss(logits, ids, torch.ones(2), **k),
+                 lambda **k: linear_grpo_loss(logits, torch.eye(8), ids, torch.ones(2), **k))  # fmt: skip
+        for call in calls:
+            metrics = call(**kept_sets(sets)._asdict()).metrics
+            names.append([*metrics])
+            assert metrics["kept/mean"] == (2 if sets[0] else 0)
+            assert metrics["kept/without"].item() == pytest.approx(5 / 6 if sets[0] else 1)
+            assert not any(name.startswith("kept/") for name in call().metrics)
+    assert all(these == names[0] for these in names)
 
 
 def changed(row, *ids):

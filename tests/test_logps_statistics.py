@@ -201,6 +201,20 @@ def test_of_equal_logits_the_first_is_on_top(backend, device):
         assert found["is_top1"][0].tolist() == first
 
 
+def test_a_softcap_makes_equal_ones(backend, device):
+    """Logits far beyond it are all the softcap: in float64, too."""
+    logits = torch.linspace(-1.0, 1.0, 40)
+    logits[[7, 21, 30]] = torch.tensor([50.0, 60.0, 55.0])
+    hidden, weight = torch.ones(1, 4, 1, device=device), logits[:, None].to(device)
+    ids = torch.tensor([[7, 21, 30, 3]], device=device)
+    softcap = softcap_on(backend, 2.0)
+    want = textbook(project(hidden.double().cpu(), weight.double().cpu(), softcap=softcap), ids)
+    assert want["is_top1"].tolist() == [[softcap is not None, softcap is None, False, False]]
+    call = dict(statistics=NAMES, softcap=softcap, backend=backend)
+    for sets in ({}, kept_sets([[*range(40)]] * 4, device=device)._asdict()):
+        assert_are(linear_logps(hidden, weight, ids, **call, **sets).statistics, want)
+
+
 def test_ruled_out_tokens_and_bad_rows(backend, device):
     """-inf logits have p = 0, and stand in the mean; NaN stays in its row."""
     logits, ids, _ = make_inputs(batch=1, length=3, device=device, backend=backend)

@@ -1,7 +1,11 @@
 """Objective and its mathematics in torch, against TRL's own code and against textbook formulas."""
 
+import copy
+import dataclasses
 import itertools
+import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from cases import (
     rel_norm,
 )
 
-from fastgrpo import Objective, policy_loss
+from fastgrpo import Correction, Objective, policy_loss
 from fastgrpo.objective import LOSS_TYPES, LOSSES
 from fastgrpo.objective.losses import Kind
 from fastgrpo.objective.terms import high_entropy_mask
@@ -314,3 +318,35 @@ def test_tokens_are_chosen_by_covariance():
         assert chosen.sum() == count and ((cov > 0) & (cov < 2))[chosen].all()
         drawn.add(tuple(chosen.flatten().nonzero()[:, 0].tolist()))
     assert len(drawn) > 4
+
+
+ROUND_TRIPS = {
+    "asdict": lambda o: Objective(**dataclasses.asdict(o)),
+    "asdict through JSON": lambda o: Objective(**json.loads(json.dumps(dataclasses.asdict(o)))),
+    "replace": lambda o: dataclasses.replace(dataclasses.replace(o, epsilon=0.9), epsilon=o.epsilon),
+    "pickle": lambda o: pickle.loads(pickle.dumps(o)),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "repr": lambda o: eval(repr(o)),
+}
+
+
+@pytest.mark.parametrize("way", ROUND_TRIPS)
+@pytest.mark.parametrize(
+    "text", [None, "token_truncate:2", "token_mask:0.5_5,any_drop:1e-4_,geometric_reject_k3:0.01"]
+)
+def test_an_objective_comes_back_as_it_was(text, way):
+    objective = Objective(loss_type="grpo", epsilon=0.3, beta=0.1, sampling_correction=text)
+    again = ROUND_TRIPS[way](objective)
+    assert again == objective and hash(again) == hash(objective) and again.corrections == objective.corrections
+    given = dict(old_per_token_logps=torch.zeros(1, 2))
+    assert again.in_pass(given) == objective.in_pass(given) and again.in_pass(given).corrections is None
+
+
+@pytest.mark.parametrize("given", [{}, {"level": "token"}, [{"level": "token", "outside": "mask", "lowest": 0.5}]])
+def test_a_correction_of_other_fields_is_refused(given):
+    with pytest.raises(ValueError, match="^sampling_correction: expected the fields level, outside, low, high, mea"):
+        Objective(sampling_correction=given)
+    assert Objective(sampling_correction={"level": "token", "outside": "mask"}).corrections == (
+        Correction("token", "mask"),
+    )

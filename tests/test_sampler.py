@@ -22,6 +22,7 @@ from fastgrpo import Correction, Objective, grpo_loss, linear_grpo_loss, policy_
 from fastgrpo.batch.inputs import make_batch
 from fastgrpo.engine.logits import Sweeps
 from fastgrpo.engine.plan import roles
+from fastgrpo.objective.metrics import reduce_metrics
 from fastgrpo.objective.sampler import LEVELS as UNITS
 from fastgrpo.objective.sampler import MEASURES, OUTSIDE, corrected, text_of
 
@@ -290,13 +291,14 @@ def test_metrics_are_of_all_loss_tokens_before_any_correction():
         given = {k: v for k, v in kwargs.items() if when == BEFORE or not k.startswith("old")}
         q = ((old if when == BEFORE else logps.detach()) - sampling)[known]
         want = dict(ratio_mean=q.exp().mean(), ratio_max=q.exp().max(), kl_k1=-q.mean(),
-                    kl_k3=(q.exp() - 1 - q).mean())  # fmt: skip
+                    kl_k3=(q.exp() - 1 - q).mean(), tokens=known.sum())  # fmt: skip
         for text in (None, "token_truncate:1.1", "token_reject:0.9_1.1,any_reject:0.99_1.01"):
             if when == WITHIN and text is not None and "reject" in text:
                 continue
             metrics = policy_loss(logps, objective=Objective(sampling_correction=text), **given).metrics
             got = {k.removeprefix("sampling/"): v for k, v in metrics.items() if k.startswith("sampling/")}
-            assert set(got) - {"outside_mean"} == set(want) and ("outside_mean" in got) == (text is not None)
+            more = ["outside_mean"] * (text is not None) + ["accepted"] * ("reject" in (text or ""))
+            assert set(got) == {*want, *more}
             for name, value in want.items():
                 assert_close(got[name], value, 1e-12, name)
     nothing = policy_loss(logps, objective=Objective(), **(kwargs | dict(completion_mask=mask * 0))).metrics
@@ -424,3 +426,42 @@ def test_what_a_correction_needs():
     given["objective"] = Objective(sampling_correction="token_truncate:2,token_reject:0.5_2")
     with pytest.raises(ValueError, match="old_per_token_logps: expected a tensor because .*rejects.*'drop'"):
         policy_loss(logps, **given | dict(old_per_token_logps=None))
+
+
+OVER_PROCESSES = [
+    "token_reject:0.9_1.1",
+    "sequence_reject:0.6_1.4",
+    "token_truncate:1.1,token_reject_k3:0.001",
+    "token_drop:0.9_1.1",
+    None,
+]
+
+
+@pytest.mark.parametrize("text", OVER_PROCESSES)
+def test_metrics_over_processes_are_those_of_the_whole_batch(text):
+    """Means are weighed by the tokens that they are of: not those that were rejected, or that the sampler lacks."""
+    logps, kwargs = _logps()
+    kwargs["sampling_per_token_logps"][:2, :3] = torch.nan
+    kwargs["old_per_token_logps"][:3] = kwargs["old_per_token_logps"][:3] + 0.3  # most is rejected there
+    kwargs["num_items_in_batch"] = 50.0
+    objective = Objective(sampling_correction=text, beta=0.1)
+
+    def metrics_of(rows):
+        given = {name: x[rows] if torch.is_tensor(x) else x for name, x in kwargs.items()}
+        return policy_loss(logps[rows], objective=objective, **given).metrics, given["completion_mask"]
+
+    class Processes:
+        def __init__(self):
+            self.packed = []
+
+        def gather(self, mine):
+            self.packed.append(mine)
+            return torch.cat(self.packed)
+
+    processes, parts = Processes(), [metrics_of(rows) for rows in (slice(0, 3), slice(3, 4), slice(4, 7))]
+    reduced = [reduce_metrics(processes, objective, *part, 1) for part in parts][-1]
+    want = metrics_of(slice(0, 7))[0]
+    assert ("sampling/accepted" in want) == ("reject" in (text or ""))
+    assert set(want) - set(reduced) == {"sampling/tokens", "sampling/accepted"} & set(want)
+    for name, x in reduced.items():
+        assert x.item() == pytest.approx(want[name].item(), rel=2e-6, abs=1e-7), name

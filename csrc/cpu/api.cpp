@@ -124,19 +124,27 @@ int32_t fastgrpo_cpu_abi(void) { return FASTGRPO_ABI; }
 
 const FastgrpoField* fastgrpo_cpu_fields(void) { return fastgrpo::kArgsFields; }
 
-void fastgrpo_cpu_row_stats(const FastgrpoArgs* args, int32_t isa, int32_t threads) {
-  fastgrpo::for_each_row(*args, isa, threads, fastgrpo::stats_row);
+const char* fastgrpo_cpu_error(int32_t error) {
+  return error == FASTGRPO_NO_MEMORY ? "not enough memory" : "the library failed";
 }
 
-void fastgrpo_cpu_row_grad(const FastgrpoArgs* args, int32_t isa, int32_t threads) {
-  fastgrpo::prefer_large_pages_out(*args);
-  fastgrpo::for_each_row(*args, isa, threads, fastgrpo::gradient_row);
+int32_t fastgrpo_cpu_row_stats(const FastgrpoArgs* args, int32_t isa, int32_t threads) {
+  return fastgrpo::error_of([&] { fastgrpo::for_each_row(*args, isa, threads, fastgrpo::stats_row); });
 }
 
-void fastgrpo_cpu_token_loss(const FastgrpoArgs* args, int32_t isa, int32_t threads) {
-  fastgrpo::prefer_large_pages_out(*args);
-  fastgrpo::advantages_of_groups(*args);
-  fastgrpo::for_each_row(*args, isa, threads, fastgrpo::loss_row);
+int32_t fastgrpo_cpu_row_grad(const FastgrpoArgs* args, int32_t isa, int32_t threads) {
+  return fastgrpo::error_of([&] {
+    fastgrpo::prefer_large_pages_out(*args);
+    fastgrpo::for_each_row(*args, isa, threads, fastgrpo::gradient_row);
+  });
+}
+
+int32_t fastgrpo_cpu_token_loss(const FastgrpoArgs* args, int32_t isa, int32_t threads) {
+  return fastgrpo::error_of([&] {
+    fastgrpo::prefer_large_pages_out(*args);
+    fastgrpo::advantages_of_groups(*args);
+    fastgrpo::for_each_row(*args, isa, threads, fastgrpo::loss_row);
+  });
 }
 
 void fastgrpo_cpu_prefer_large_pages(void* buffer, int64_t bytes) {

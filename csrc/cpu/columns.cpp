@@ -316,19 +316,21 @@ void select(const Args& a, const FastgrpoArgs& rows, const Gather& made, const S
 }  // namespace
 }  // namespace fastgrpo
 
-void fastgrpo_cpu_column_logits(const FastgrpoColumns* args, int32_t isa, int32_t threads) {
-  fastgrpo::logits(*args, *fastgrpo::gather_for((fastgrpo::Isa)isa), threads);
+int32_t fastgrpo_cpu_column_logits(const FastgrpoColumns* args, int32_t isa, int32_t threads) {
+  return fastgrpo::error_of([&] { fastgrpo::logits(*args, *fastgrpo::gather_for((fastgrpo::Isa)isa), threads); });
 }
 
-void fastgrpo_cpu_column_d_hidden(const FastgrpoColumns* args, int32_t isa, int32_t threads) {
-  fastgrpo::d_hidden(*args, *fastgrpo::gather_for((fastgrpo::Isa)isa), threads);
+int32_t fastgrpo_cpu_column_d_hidden(const FastgrpoColumns* args, int32_t isa, int32_t threads) {
+  return fastgrpo::error_of([&] { fastgrpo::d_hidden(*args, *fastgrpo::gather_for((fastgrpo::Isa)isa), threads); });
 }
 
-void fastgrpo_cpu_column_d_weight(const FastgrpoColumns* args, int32_t isa, int32_t threads) {
-  fastgrpo::d_weight(*args, *fastgrpo::gather_for((fastgrpo::Isa)isa), threads);
+int32_t fastgrpo_cpu_column_d_weight(const FastgrpoColumns* args, int32_t isa, int32_t threads) {
+  return fastgrpo::error_of([&] { fastgrpo::d_weight(*args, *fastgrpo::gather_for((fastgrpo::Isa)isa), threads); });
 }
 
-void fastgrpo_cpu_select_columns(const FastgrpoColumns* args, const FastgrpoArgs* rows, int32_t isa, int32_t threads) {
+int32_t fastgrpo_cpu_select_columns(const FastgrpoColumns* args, const FastgrpoArgs* rows, int32_t isa,
+                                    int32_t threads) {
   const auto which = (fastgrpo::Isa)isa;
-  fastgrpo::select(*args, *rows, *fastgrpo::gather_for(which), fastgrpo::sweeps_for(which), threads);
+  return fastgrpo::error_of(
+      [&] { fastgrpo::select(*args, *rows, *fastgrpo::gather_for(which), fastgrpo::sweeps_for(which), threads); });
 }

@@ -4,8 +4,6 @@
 
 #include <string.h>
 
-#include <string>
-
 #include "api.h"
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -136,14 +134,18 @@ int32_t fastgrpo_cpu_isa(const char* name) {
 }
 
 const char* fastgrpo_cpu_isa_names(void) {
-  static const std::string names = [] {
-    int count;
-    const fastgrpo::Candidate* all = fastgrpo::candidates(&count);
-    std::string joined;
-    for (int i = 0; i < count; ++i) {
-      if (all[i].runs) joined += (joined.empty() ? "" : ",") + std::string(all[i].name);
+  struct Names {
+    char joined[128] = "";
+    Names() {
+      int count;
+      const fastgrpo::Candidate* all = fastgrpo::candidates(&count);
+      for (int i = 0; i < count; ++i) {
+        if (!all[i].runs) continue;
+        if (*joined != '\0') strcat(joined, ",");
+        strcat(joined, all[i].name);
+      }
     }
-    return joined;
-  }();
-  return names.c_str();
+  };
+  static const Names names;
+  return names.joined;
 }

@@ -144,8 +144,10 @@ class Scores : Product {
 }  // namespace
 }  // namespace fastgrpo
 
-void fastgrpo_cpu_head_stats(const FastgrpoMatmul* product, const FastgrpoArgs* rows, int32_t isa, int32_t threads) {
-  fastgrpo::Scores(*product, *rows, *fastgrpo::products_for((fastgrpo::Isa)isa),
-                   fastgrpo::sweeps_for((fastgrpo::Isa)isa))
-      .run(threads);
+int32_t fastgrpo_cpu_head_stats(const FastgrpoMatmul* product, const FastgrpoArgs* rows, int32_t isa,
+                                int32_t threads) {
+  const auto which = (fastgrpo::Isa)isa;
+  return fastgrpo::error_of([&] {
+    fastgrpo::Scores(*product, *rows, *fastgrpo::products_for(which), fastgrpo::sweeps_for(which)).run(threads);
+  });
 }

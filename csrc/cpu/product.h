@@ -83,6 +83,9 @@ class Product {
     tiles_.pack(x, a_.b_stride[0], a_.b_stride[1], K, count, tiles_.columns, out);
   }
 
+  // The most that `left` packs of so many rows into.
+  int64_t packed_floats(int64_t count, int64_t K) const { return lanes(K) * up(count, 16) + kLine / 4; }
+
   // [k, k + K) of rows [m, m + count), packed into `scratch` unless they can be read where they are.
   Left left(int64_t m, int64_t count, int64_t k, int64_t K, std::vector<float>& scratch) const {
     const char* const x = (const char*)a_.a + (m * a_.a_stride[0] + k * a_.a_stride[1]) * size_;

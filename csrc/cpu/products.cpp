@@ -66,9 +66,11 @@ class Matmul : Product {
       std::mutex mutex;
       std::condition_variable turned;
       share(segments, threads, [&](const auto& next) {
+        // All memory comes before the first segment, for whose turn the others wait.
         Desk desk(*this, kSegment);
         Floats partial(count * stride);
         std::vector<float> scratch;
+        if (!direct()) scratch.reserve(packed_floats(count, kSegment));
         for (int64_t segment; (segment = next()) >= 0;) {
           const int64_t k = segment * kSegment, K = std::min(kSegment, a_.K - k);
           const Left rows = left(first, count, k, K, scratch);
@@ -115,6 +117,7 @@ class Matmul : Product {
 }  // namespace
 }  // namespace fastgrpo
 
-void fastgrpo_cpu_matmul(const FastgrpoMatmul* args, int32_t isa, int32_t threads) {
-  fastgrpo::Matmul(*args, *fastgrpo::products_for((fastgrpo::Isa)isa)).run(threads);
+int32_t fastgrpo_cpu_matmul(const FastgrpoMatmul* args, int32_t isa, int32_t threads) {
+  return fastgrpo::error_of(
+      [&] { fastgrpo::Matmul(*args, *fastgrpo::products_for((fastgrpo::Isa)isa)).run(threads); });
 }

@@ -43,7 +43,9 @@ class _Columns(ctypes.Structure):
     ]
 
 
-_ROWS = (None, ctypes.POINTER(Args), ctypes.c_int32, ctypes.c_int32)  # args, isa, threads
+_NO_MEMORY = 1  # FASTGRPO_NO_MEMORY in csrc/cpu/api.h
+_INT = ctypes.c_int32
+_ROWS = (_INT, ctypes.POINTER(Args), _INT, _INT)  # args, isa, threads -> error
 
 
 @functools.cache
@@ -51,18 +53,19 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return load(
         "fastgrpo_cpu",
         "a C++ compiler",
-        isa=(ctypes.c_int32, ctypes.c_char_p),
+        error=(ctypes.c_char_p, _INT),
+        isa=(_INT, ctypes.c_char_p),
         isa_names=(ctypes.c_char_p,),
         row_stats=_ROWS,
         row_grad=_ROWS,
         token_loss=_ROWS,
-        matmul=(None, ctypes.POINTER(_Matmul), ctypes.c_int32, ctypes.c_int32),
-        head_stats=(None, ctypes.POINTER(_Matmul), *_ROWS[1:]),
+        matmul=(_INT, ctypes.POINTER(_Matmul), _INT, _INT),
+        head_stats=(_INT, ctypes.POINTER(_Matmul), *_ROWS[1:]),
         **{
-            f"column_{name}": (None, ctypes.POINTER(_Columns), ctypes.c_int32, ctypes.c_int32)
+            f"column_{name}": (_INT, ctypes.POINTER(_Columns), _INT, _INT)
             for name in ("logits", "d_hidden", "d_weight")
         },
-        select_columns=(None, ctypes.POINTER(_Columns), *_ROWS[1:]),
+        select_columns=(_INT, ctypes.POINTER(_Columns), *_ROWS[1:]),
         prefer_large_pages=(None, ctypes.c_void_p, ctypes.c_int64),
     )
 
@@ -104,12 +107,15 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def _call(function: str, args: Args, _: torch.device) -> None:
-    isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
-    getattr(_library(), f"fastgrpo_cpu_{function}")(args, isa, torch.get_num_threads())
+def _call(function: str, *args: ctypes.Structure) -> None:
+    isa, library = _isa(os.environ.get("FASTGRPO_CPU_ISA", "")), _library()
+    error = getattr(library, f"fastgrpo_cpu_{function}")(*args, isa, torch.get_num_threads())
+    if error:
+        why = f"backend 'cpu': {function}: {library.fastgrpo_cpu_error(error).decode()}"
+        raise MemoryError(why) if error == _NO_MEMORY else RuntimeError(why)
 
 
-_calls = RowCalls(_call)
+_calls = RowCalls(lambda function, args, _: _call(function, args))
 row_stats, row_grad, token_loss = _calls.row_stats, _calls.row_grad, _calls.token_loss
 
 
@@ -123,8 +129,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, bias: Tensor
         out (M, N): fp32, or of the dtype of a and b; unit stride in N. It overlaps neither.
         bias (N,) fp32, contiguous.
     """
-    isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
-    _library().fastgrpo_cpu_matmul(_product(a, b, bias, out, add), isa, torch.get_num_threads())
+    _call("matmul", _product(a, b, bias, out, add))
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None, add: bool = False) -> _Matmul:
@@ -157,14 +162,8 @@ def head_stats(
     scores = Scores(logp, lse, torch.empty_like(logp) if want_entropy else None)
     logits = logp.new_empty(()).expand(1, hidden.shape[0], weight.shape[0])  # of their shape
     args = make_args(logits, None, softcap, rows, scores)
-    isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
-    _library().fastgrpo_cpu_head_stats(_product(hidden, weight.t(), bias), args, isa, torch.get_num_threads())
+    _call("head_stats", _product(hidden, weight.t(), bias), args)
     return scores
-
-
-def _call_columns(function: str, args: _Columns) -> None:
-    isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
-    getattr(_library(), f"fastgrpo_cpu_{function}")(args, isa, torch.get_num_threads())
 
 
 def column_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
@@ -177,7 +176,7 @@ def column_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tens
         weight=weight.data_ptr(), bias=None if bias is None else bias.data_ptr(), ids=ids.data_ptr(),
         values=out.data_ptr(),
     )  # fmt: skip
-    _call_columns("column_logits", args)
+    _call("column_logits", args)
     return out
 
 
@@ -189,7 +188,7 @@ def column_d_hidden(dz: Tensor, ids: Tensor, weight: Tensor, out: Tensor) -> Non
         weight_stride=weight.stride(0), out_stride=out.stride(0), out_dtype=DTYPES[out.dtype],
         weight=weight.data_ptr(), ids=ids.data_ptr(), values=dz.data_ptr(), out=out.data_ptr(),
     )  # fmt: skip
-    _call_columns("column_d_hidden", args)
+    _call("column_d_hidden", args)
 
 
 def column_d_weight(dz: Tensor, ids: Tensor, rows: Tensor, hidden: Tensor, out: Tensor, d_bias: Tensor | None) -> None:
@@ -200,7 +199,7 @@ def column_d_weight(dz: Tensor, ids: Tensor, rows: Tensor, hidden: Tensor, out: 
         hidden=hidden.data_ptr(), ids=ids.data_ptr(), rows=rows.data_ptr(), values=dz.data_ptr(), out=out.data_ptr(),
         d_bias=None if d_bias is None else d_bias.data_ptr(),
     )  # fmt: skip
-    _call_columns("column_d_weight", args)
+    _call("column_d_weight", args)
 
 
 def select_columns(
@@ -222,9 +221,8 @@ def select_columns(
     columns = _Columns(
         width=room, tolerance=tolerance, found=ids.data_ptr(), values=dz.data_ptr(), count=sizes.data_ptr()
     )
-    isa = _isa(os.environ.get("FASTGRPO_CPU_ISA", ""))
     args = make_args(logits, None, softcap, scores._replace(entropy=None if h is None else scores.entropy), **per_row)
-    _library().fastgrpo_cpu_select_columns(columns, args, isa, torch.get_num_threads())
+    _call("select_columns", columns, args)
     width = int(sizes.masked_fill(sizes > room, 0).amax()) if n > 0 else 0
     return Columns(ids[:, :width], dz[:, :width], sizes)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .contract import Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
-_ABI = 8
+_ABI = 9
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

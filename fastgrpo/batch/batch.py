@@ -43,6 +43,7 @@ class Batch:
     group_ids: Tensor | None = None  # (S,) integers: the prompt of each sequence
     group_size: int | None = None  # of contiguous groups, one for each prompt
     kept: KeptSets | None = None  # of loss tokens; None: all rows are over the whole vocabulary
+    kept_given: bool = False  # whether sets were given, those of no row among them
 
     @property
     def dtype(self) -> torch.dtype:

@@ -297,6 +297,7 @@ def make_batch(
         group_ids=groups,
         group_size=given.get("num_generations"),
         kept=kept,
+        kept_given=given.get("kept_ids") is not None,
     )
 
 

@@ -47,7 +47,8 @@ def kept_sets(sets: Any, counts: Any = None, *, device: torch.device | str | Non
     Args:
         sets: one of
 
-            - a list with the ids of each row, or of each row of each sequence: lists of integers, tensors or None;
+            - a list with the ids of each row, or of each row of each sequence: lists of integers, tensors or None. If
+              one entry is a sequence of rows, all are, and an empty one has no rows;
             - the ids of all rows, one after the other, (M,) integer, with `counts`;
             - (..., V) bool, True for what was kept, such as `torch.isfinite(scores)` of what `generate` returns.
         counts (N,) or (B, T) integer: how many of flat `sets` belong to each row.
@@ -74,13 +75,23 @@ def kept_sets(sets: Any, counts: Any = None, *, device: torch.device | str | Non
     else:
         expected = "the ids of each row, lists of integers, tensors (k,) or None; or a bool mask (..., V)"
         check(isinstance(sets, Sequence), "sets", expected, sets)
-        lists = [row for entry in sets for row in (entry if _is_nested(entry) else [entry])]
+        lists = _rows_of(sets)
         tensors = [_integers("sets", [] if x is None else x, expected).to("cpu", torch.int64) for x in lists]
         ids = torch.cat([torch.empty(0, dtype=torch.int64), *tensors])
         sizes = torch.tensor([len(x) for x in tensors], dtype=torch.int64)
     device = ids.device if device is None else device
     offsets = torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.long().cumsum(0)])
     return Kept(ids.to(device), offsets.to(device))
+
+
+def _rows_of(sets: Sequence[Any]) -> Sequence[Any]:
+    """The rows of all sequences, one after the other, or those that there are without sequences."""
+    if not any(map(_is_nested, sets)):
+        return sets
+    for entry in sets:
+        if not (_is_nested(entry) or (isinstance(entry, Sequence) and len(entry) == 0)):
+            raise wrong("sets", "a sequence of rows in each place, as in others", entry)
+    return [row for entry in sets for row in entry]
 
 
 def _is_nested(entry: Any) -> bool:

@@ -169,7 +169,7 @@ def fuse(rows: Rows, o: Objective, batch: Batch, weights: Weights, *, skip_zero:
         advantages=advantages,
         rewards=batch.rewards,
         seq=batch.seq() if grouped else None,
-        old=anchor_of(o, batch),
+        old=anchor_of(o, batch) if o.reads_ratio else None,
         ref=batch.ref if o.beta != 0 else None,
         policy_scale=batch.importance_ratio,
         h=weights.entropy,

@@ -66,7 +66,7 @@ def _read(logits: Tensor, sweeps: Sweeps, rows: Rows, logp: Tensor, wanted: Sequ
     assert mask is not None
     found: Found = {}
     if set(wanted) - {"mean_logits"}:
-        top = logits.max(-1).indices.view(-1)  # the first of equal ones
+        top = _top(logits, sweeps.softcap, inv_temperature.dtype)
         found["is_top1"] = mask & (top == ids)
     if not set(wanted).isdisjoint(_SQUARES):
         # Σp² = p_top(z)² / p_top(2z). Near p_top = 1 both logps are near 0 and keep their digits; in
@@ -80,6 +80,16 @@ def _read(logits: Tensor, sweeps: Sweeps, rows: Rows, logp: Tensor, wanted: Sequ
         mean = _means(logits, sweeps.softcap, inv_temperature.dtype)
         found["mean_logits"] = torch.where(mask, mean * inv_temperature, 0.0)
     return {name: found[name] for name in wanted}
+
+
+def _top(logits: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:
+    """(N,) the column of the largest, the first of equal ones; a softcap makes equal ones of large ones."""
+    if softcap is None:
+        return logits.max(-1).indices.view(-1)
+    top = torch.empty(logits.shape[:2].numel(), dtype=torch.int64, device=logits.device)
+    for part, z in pieces(logits):
+        top[part] = cap(z.to(dtype), softcap).max(-1).indices
+    return top
 
 
 def _means(logits: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:

@@ -269,7 +269,9 @@ LOSSES |= {
         logs=("vespo/phi_seq_mean",),
         logs_of_sequences=True,
     ),
-    "reinforce": _weighing(reinforce, lambda o: (1.0, 1.0)),  # RLOO arXiv:2402.14740, GPG arXiv:2504.02546
+    "reinforce": _weighing(  # RLOO arXiv:2402.14740, GPG arXiv:2504.02546
+        reinforce, lambda o: (1.0, 1.0), reads_ratio=False
+    ),
     "cispo_clip": _weighing(  # arXiv:2506.13585, its two-sided form
         cispo_clip, lambda o: (1 - o.epsilon, o.clip_high), shares=cispo_clip_shares
     ),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrpo.batch.batch import Batch
 from fastgrpo.objective.options import Objective
-from fastgrpo.objective.sampler import mismatch
+from fastgrpo.objective.sampler import mismatch, rejects
 from fastgrpo.objective.terms import Terms
 
 
@@ -51,15 +51,17 @@ def compute_metrics(
         for name in o.record.logs:  # one number for each sequence, which is 1 where that has no loss token
             weight = torch.where(lengths[:, 0] > 0, sums[:, [*vectors].index(name)] / lengths[:, 0], 1.0)
             metrics[name] = weight.sum() / max(sequences, 1)
-    if batch.kept is not None:
-        with_set, sizes = batch.kept.given & batch.mask, torch.where(batch.mask, batch.kept.size, 0)
-        count, tokens = with_set.sum(), batch.mask.sum().clamp(min=1)
+    if batch.kept_given:  # also if no row has a set: the names depend on no values
+        sizes = torch.zeros_like(batch.ids) if batch.kept is None else torch.where(batch.mask, batch.kept.size, 0)
+        count, tokens = (sizes > 0).sum(), batch.mask.sum().clamp(min=1)
         metrics["kept/mean"] = (sizes.sum() / count.clamp(min=1)).to(batch.dtype)
         metrics["kept/without"] = (1 - count / tokens).to(batch.dtype)
     if terms.bonus is not None:
         metrics["policy_loss"] = terms.loss.detach() - terms.bonus
     if batch.sampling is not None:
         metrics |= mismatch(o.corrections, batch, logps)
+        if rejects(o.corrections):
+            metrics["sampling/accepted"] = totals[-1]
     return metrics
 
 
@@ -93,7 +95,7 @@ def reduce_metrics(
 ) -> dict[str, Tensor]:
     """TRL's metrics of a loss, averaged over processes: by tokens, or by sequences for one number a sequence.
 
-    Those of columns are means over the rows they are of, and the number of these is left out.
+    A mean is weighed by the number of tokens, or of rows, that it was made of; these numbers are left out.
 
     One collective, and no wait for the device.
 
@@ -112,6 +114,8 @@ def reduce_metrics(
     per_sequence, reduced = objective.importance_sampling_level == "sequence", {}
     gathered = dict(zip(values, columns, strict=True))
     rows = gathered.pop("columns/rows", None)  # of which those that fit have a mean
+    known = gathered.pop("sampling/tokens", None)
+    tokens = gathered.pop("sampling/accepted", tokens)
     for name, column in gathered.items():
         if rows is not None and name.startswith("columns/"):
             weight = rows * (1 - gathered["columns/dense"]) if name == "columns/mean" else rows
@@ -126,7 +130,8 @@ def reduce_metrics(
         elif name.startswith(("vespo/", "policy_loss")) or (per_sequence and "clip_ratio" in name):
             reduced[name] = column.mean()
         else:
-            reduced[name] = (column * tokens).sum() / tokens.sum().clamp(min=1)
+            weight = known if known is not None and name.startswith("sampling/") else tokens
+            reduced[name] = (column * weight).sum() / weight.sum().clamp(min=1)
     return reduced
 
 

@@ -16,7 +16,7 @@ from fastgrpo.objective.kl import KL_ESTIMATORS
 from fastgrpo.objective.own import name_of, record_of, title
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.objective.record import LOSSES, Loss, TokenLoss
-from fastgrpo.objective.sampler import Correction, corrections_of
+from fastgrpo.objective.sampler import Correction, corrections_of, rejects
 
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
 CHOICES: dict[str, tuple[str, ...]] = {  # of options that are names
@@ -251,6 +251,11 @@ class Objective:
         return not self.unheld
 
     @property
+    def reads_ratio(self) -> bool:
+        """Whether loss and gradient depend on the ratio, and so on the policy that it is to."""
+        return self.record.reads_ratio or (self.beta != 0 and self.use_bias_correction_kl)
+
+    @property
     def needs_whole_batch(self) -> bool:
         """Whether a token's loss depends on all tokens of the batch."""
         return self.record.whole_batch or self.top_entropy_quantile < 1
@@ -303,6 +308,6 @@ def check_objective(objective: object, inputs: Mapping[str, Any]) -> None:
         raise wrong("sampling_per_token_logps", "a tensor because the objective has a sampling_correction", None)
     if (ratio := inputs.get("importance_sampling_ratio")) is not None:
         raise wrong("importance_sampling_ratio", "None beside a sampling_correction, which makes one", ratio)
-    if inputs.get("old_per_token_logps") is None and any(one.outside == "reject" for one in objective.corrections):
+    if inputs.get("old_per_token_logps") is None and rejects(objective.corrections):
         why = "a sampling_correction rejects tokens before the pass; 'drop' takes the current logps"
         raise wrong("old_per_token_logps", f"a tensor because {why}", None)

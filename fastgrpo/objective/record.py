@@ -115,6 +115,7 @@ class Loss:
         average: how tokens are averaged, a name in `AVERAGES`.
         kind, numbers: the fused objective that does the same, a `Kind`, and its numbers, at most 4; None: there is
             none.
+        reads_ratio: `token` reads the ratio; otherwise its kind gets the ratio 1, unless the KL needs another.
         whole_sequences: a token's loss needs the other tokens of its sequence at every level.
         whole_batch: it needs all tokens of the batch.
         needs_entropy, needs_ref: `token` reads t.entropy, which it may differentiate; or t.ref_logp.
@@ -130,6 +131,7 @@ class Loss:
     average: str
     kind: int | None = None
     numbers: Callable[[Options], tuple[float, ...]] = lambda o: ()
+    reads_ratio: bool = True
     whole_sequences: bool = False
     whole_batch: bool = False
     needs_entropy: bool = False

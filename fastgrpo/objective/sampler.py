@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,6 +92,8 @@ class Correction:
 def corrections_of(given: Any) -> tuple[Correction, ...] | None:
     """The corrections that the option stands for: its text, with commas between them, a record or several; None: none.
 
+    A record may be the dict that `dataclasses.asdict` makes of it.
+
     Raises:
         ValueError: it is none of these.
     """
@@ -99,10 +101,19 @@ def corrections_of(given: Any) -> tuple[Correction, ...] | None:
         return None
     if isinstance(given, str):
         given = [_parsed(text) for text in given.split(",")]
-    made = tuple(given) if isinstance(given, Sequence) else (given,)
+    made = tuple(map(_record, given if isinstance(given, Sequence) else (given,)))
     if not made or not all(isinstance(one, Correction) for one in made):
         raise _wrong("a text such as 'token_truncate:2', Corrections or None", given)
     return made
+
+
+def _record(one: Any) -> Any:
+    if not isinstance(one, Mapping):
+        return one
+    try:
+        return Correction(**one)
+    except TypeError:
+        raise _wrong(f"the fields {', '.join(field.name for field in dataclasses.fields(Correction))}", one) from None
 
 
 def text_of(corrections: tuple[Correction, ...] | None) -> str | None:
@@ -188,6 +199,11 @@ def _measured(
     return x, outside & mask
 
 
+def rejects(corrections: tuple[Correction, ...] | None) -> bool:
+    """Whether tokens may be loss tokens no more."""
+    return any(one.outside == "reject" for one in corrections or ())
+
+
 def corrected(corrections: tuple[Correction, ...] | None, batch: Batch) -> Batch:
     """The batch with the corrections made that need no logps of the current policy: all, if it has old ones."""
     if corrections is None:
@@ -206,8 +222,8 @@ def corrected(corrections: tuple[Correction, ...] | None, batch: Batch) -> Batch
 def mismatch(corrections: tuple[Correction, ...] | None, batch: Batch, logps: Tensor) -> dict[str, Tensor]:
     """What is logged of the sampler before any correction, 0-dim tensors: of the loss tokens that it has a number for.
 
-    The ratio's mean and maximum; the KL of the sampler to the old policy, estimated by k1 and k3; and with corrections
-    the share of tokens outside of a band.
+    Their number; the ratio's mean and maximum; the KL of the sampler to the old policy, estimated by k1 and k3; and
+    with corrections the share of tokens outside of a band.
     """
     assert batch.sampling is not None
     old, mask = logps if batch.old is None else batch.old, batch.mask if batch.sampled is None else batch.sampled
@@ -220,6 +236,7 @@ def mismatch(corrections: tuple[Correction, ...] | None, batch: Batch, logps: Te
     table = torch.stack([*columns.values(), known], dim=1).to(batch.dtype)
     sums = torch.where(known[:, None], table, 0.0).sum(0)
     metrics = dict(zip(columns, (sums[:-1] / sums[-1].clamp(min=1)).unbind(), strict=True))
+    metrics["tokens"] = sums[-1]
     largest = torch.cat([torch.where(known, ratio, -torch.inf), ratio.new_full((1,), -torch.inf)]).amax()
     metrics["ratio_max"] = torch.where(largest == -torch.inf, torch.nan, largest)
     return {f"sampling/{name}": value for name, value in metrics.items()}

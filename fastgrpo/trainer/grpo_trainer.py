@@ -231,8 +231,8 @@ class GRPOTrainer(GroupTrainer):
             "completion_mask": completion_mask,
             "num_items_in_batch": accelerator.gather(completion_mask.sum()).sum(),
         }
-        if self._records_sets or (args.keep_sampling_mask and kept is not None):  # a sampler may truncate by itself
-            batch |= pack_sets(kept, completion_ids.shape[1], device)
+        if args.keep_sampling_mask:  # also where nothing was kept, so that every process logs the same metrics
+            batch |= pack_sets(kept, completion_ids, needed=self._records_sets)
         batch |= self._frozen_logps(batch, mode)
         batch["advantages"] = self._score(rows, prompts, completions, completion_tokens, completion_mask, group, mode)
         return batch

@@ -77,11 +77,19 @@ class SetRecorder(LogitsProcessor):
         return [list(of_token[i * steps : i * steps + length]) for i, length in enumerate(map(len, completions))]
 
 
-def pack_sets(kept: Sequence[Sequence[Any]] | None, width: int, device: torch.device) -> dict[str, Tensor]:
+def pack_sets(
+    kept: Sequence[Sequence[Any]] | None, completion_ids: Tensor, *, needed: bool = False
+) -> dict[str, Tensor]:
     """The sets of B completions as tensors with B rows: the ids of a completion, one token after the other, (B, L)
-    int32 with -1 behind them, and how many belong to each of its `width` tokens, (B, width)."""
-    if kept is None:
+    int32 with -1 behind them, and how many belong to each of its tokens, like completion_ids (B, T).
+
+    Args:
+        kept: None: no token has one, which is a ValueError where they are `needed`.
+    """
+    if kept is None and needed:
         raise ValueError("keep_sampling_mask: expected a sampler that gives `Sampled`, got completions alone")
+    (count, width), device = completion_ids.shape, completion_ids.device
+    kept = [()] * count if kept is None else kept
     flat = [kept_sets([*tokens, *[None] * (width - len(tokens))]) for tokens in kept]
     ids = pad_sequence([x.kept_ids.int() for x in flat], batch_first=True, padding_value=-1)
     counts = torch.stack([x.kept_offsets.diff() for x in flat])

@@ -44,9 +44,8 @@ def _clip(ratio, low, high, advantage, numbers):
 
 @triton.jit
 def _cispo(ratio, logp, advantage, numbers):
-    """Equal bounds are the factor, whatever the ratio is."""
     lowest, highest, _, _ = numbers
-    dloss = -tl.where(lowest == highest, lowest, _clamp(ratio, lowest, highest)) * advantage
+    dloss = -_clamp(ratio, lowest, highest) * advantage
     return dloss * logp, dloss
 
 
