@@ -262,7 +262,7 @@ def main() -> int:
     parser.add_argument("--side", choices=SIDES, default="fastgrpo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=SIZES.steps)
-    parser.add_argument("--every", type=int, default=50, help="steps between measurements of the held-out accuracy")
+    parser.add_argument("--every", type=int, default=20, help="steps between measurements of the held-out accuracy")
     parser.add_argument("--held-out", type=int, default=products.HELD_OUT)
     parser.add_argument("--out", type=Path, default=Path("real-model"), help="folder of the runs")
     options = parser.parse_args()
