@@ -153,7 +153,15 @@ class Record(transformers.TrainerCallback):
             self._measure(state.global_step)
 
 
-def run(side: str, seed: int, steps: int, every: int, held_out: int, out: Path) -> None:
+def run(
+    side: str,
+    seed: int,
+    steps: int,
+    every: int,
+    held_out: int,
+    out: Path,
+    learning_rate: float = SIZES.learning_rate,
+) -> None:
     """One training run into a file of its own."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{side}-{seed}.jsonl"
@@ -176,8 +184,9 @@ def run(side: str, seed: int, steps: int, every: int, held_out: int, out: Path) 
             print(side, seed, json.dumps(row), flush=True)
 
         about = dict(side=side, seed=seed, steps=steps, held_out_questions=held_out, samples=products.SAMPLES)
-        write(about | dict(options=OPTIONS) | origin.facts("cpu", "benchmarks/real_model.py"))
-        trainer = make_trainer(side, folder, model, tokenizer, train, seed=seed, max_steps=steps)
+        given = dict(learning_rate=learning_rate)
+        write(about | dict(options=OPTIONS | given) | origin.facts("cpu", "benchmarks/real_model.py"))
+        trainer = make_trainer(side, folder, model, tokenizer, train, seed=seed, max_steps=steps, **given)
         trainer.add_callback(Record(write, measure, every, head))
         trainer.train()
 
@@ -262,6 +271,7 @@ def main() -> int:
     parser.add_argument("--side", choices=SIDES, default="fastgrpo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=SIZES.steps)
+    parser.add_argument("--learning-rate", type=float, default=SIZES.learning_rate)
     parser.add_argument("--every", type=int, default=20, help="steps between measurements of the held-out accuracy")
     parser.add_argument("--held-out", type=int, default=products.HELD_OUT)
     parser.add_argument("--out", type=Path, default=Path("real-model"), help="folder of the runs")
@@ -270,7 +280,8 @@ def main() -> int:
         if (why := missing()) is not None:
             print(why, file=sys.stderr)
             return 2
-        run(options.side, options.seed, options.steps, options.every, options.held_out, options.out)
+        given = {name: value for name, value in vars(options).items() if name != "what"}
+        run(**given)
         return 0
     if not (runs := read(options.out)):
         print(f"no runs in {options.out}", file=sys.stderr)
