@@ -236,15 +236,18 @@ def table(runs: dict[str, list[list[dict]]]) -> Iterator[str]:
 
 
 def draw(runs: dict[str, list[list[dict]]], path: Path) -> None:
-    """Reward and held-out accuracy over the steps: thin lines are seeds, thick ones their mean."""
+    """Reward and held-out accuracy over the steps: pale lines are seeds, the others their mean.
+
+    Sides that lie on one another are seen by their width.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    for side, of_seeds in runs.items():
-        rewards_, accuracies = [], []
+    for i, (side, of_seeds) in enumerate(runs.items()):
+        rewards_, accuracies, width = [], [], 2 + 3 * (len(runs) - 1 - i)
         for lines in of_seeds:
             values = [step["reward"] for step in steps_of(lines)]
             window = max(1, len(values) // PARTS)
@@ -256,7 +259,8 @@ def draw(runs: dict[str, list[list[dict]]], path: Path) -> None:
                 axes.plot(*zip(*curve, strict=True), color=COLOURS[side], alpha=0.3, linewidth=1)
             length = min(map(len, curves))
             mean = [statistics.mean(curve[i][1] for curve in curves) for i in range(length)]
-            axes.plot([x for x, _ in curves[0][:length]], mean, f"-{marker}", color=COLOURS[side], label=SIDES[side])
+            steps = [x for x, _ in curves[0][:length]]
+            axes.plot(steps, mean, f"-{marker}", color=COLOURS[side], label=SIDES[side], linewidth=width)
     left.set_title("reward, running mean")
     right.set_title("accuracy on held-out questions")
     for axes in (left, right):
