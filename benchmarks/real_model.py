@@ -153,7 +153,15 @@ class Record(transformers.TrainerCallback):
             self._measure(state.global_step)
 
 
-def run(side: str, seed: int, steps: int, every: int, held_out: int, out: Path) -> None:
+def run(
+    side: str,
+    seed: int,
+    steps: int,
+    every: int,
+    held_out: int,
+    out: Path,
+    learning_rate: float = SIZES.learning_rate,
+) -> None:
     """One training run into a file of its own."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{side}-{seed}.jsonl"
@@ -176,8 +184,9 @@ def run(side: str, seed: int, steps: int, every: int, held_out: int, out: Path) 
             print(side, seed, json.dumps(row), flush=True)
 
         about = dict(side=side, seed=seed, steps=steps, held_out_questions=held_out, samples=products.SAMPLES)
-        write(about | dict(options=OPTIONS) | origin.facts("cpu", "benchmarks/real_model.py"))
-        trainer = make_trainer(side, folder, model, tokenizer, train, seed=seed, max_steps=steps)
+        given = dict(learning_rate=learning_rate)
+        write(about | dict(options=OPTIONS | given) | origin.facts("cpu", "benchmarks/real_model.py"))
+        trainer = make_trainer(side, folder, model, tokenizer, train, seed=seed, max_steps=steps, **given)
         trainer.add_callback(Record(write, measure, every, head))
         trainer.train()
 
@@ -227,15 +236,18 @@ def table(runs: dict[str, list[list[dict]]]) -> Iterator[str]:
 
 
 def draw(runs: dict[str, list[list[dict]]], path: Path) -> None:
-    """Reward and held-out accuracy over the steps: thin lines are seeds, thick ones their mean."""
+    """Reward and held-out accuracy over the steps: pale lines are seeds, the others their mean.
+
+    Sides that lie on one another are seen by their width.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    for side, of_seeds in runs.items():
-        rewards_, accuracies = [], []
+    for i, (side, of_seeds) in enumerate(runs.items()):
+        rewards_, accuracies, width = [], [], 2 + 3 * (len(runs) - 1 - i)
         for lines in of_seeds:
             values = [step["reward"] for step in steps_of(lines)]
             window = max(1, len(values) // PARTS)
@@ -247,7 +259,8 @@ def draw(runs: dict[str, list[list[dict]]], path: Path) -> None:
                 axes.plot(*zip(*curve, strict=True), color=COLOURS[side], alpha=0.3, linewidth=1)
             length = min(map(len, curves))
             mean = [statistics.mean(curve[i][1] for curve in curves) for i in range(length)]
-            axes.plot([x for x, _ in curves[0][:length]], mean, f"-{marker}", color=COLOURS[side], label=SIDES[side])
+            steps = [x for x, _ in curves[0][:length]]
+            axes.plot(steps, mean, f"-{marker}", color=COLOURS[side], label=SIDES[side], linewidth=width)
     left.set_title("reward, running mean")
     right.set_title("accuracy on held-out questions")
     for axes in (left, right):
@@ -262,7 +275,8 @@ def main() -> int:
     parser.add_argument("--side", choices=SIDES, default="fastgrpo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=SIZES.steps)
-    parser.add_argument("--every", type=int, default=50, help="steps between measurements of the held-out accuracy")
+    parser.add_argument("--learning-rate", type=float, default=SIZES.learning_rate)
+    parser.add_argument("--every", type=int, default=20, help="steps between measurements of the held-out accuracy")
     parser.add_argument("--held-out", type=int, default=products.HELD_OUT)
     parser.add_argument("--out", type=Path, default=Path("real-model"), help="folder of the runs")
     options = parser.parse_args()
@@ -270,7 +284,8 @@ def main() -> int:
         if (why := missing()) is not None:
             print(why, file=sys.stderr)
             return 2
-        run(options.side, options.seed, options.steps, options.every, options.held_out, options.out)
+        given = {name: value for name, value in vars(options).items() if name != "what"}
+        run(**given)
         return 0
     if not (runs := read(options.out)):
         print(f"no runs in {options.out}", file=sys.stderr)

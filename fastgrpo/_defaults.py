@@ -58,9 +58,10 @@ WORD_PROBLEMS = Sizes(
 PRODUCTS = Sizes(  # for --model smollm2
     max_completion_length=12,  # an equation such as 30 * 9 = 270 takes 10 tokens, and the end token
     steps=100,
-    learning_rate=1e-5,
+    learning_rate=2e-5,
     warmup_steps=5,
     batch_size=32,
     held_out=48,  # of the 232 questions
     reward="numeric",
 )
+TAGGED_PRODUCTS = PRODUCTS._replace(max_completion_length=40, steps=40)  # those of its recipes, in R1's tags

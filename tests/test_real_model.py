@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from datasets import Dataset
 from fastgrpo import rewards
 from fastgrpo._extras import MissingPackage
 from fastgrpo.cli import main
-from fastgrpo.recipes import products, smollm2, sums
+from fastgrpo.commands.train.tasks import products_task
+from fastgrpo.recipes import products, r1, smollm2, sums
 
 FILE = Path(__file__).parent.parent / "benchmarks" / "real_model.py"
 
@@ -92,6 +94,39 @@ def test_a_dataset_of_ones_own_takes_the_place_of_the_task(small, tmp_path, caps
     assert main(["train", *files, *sizes]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     assert "rewards/exact/mean" in metrics
+
+
+def test_recipe_takes_the_task_with_the_model(small, tmp_path, capsys):
+    sizes = ["--steps", "2", "--batch-size", "8", "--held-out", "4", "--max-completion-length", "4"]
+    assert main(["train", "--recipe", "r1-zero", "--model", "smollm2", "--output-dir", str(tmp_path), *sizes]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:2]] == ["base:", "reasoning-rl:"] and lines[-1].startswith("accuracy ")
+    assert main(["train", "--recipe", "r1", "--model", "smollm2", "--cold-start", "a.jsonl"]) == 2
+    said = "--cold-start needs --dataset: --model smollm2 without one brings its own"
+    assert said in capsys.readouterr().err
+
+
+def test_the_recipes_task():
+    """Examples that the rules give full marks; requests whose good replies the judge does."""
+    task = products_task(Namespace(**dict.fromkeys(("cold_start", "general", "reward_model", "held_out")), seed=0))
+    assert not {row["prompt"][-1]["content"] for row in task.questions} & {
+        row["prompt"][-1]["content"] for row in task.held_out
+    }
+    rules = r1.reasoning_rewards(task.questions)
+    answers = {row["prompt"][-1]["content"]: row["answer"] for row in task.questions}
+    for row in task.examples:
+        assert row["prompt"][2]["content"] == "<think>17 - 4 = 13</think><answer>13</answer>"
+        reply, answer = [[{"role": "assistant", "content": row["completion"]}]], answers[row["prompt"][-1]["content"]]
+        assert [rule(completions=reply, answer=[answer], prompts=[row["prompt"]]) for rule in rules.values()] == [
+            [1.0], [1.0],
+        ]  # fmt: skip
+    requests = [*task.requests["prompt"], *task.held_out_requests["prompt"]]
+    assert len(requests) == 40 and [{"role": "user", "content": "Greet Tom."}] in requests
+    scores = {
+        row["completion"]: task.judge([row["prompt"]], [[{"role": "assistant", "content": row["completion"]}]])[0]
+        for row in task.general
+    }
+    assert max(scores.values()) == 1.0 and min(scores.values()) < 1.0
 
 
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys):

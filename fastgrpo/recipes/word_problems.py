@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
@@ -78,10 +79,10 @@ def _question(rng: random.Random, language: str, a: int, b: int, c: int) -> dict
     return {"prompt": prompt, "answer": str(a + b + c), "language": language, "steps": [a + b, a + b + c]}
 
 
-def make_requests(seed: int, held_out: int = 16) -> tuple[Dataset, Dataset]:
+def make_requests(seed: int, held_out: int = 16, languages: Sequence[str] = LANGUAGES) -> tuple[Dataset, Dataset]:
     """(training requests, held-out requests), each a name with something to say to it, with the column `prompt`."""
     rng = random.Random(seed)
-    prompts = [r.format(name) for language in LANGUAGES for r in REQUESTS[language] for name in NAMES[language]]
+    prompts = [r.format(name) for language in languages for r in REQUESTS[language] for name in NAMES[language]]
     rng.shuffle(prompts)
     rows = [{"prompt": prompt} for prompt in prompts]
     return Dataset.from_list(rows[held_out:]), Dataset.from_list(rows[:held_out])
@@ -94,7 +95,7 @@ def courtesy_reward(prompts: list, completions: list, **_) -> list[float]:
     scores = []
     for prompt, completion in zip(prompts, completions, strict=True):
         text = completion_text(completion)
-        language, request, name = _REQUEST_OF[prompt]
+        language, request, name = _REQUEST_OF[prompt if isinstance(prompt, str) else prompt[-1]["content"]]
         words = REQUESTS[language][request].partition("{}")[0].strip()
         marks = [text.startswith(words), name in text, text.endswith(REQUESTS[language][request][-1])]
         scores.append(sum(marks) / 3)

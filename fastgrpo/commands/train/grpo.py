@@ -18,8 +18,8 @@ from fastgrpo.commands.train.files import load_model, load_rows, split
 from fastgrpo.commands.train.log import RunLog
 from fastgrpo.commands.train.mistakes import OF_R1, checked, mistakes_are_shown, refuse
 from fastgrpo.commands.train.report import plot_rewards
-from fastgrpo.commands.train.tasks import held_out_count, one_thread_on_cpu
-from fastgrpo.recipes import products, smollm2, sums
+from fastgrpo.commands.train.tasks import has_products, held_out_count, one_thread_on_cpu
+from fastgrpo.recipes import products, sums
 from fastgrpo.trainer import terminal
 from fastgrpo.trainer.checkpoints import last_whole_checkpoint, whole_folder
 from fastgrpo.trainer.config import GRPOConfig
@@ -97,7 +97,7 @@ def _embedded_task(options: argparse.Namespace) -> tuple[ModuleType | None, _def
     """The task of the package that the model is for, None for the user's rows; and the defaults."""
     if options.model is None:
         return sums, _defaults.SUMS
-    if options.model == smollm2.NAME and options.dataset is None:
+    if has_products(options):
         return products, _defaults.PRODUCTS
     return None, _defaults.MODEL
 

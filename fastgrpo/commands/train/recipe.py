@@ -21,7 +21,14 @@ from fastgrpo.commands.train.files import load_model
 from fastgrpo.commands.train.log import RunLog
 from fastgrpo.commands.train.mistakes import OF_R1, checked, mistakes_are_shown, refuse
 from fastgrpo.commands.train.report import format_table, plot_stages, read_metrics
-from fastgrpo.commands.train.tasks import WARM_START_BATCH, embedded_task, one_thread_on_cpu, task_of_files
+from fastgrpo.commands.train.tasks import (
+    WARM_START_BATCH,
+    embedded_task,
+    has_products,
+    one_thread_on_cpu,
+    products_task,
+    task_of_files,
+)
 from fastgrpo.recipes import r1, word_problems
 from fastgrpo.recipes.template import R1_ZERO_CHAT_TEMPLATE
 from fastgrpo.rewards.text import is_conversation
@@ -59,11 +66,15 @@ class Recipe:
     def __init__(self, options: argparse.Namespace):
         self.options, self.output = options, Path(options.output_dir)
         embedded = options.model is None
-        self.defaults = _defaults.WORD_PROBLEMS if embedded else _defaults.MODEL
+        self.defaults, make_task = _defaults.MODEL, task_of_files
+        if embedded:
+            self.defaults, make_task = _defaults.WORD_PROBLEMS, embedded_task
+        elif has_products(options):
+            self.defaults, make_task = _defaults.TAGGED_PRODUCTS, products_task
         self.config = checked(make_config, options, self.output, self.defaults, embedded)
         if self.config.world_size > 1:
             raise UsageError(f"--recipe: expected one process, got {self.config.world_size}")
-        self.task = embedded_task(options) if embedded else task_of_files(options)
+        self.task = make_task(options)
         checked(r1.reasoning_rewards, self.task.questions)  # so that an unknown language is found out now
         check_round(self.config, len(self.task.questions))
         check_backend(self.config)
@@ -197,7 +208,7 @@ class Recipe:
                 rewards,
                 self.config.max_completion_length,
                 temperature=self.options.temperature,
-                samples=word_problems.SAMPLES if task.is_embedded else 1,
+                samples=task.samples,
                 batch_size=self._sampled_at_once(),
                 seed=self.options.seed,
             )

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from fastgrpo.commands.errors import UsageError
 from fastgrpo.commands.train.files import check_texts, load_model, load_rows, load_table, require_column, split
 from fastgrpo.commands.train.mistakes import OF_R1, checked, refuse
-from fastgrpo.recipes import word_problems
+from fastgrpo.recipes import products, smollm2, word_problems
 from fastgrpo.rewards import RewardFunc, model_reward
 from fastgrpo.rewards.text import is_conversation
 
@@ -33,7 +33,8 @@ class Task:
     held_out_requests: Dataset | None = None
     judge: RewardFunc | None = None  # of the replies to requests
     documents: Dataset | None = None  # prompt, completion: what a random model is pretrained on
-    is_embedded: bool = False
+    is_embedded: bool = False  # of a tiny model that is made here
+    samples: int = 1  # of each held-out prompt, to measure
 
 
 def held_out_count(options: argparse.Namespace, default: int, most: int) -> int:
@@ -66,6 +67,31 @@ def embedded_task(options: argparse.Namespace) -> Task:
         judge=word_problems.courtesy_reward,
         documents=word_problems.documents(questions, requests, WARM_START_STEPS * WARM_START_BATCH, seed),
         is_embedded=True,
+        samples=word_problems.SAMPLES,
+    )
+
+
+def has_products(options: argparse.Namespace) -> bool:
+    """Whether a run is of the products that are for SmolLM2."""
+    return options.model == smollm2.NAME and options.dataset is None
+
+
+def products_task(options: argparse.Namespace) -> Task:
+    """Products in R1's tags, and requests in English, for SmolLM2."""
+    refuse(options, OF_R1, f"--dataset: --model {smollm2.NAME} without one brings its own")
+    seed, count = options.seed, held_out_count(options, products.HELD_OUT, products.MOST_HELD_OUT)
+    questions, held_out = map(products.tagged, products.make_datasets(seed, count))
+    requests, held_out_requests = word_problems.make_requests(seed, languages=("en",))
+    general = word_problems.general_samples(requests, products.GENERAL_SAMPLES, seed)
+    return Task(
+        questions=questions,
+        held_out=held_out,
+        examples=products.cold_start_examples(questions, products.COLD_START_EXAMPLES),
+        general=_as_conversations(general),
+        requests=_as_conversations(requests),
+        held_out_requests=_as_conversations(held_out_requests),
+        judge=word_problems.courtesy_reward,
+        samples=products.SAMPLES,
     )
 
 
@@ -106,4 +132,4 @@ def _as_conversations(data: Dataset) -> Dataset:
     if len(data) == 0 or is_conversation(data[0]["prompt"]):
         return data
     prompts = [[{"role": "user", "content": prompt}] for prompt in data["prompt"]]
-    return data.remove_columns("prompt").add_column("prompt", prompts)
+    return Dataset.from_dict({**data.remove_columns("prompt").to_dict(), "prompt": prompts})
