@@ -217,12 +217,13 @@ def reference(target, c):
 def row_sums(row_ptr, id, target, V, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr,
              UNROLL: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
     """(Σe, Σe·t) of one whole row, without its target, by one program."""
+    hole = tl.where((id >= 0) & (id < V), id, -1).to(tl.int32)
     c = inv_temperature * LOG2E
     ref = reference(target, c)
     total = 0.0
     weighted = 0.0
     for start in range(0, V, PARTS * PART * K):
-        s, w = part_sums(row_ptr + start, V - start, id - start, c, ref, softcap, K, LANES, UNROLL, PART, PARTS,
+        s, w = part_sums(row_ptr + start, V - start, hole - start, c, ref, softcap, K, LANES, UNROLL, PART, PARTS,
                          ENTROPY)  # fmt: skip
         if PARTS == 1:
             s, w = totals(s, w)
