@@ -2,7 +2,7 @@
 //
 // Rows are r = b*tokens + t; vectors per row are contiguous. A field that a function does not name is not read.
 //   row_stats   reads  logits, softcap, ids, mask, inv_temperature                      writes logp, lse, entropy
-//   row_grad    reads  logits, softcap, ids, inv_temperature, lse, entropy, g, h        writes out
+//   row_grad    reads  logits, softcap, ids, inv_temperature, logp, lse, entropy, g, h  writes out
 //   token_loss  reads  what row_stats reads, the rows and scalars of the objective
 //               writes loss, logp, lse, entropy, kl, ratio, g, and out if there is one
 // Null pointers: entropy (not wanted), h, out, and the optional rows of the objective.

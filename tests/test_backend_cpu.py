@@ -87,7 +87,7 @@ def test_accuracy(isa, dtype, vocab):
     torch.testing.assert_close(entropy.double(), want_entropy, rtol=2e-6, atol=1e-6)
 
     for gradient_of_entropy in (None, h):
-        cpu.row_grad(logits, Rows(ids, None, inv_temperature), Scores(None, lse, entropy), g, gradient_of_entropy, out)
+        cpu.row_grad(logits, Rows(ids, None, inv_temperature), Scores(logp, lse, entropy), g, gradient_of_entropy, out)
         want = reference_grad(ids, g, gradient_of_entropy, inv_temperature, want_entropy, p, log_p)
         # One rounding to the dtype; and the lse that came in was itself rounded to fp32.
         rtol = 1e-5 + HALF_ULP[dtype]
@@ -128,7 +128,7 @@ def test_special_rows(isa, dtype):
     want_logp, want_lse, want_entropy, p, log_p = reference(logits, ids, ones)
     out = poisoned(logits)
     g = torch.full((n,), 0.7)
-    cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, lse, entropy), g, ones, out)
+    cpu.row_grad(logits, Rows(ids, None, ones), Scores(logp, lse, entropy), g, ones, out)
     want = reference_grad(ids, g, ones, ones, want_entropy, p, log_p)
     for i, name in enumerate(rows):
         assert logp[i].item() == pytest.approx(want_logp[i].item(), rel=1e-5, abs=1e-7), name
@@ -167,7 +167,7 @@ def test_not_a_number(isa, dtype):
     assert all(result[4] == 0 for result in results)
     g = results[-1].clone()
     g[6] = 0.0
-    cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, lse, entropy), g, None, out)
+    cpu.row_grad(logits, Rows(ids, None, ones), Scores(logp, lse, entropy), g, None, out)
     assert out.isnan().all(-1).tolist() == [[True, True, True, True, False, True, False]]
     assert not out[0, 4].any() and not out[0, 6].any()
 
@@ -183,7 +183,7 @@ def test_instruction_sets_agree(dtype, monkeypatch):
         monkeypatch.setenv("FASTGRPO_CPU_ISA", name)
         logp, lse, entropy = cpu.row_stats(logits, Rows(ids, everything(8), ones), want_entropy=True)
         out = poisoned(logits)
-        cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, lse, entropy), g, h, out)
+        cpu.row_grad(logits, Rows(ids, None, ones), Scores(logp, lse, entropy), g, h, out)
         found[name] = (logp, lse, entropy, out)
     for name in ISAS[1:]:
         for a, b in zip(found[name][:3], found[ISAS[0]][:3], strict=True):
@@ -204,7 +204,7 @@ def test_rounds_to_nearest(isa, dtype):
     logits[:, :, 64] = 0.0
     ids, zeros, ones = torch.zeros(n, dtype=torch.int64), torch.zeros(n), torch.ones(n)
     out = poisoned(logits)
-    cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, zeros, None), -g, None, out)
+    cpu.row_grad(logits, Rows(ids, None, ones), Scores(zeros - math.inf, zeros, None), -g, None, out)
     # The polynomial gives 1 - 7e-7 for p = 1: ties are out of its reach.
     clear = torch.arange(0, 60) % 4 != 2
     assert torch.equal(out[0, clear, 64], g[clear].to(dtype))
@@ -248,16 +248,16 @@ def test_in_place(isa, dtype, with_entropy):
     logits = torch.randn(3, 2, 4099, generator=generator).to(dtype)
     ids, ones = torch.randint(4099, (6,), generator=generator), torch.ones(6)
     g, h = torch.randn(6, generator=generator), torch.randn(6, generator=generator) if with_entropy else None
-    _, lse, entropy = cpu.row_stats(logits, Rows(ids, everything(6), ones), want_entropy=with_entropy)
+    scores = cpu.row_stats(logits, Rows(ids, everything(6), ones), want_entropy=with_entropy)
     # Another layout than that of the logits: every second row of a larger buffer.
     out = poisoned(torch.empty(3, 4, 4099, dtype=dtype))
     same, rows = logits.clone(), clip_rows(6, generator, h=h)
     cpu.token_loss(logits, Rows(ids, everything(6), ones), rows, TokenSpec(), out[:, ::2], want_entropy=with_entropy)
     cpu.token_loss(same, Rows(ids, everything(6), ones), rows, TokenSpec(), same, want_entropy=with_entropy)
     assert torch.equal(out[:, ::2], same)
-    cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, lse, entropy), g, h, out[:, ::2])
+    cpu.row_grad(logits, Rows(ids, None, ones), scores, g, h, out[:, ::2])
     assert out[:, 1::2].isnan().all()
-    cpu.row_grad(logits, Rows(ids, None, ones), Scores(None, lse, entropy), g, h, logits)
+    cpu.row_grad(logits, Rows(ids, None, ones), scores, g, h, logits)
     assert torch.equal(out[:, ::2], logits)
 
 

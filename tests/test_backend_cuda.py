@@ -69,7 +69,7 @@ def test_statistics_and_gradients(cluster, dtype, V, offset, extra, use, device)
             torch.full_like(logits._base, math.nan)[1 : 1 + logits.numel()],
         ):
             out = out.view(logits.shape)  # the second one at another address modulo 16
-            cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, slope, out)
+            cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(logp, lse, entropy), g, slope, out)
             torch.testing.assert_close(out.flatten(0, 1).double(), grad, rtol=ROUNDING[dtype], atol=atol)
         rows = rows_of(4, device, advantages=-4 * g, h=slope)  # the loss is advantage/4 at ratio 1
         results = cuda.token_loss(logits, Rows(ids, mask, inv_t), rows, TokenSpec(), None, want_entropy=False)
@@ -198,7 +198,7 @@ def test_minus_infinity_and_huge_logits(dtype, cluster, use, device):
         if cluster > 0:
             assert_close(out[0], true, ROUNDING[dtype], "one pass")
         apart = torch.full_like(logits, math.nan)
-        cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, slope, apart)
+        cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(logp, lse, entropy), g, slope, apart)
         for row in range(10):  # p = exp(z - lse) knows an lse of 1e4 to three digits
             tolerance = ROUNDING[dtype] + 2.0**-23 * abs(float(lse[row]))
             for got in (out, apart) if tolerance < 0.1 else ():
@@ -230,7 +230,7 @@ def test_not_a_number(cluster, use, device):
     assert torch.equal(results[0].isnan(), logp.isnan()) and all(r[3] == 0 for r in results)
     assert torch.equal(out[0].isnan().all(-1), logp.isnan()) and (out[0, 3:5] == 0).all()
     g = torch.tensor([1.0, 1.0, 1.0, 0.0, math.nan, 1.0, 0.0, 1.0, 1.0], device=device)
-    cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, None, out)
+    cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(logp, lse, entropy), g, None, out)
     assert out[0].isnan().all(-1).tolist() == [True, True, True, False, True, True, False, False, False]
 
 

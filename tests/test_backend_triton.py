@@ -87,7 +87,7 @@ def test_stats_and_gradient(V, dtype):
     g, h = torch.tensor([1.5, -0.7], device=DEVICE), torch.tensor([0.2, -0.4], device=DEVICE)
     for weight in (None, h):
         out = torch.full_like(logits, float("nan"))
-        backend.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, weight, out)
+        backend.row_grad(logits, Rows(ids, None, inv_t), Scores(logp, lse, entropy), g, weight, out)
         want = true_grad(log_p, ids, want_entropy, g, weight, inv_t)
         if V > 1:
             close(out.flatten(0, 1), want, TOLERANCE[dtype], f"gradient, h {weight}")
@@ -108,10 +108,10 @@ def test_any_base_and_stride(offset, V, stride_t, path):
     g = torch.tensor([1.0, -2.0], device=DEVICE)
     want = true_grad(log_p, ids, None, g, None, inv_t)
     fresh = torch.empty(1, 2, V, dtype=torch.bfloat16, device=DEVICE)  # mostly of another phase than the logits
-    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, None, fresh)
+    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(logp, lse, entropy), g, None, fresh)
     close(fresh.flatten(0, 1), want, 2**-8)
     base = logits._base if logits._base is not None else logits
-    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, None, logits)
+    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(logp, lse, entropy), g, None, logits)
     assert torch.equal(logits, fresh)
     outside = torch.ones_like(base, dtype=torch.bool)
     outside.as_strided(logits.shape, logits.stride(), offset).fill_(False)
@@ -139,6 +139,34 @@ def test_parts_give_the_bits_of_whole_rows(dtype, monkeypatch):
     assert torch.equal(logp, results[1][0]) and torch.equal(lse, results[1][1])
 
 
+@pytest.mark.parametrize("shift", [0.0, 5000.0])  # by which a row takes the careful sweep
+@pytest.mark.parametrize("offset", [0, 3])
+def test_a_target_takes_no_digits_from_the_others(offset, shift, path):
+    """1 - p of 1e-6, for targets at both sides of tiles (256) and parts (1024), and in the row's ends."""
+    V, n = 3000, 9
+    logits, ids, mask, _ = make(1, n, V, offset=offset, stride_t=V + 5)
+    ids = torch.tensor([0, 1, 255, 256, 1023, 1024, 2047, 2999, 2049], device=DEVICE)
+    logits[0, torch.arange(n), ids] = 25.0
+    logits += shift
+    logits[0, 8, :2048] = -math.inf
+    inv_t = torch.ones(n, device=DEVICE)
+    z = logits[0].double() - logits[0].double().gather(1, ids[:, None])
+    log_p = z.log_softmax(-1)
+    want_logp, want_entropy = log_p.gather(1, ids[:, None])[:, 0], -(log_p.exp() * log_p).nan_to_num(0).sum(-1)
+    assert (want_logp > -1e-4).all() and (want_logp < -1e-7).all()
+    logp, _, entropy = backend.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=True)
+    near(logp, want_logp, "logp", atol=0, rtol=2e-6)
+    near(entropy, want_entropy, "entropy", atol=0, rtol=2e-6)
+    rows = rows_of(n, advantages=torch.ones(n, device=DEVICE))
+    for lanes in (512, 1024):
+        got = logits.clone()
+        with backend.using(lanes=lanes):
+            result = backend.token_loss(got, Rows(ids, mask, inv_t), rows, TokenSpec(), got, want_entropy=True)
+        for a, b in zip((result.logp, result.entropy), (logp, entropy), strict=True):
+            assert torch.equal(a, b)
+        near(got[0].gather(1, ids[:, None])[:, 0], -0.25 * -torch.expm1(want_logp), "gradient", atol=0, rtol=2e-6)
+
+
 def test_minus_infinity_and_huge_logits(path):
     logits, ids, mask, inv_t = make(1, 8, 1500, torch.float32)
     logits[0, 0, :1300] = -math.inf  # whole tiles and a whole part
@@ -161,7 +189,7 @@ def test_minus_infinity_and_huge_logits(path):
     near(logp[7], torch.zeros_like(logp[7]), "logp")
     g, h = torch.ones(8, device=DEVICE), torch.full((8,), 0.5, device=DEVICE)
     out = torch.full_like(logits, float("nan"))
-    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, h, out)
+    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(logp, lse, entropy), g, h, out)
     want = true_grad(log_p, ids, want_entropy, g, h, inv_t)
     assert float(out[0, 7].abs().max()) < 1e-6
     for row in (0, 1, 4, 5):
@@ -186,7 +214,7 @@ def test_not_a_number(path):
     assert logp[5].isfinite()
     g = torch.tensor([1.0, 1.0, 1.0, 0.0, float("nan"), 1.0], device=DEVICE)
     out = torch.full_like(logits, 7.0)
-    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, entropy), g, torch.zeros_like(g), out)
+    backend.row_grad(logits, Rows(ids, None, inv_t), Scores(logp, lse, entropy), g, torch.zeros_like(g), out)
     assert (out[0, 3] == 0).all() and out[0, 4].isnan().all() and out[0, 5].isfinite().all()
     assert out[0, 0].isnan().all()
 
@@ -422,7 +450,7 @@ def test_nothing_to_do():
     none = torch.empty(0, device=DEVICE)
     ids, mask = none.long(), none.bool()
     assert [x.shape for x in backend.row_stats(logits, Rows(ids, mask, none), want_entropy=True)] == [(0,)] * 3
-    backend.row_grad(logits, Rows(ids, None, none), Scores(None, none, none), none, None, logits)
+    backend.row_grad(logits, Rows(ids, None, none), Scores(none, none, none), none, None, logits)
     rows = rows_of(0, advantages=none)
     got = backend.token_loss(logits, Rows(ids, mask, none), rows, TokenSpec(), logits, want_entropy=True)
     assert [x.shape for x in got] == [(0,)] * 7

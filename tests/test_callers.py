@@ -36,9 +36,25 @@ def test_logits_that_another_operation_saved_are_not_read_as_their_gradient(x, d
         (loss + other).backward()
 
 
-def test_logps_can_be_changed_in_place(x):
-    hidden = x["hidden"].requires_grad_()
-    linear_logps(hidden, x["weight"], x["ids"]).mul_(2).sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_logps_can_be_changed_in_place(x, dtype):
+    """Before the backward pass, which reads the logps that there were."""
+
+    def gradients(change):
+        hidden = x["hidden"].detach().to(dtype).requires_grad_()
+        logits = (hidden @ x["weight"].to(dtype).T).detach().requires_grad_()
+        change(linear_logps(hidden, x["weight"].to(dtype), x["ids"])).sum().backward()
+        change(selective_logps(logits, x["ids"])).sum().backward()
+        found = [hidden.grad, logits.grad]
+        for inplace in (False, True):
+            leaf = logits.detach().clone().requires_grad_()
+            out = grpo_loss(leaf * 1, x["ids"], x["advantages"], inplace=inplace)
+            change(out.per_token_logps)
+            found += torch.autograd.grad(out.loss, leaf)
+        return found
+
+    for got, want in zip(gradients(lambda logps: logps.mul_(2)), gradients(lambda logps: logps * 2), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("loss", ["logps", "loss"])

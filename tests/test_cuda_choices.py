@@ -162,7 +162,7 @@ def test_calls_of_the_runtime(new_machine, monkeypatch):
             2,
             lambda: cuda.token_loss(logits, Rows(ids, mask, inv_t), rows, TokenSpec(), out, want_entropy=True),
         ),
-        "row_grad": (2, lambda: cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, lse), g, None, out)),
+        "row_grad": (2, lambda: cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(lse, lse, lse), g, None, out)),
         "scale_": (2, lambda: cuda.scale_(logits, torch.tensor(0.5))),
         "groups": (3, lambda: _loss(logits, ids, mask, inv_t, token=groups, out=out)),
         "two passes": (3, lambda: _loss(logits, ids, mask, inv_t, token=rows, out=out, cluster=-1)),

@@ -87,7 +87,7 @@ def test_row_grad(dtype, V, offset, extra, device):
     """With and without the entropy's gradient; a row without a gradient may hold NaN, and gets zeroes."""
     logits, ids, _, inv_t = make(2, 2, V, offset=offset, stride=V + extra, device=device)
     logp, lse, entropy, p, log_p = exact(logits, ids, inv_t)
-    scores = Scores(None, lse.float(), entropy.float())
+    scores = Scores(logp.float(), lse.float(), entropy.float())
     g, h = torch.randn(2, 4, generator=torch.Generator().manual_seed(V)).to(device)
     g[1] = h[1] = 0
     logits[0, 1] = math.nan
@@ -157,7 +157,7 @@ def test_other_dtypes_are_refused(device):
     lse, g = torch.zeros(2, 1, device=device)
     for dtype in (torch.float16, torch.float32):
         with pytest.raises(ValueError, match=f"out: expected the dtype of the logits, torch.bfloat16, got {dtype}"):
-            cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, None), g, None, logits.to(dtype))
+            cuda.row_grad(logits, Rows(ids, None, inv_t), Scores(lse, lse, None), g, None, logits.to(dtype))
 
 
 # ---- what is wrong is seen

@@ -39,10 +39,10 @@ def test_opcheck(backend, device):
     leaf = logits.clone().requires_grad_()
     for want_entropy in (False, True):
         opcheck(ops.row_stats, (leaf, *rows, want_entropy, backend))
-    _, lse, entropy = ops.row_stats(logits, *rows, True, backend)
-    g = torch.randn_like(lse)
-    for h in (None, torch.randn_like(lse)):
-        opcheck(ops.row_grad, (logits, batch.ids, batch.inv_temperature, lse, entropy, g, h, backend))
+    scores = ops.row_stats(logits, *rows, True, backend)
+    g = torch.randn_like(scores[0])
+    for h in (None, torch.randn_like(g)):
+        opcheck(ops.row_grad, (logits, batch.ids, batch.inv_temperature, *scores, g, h, backend))
     opcheck(ops.scale_, (logits.clone(), torch.tensor(2.0, device=device), backend))
     if backend != "torch":  # which has no fused objective
         _, token, spec = fuse(rows, objective, batch, row_weights(objective, batch))

@@ -196,9 +196,9 @@ def test_what_overflows_fp16_is_infinite(place):
     _, logits, out = make(300, place, torch.float16)
     ids, mask, inv_t = vectors(4, 300)
     g = vector(1e6, -1e6, 1e9, 6e4)
-    lse, fp32 = backend.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=False).lse, torch.empty_like(logits)
+    scores, fp32 = backend.row_stats(logits, Rows(ids, mask, inv_t), want_entropy=False), torch.empty_like(logits)
     for to in (fp32, out):
-        backend.row_grad(logits, Rows(ids, None, inv_t), Scores(None, lse, None), g, None, to)
+        backend.row_grad(logits, Rows(ids, None, inv_t), scores, g, None, to)
     assert out.isposinf().any() and out.isneginf().any() and out.isfinite().any()
     assert torch.equal(out, fp32.half())
 
@@ -208,7 +208,7 @@ def test_no_rows(dtype):
     buffer = torch.empty(1, 0, 64, device=DEVICE)
     logits, out = buffer[..., :50], buffer.view(dtype)[..., 64:114]
     none = torch.empty(0, device=DEVICE)
-    backend.row_grad(logits, Rows(none.long(), None, none), Scores(None, none, none), none, None, out)
+    backend.row_grad(logits, Rows(none.long(), None, none), Scores(none, none, none), none, None, out)
     rows = Rows(none.long(), none.bool(), none)
     got = backend.token_loss(logits, rows, rows_of(0, DEVICE, advantages=none), TokenSpec(), out, want_entropy=True)
     assert [x.shape for x in got] == [(0,)] * 7
@@ -312,7 +312,7 @@ def prepare(kernel, place, V, monkeypatch):
     ids[0], ids[1] = V - 1, V // 2  # what the gradient of the row's tail, and of its head, overwrites
     mask[2] = False
     g = vector(1.0, -2.0, 0.0, 0.0)
-    rows, scores = Rows(ids, mask, inv_t), Scores(None, torch.full_like(g, 10.0), g)
+    rows, scores = Rows(ids, mask, inv_t), Scores(g, torch.full_like(g, 10.0), g)
     token = rows_of(4, DEVICE, advantages=g, h=0.1 * g)
     monkeypatch.setattr(launch, "split", lambda *_: "split" in kernel)
 

@@ -40,7 +40,7 @@ void gradient_row(const Args& a, const Sweeps* table, int64_t r, int64_t) {
   const float h = a.h == nullptr ? 0.0f : a.h[r];
   if (zero_row(row, a.g[r], h)) return;
   row.cap();
-  row.gradient(a.lse[r] / row.scale.unit, a.g[r], h, h == 0 ? 0.0f : a.entropy[r], nullptr);
+  row.gradient(a.lse[r] / row.scale.unit, a.logp[r], a.g[r], h, h == 0 ? 0.0f : a.entropy[r], nullptr);
 }
 
 // The logits of row r, if this thread reads them next and they fit into L2 beside the present row.
@@ -80,7 +80,7 @@ void loss_row(const Args& a, const Sweeps* table, int64_t r, int64_t end) {
   if (!scored) {
     row.zero_gradient();
   } else if (!zero_row(row, result.dlogp, h)) {
-    row.gradient(s.lse2, result.dlogp, h, s.entropy, row_to_fetch(row, r + 1, end));
+    row.gradient(s.lse2, s.logp, result.dlogp, h, s.entropy, row_to_fetch(row, r + 1, end));
   }
 }
 

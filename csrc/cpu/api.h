@@ -50,7 +50,7 @@ FASTGRPO_API int32_t fastgrpo_cpu_head_stats(const FastgrpoMatmul* product, cons
 //   column_logits    reads  hidden, weight, bias, ids               writes values (N, width), -inf where there is none
 //   column_d_hidden  reads  weight, ids, values                     writes out (N, H)
 //   column_d_weight  reads  hidden, values, ids, rows of N pairs    adds to out (V, H) and d_bias
-//   select_columns   reads  tolerance, and of its rows what row_grad reads, and logp
+//   select_columns   reads  tolerance, and of its rows what row_grad reads
 //                    writes count; more than width: all columns have to do. And found, values, of (N, width) what lies
 //                    before the largest count that is not
 struct FastgrpoColumns {

@@ -155,16 +155,12 @@ struct Row {
     return (float)(inv_temperature * value);
   }
 
-  void gradient(double lse2, float g, float h, float entropy, const void* next) const {
+  void gradient(double lse2, float logp, float g, float h, float entropy, const void* next) const {
     void* const sink = capped == nullptr ? out : capped;
     const int32_t sink_dtype = capped == nullptr ? args.out_dtype : kFloat32;
-    const double logit = target < 0 ? 0.0 : target_logit();  // before it is overwritten
     const RowGradient others = gradient_of_others(lse2, g, h, entropy);
     sweeps().gradient[sink_dtype](source(), sink, args.vocab, scale.c, others, next);
-    if (target >= 0) {
-      const double lp = (logit * scale.c - lse2) * scale.unit;
-      write_element(gradient_of_target(lp, g, h, entropy), sink, target, sink_dtype);
-    }
+    if (target >= 0) write_element(gradient_of_target(logp, g, h, entropy), sink, target, sink_dtype);
     if (capped == nullptr) return;
     table[args.dtype].uncap[args.out_dtype](logits, capped, out, args.vocab, args.softcap);
   }

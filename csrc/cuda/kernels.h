@@ -41,8 +41,8 @@ cudaError_t one_pass_prepare(const OnePassKernel& which, int shared_limit);
 cudaError_t one_pass_clusters(const OnePassKernel& which, const OnePassShape& shape, int& clusters);
 cudaError_t one_pass(const FastgrpoArgs& args, const OnePassShape& shape, cudaStream_t stream);
 
-// The same without args.out, and row_grad, which also serves token_loss: with a mask, it zeroes what is outside of it,
-// and with logps it takes these. sm_80.
+// The same without args.out, and row_grad, which also serves token_loss: with a mask, it zeroes what is outside of it.
+// sm_80.
 cudaError_t stats(const FastgrpoArgs& args, cudaStream_t stream);
 cudaError_t grad(const FastgrpoArgs& args, cudaStream_t stream);
 // args.logits *= *args.weight.

@@ -229,19 +229,13 @@ grad_kernel(const FastgrpoArgs a) {
   const Span<E> span = row_of<E>(a.logits, a.logits_stride, a, row);
   const int64_t id = global_load(a.ids + row);
   const int target = id >= 0 && id < a.vocab ? (int)id : -1;
-  const float lse = global_load(a.lse + row), inv_t = global_load(a.inv_temperature + row);
+  const float logp = global_load(a.logp + row), lse = global_load(a.lse + row);
+  const float inv_t = global_load(a.inv_temperature + row);
   const float entropy = h == 0.0f ? 0.0f : global_load(a.entropy + row);
   // The row counted from lse / inv_temperature: where p is 1. The quotient's rounding goes with the factor.
   const float top = lse / inv_t, error = fmaf(-top, inv_t, lse);
-  float logp = 0.0f;
-  if (a.logp != nullptr) {
-    logp = global_load(a.logp + row);  // of a pass before: it has digits that lse has lost when p is near 1
-  } else if (target >= 0) {
-    logp = fmaf(E::number(global_load(span.at(span.lead + target))) - top, inv_t, -error);
-  }
   const RowGradient r = row_gradient(logp, error, entropy, top, g, h, inv_t);
   const Exponent exponent(top, r.c);
-  sync_threads(kWorkersBarrier, kWorkers);  // all have the target's logit before its gradient takes its place
   if constexpr (kAsWide<E, O>) {
     store_gradient<E>(span, out, exponent, r);
   } else {

@@ -124,8 +124,11 @@ class Backend(Protocol):
         row: a row of `out` then begins at least 2V bytes after its logits. Written from its end to its start, it
         overwrites nothing that is still to be read.
 
+        The target's element is made of logp, which keeps the digits of 1 - p where p is near 1, as lse does not; the
+        others are made of lse.
+
         Rows where g = dL/dlogp and h = dL/dentropy (None: 0) are both 0 are not read, and get zeroes. Of `rows` the
-        mask is not read, and of `scores` only lse and, if there is an h, the entropy.
+        mask is not read, and of `scores` the entropy only if there is an h.
         """
 
     def token_loss(
@@ -213,10 +216,7 @@ class ColumnBackend(Protocol):
         dropped from the smallest on, and of the first that does not fit the columns in their order, as long as they
         fit. So K is about as small as it can be, whatever the tail. Sums are a backend's own, to a few roundings.
 
-        The target's dz comes from scores.logp, which keeps the digits of 1 - p where p is near 1, as lse does not;
-        those of the others are the bits of `row_grad`.
-
         Rows where g and h (None: 0) are both 0 are not read, and have the size 0. A row whose K is larger than `room`
-        has a size above `room`, and no ids; so has one whose gradient is not finite somewhere, whatever its K. Beside
-        logp, of `rows` and `scores` the same is read as by `row_grad`.
+        has a size above `room`, and no ids; so has one whose gradient is not finite somewhere, whatever its K. Of `rows`
+        and `scores` the same is read as by `row_grad`.
         """

@@ -60,19 +60,25 @@ def row_stats(logits: Tensor, rows: Rows, *, want_entropy: bool, softcap: float 
         z = cap(torch.where(scored[:, None], x.to(dtype), 0.0), softcap) * inv_temperature[part, None]
         highest = z.amax(-1)
         z = z - highest[:, None]  # what follows is exact also where |z| is large
+        # The target stands apart: of a sum near 1 that holds it, 1 - p would have few digits.
+        at, inside = _targets(ids[part], vocab)
+        t = z.gather(-1, at)
+        z.scatter_(-1, at, torch.where(inside, -torch.inf, t))
+        t, inside = t[:, 0], inside[:, 0]
         if len(z) == 1:
             z = z.repeat(2, 1)  # torch would split a lone sum over threads: other bits than among other rows
         p = z.exp()
-        total = p.sum(-1)[: len(highest)]
+        others, e = p.sum(-1)[: len(t)], torch.where(inside, t.exp(), 0.0)
+        total, leads = others + e, others <= e
         log_sum = total.log()
         lse[part] = torch.where(scored, highest + log_sum, 0.0)
-        inside = (ids[part] >= 0) & (ids[part] < vocab)
-        target = z[: len(highest)].gather(-1, ids[part].clamp(0, vocab - 1)[:, None])[:, 0]
-        value = torch.where(inside, target - log_sum, torch.nan)
+        value = torch.where(inside, torch.where(leads, -torch.log1p(others / e), t - log_sum), torch.nan)
         logp[part] = torch.where(scored, value, 0.0)
         if entropy is not None:
-            expected = torch.where(p == 0, 0.0, p * z).sum(-1)[: len(highest)] / total  # p = 0 at z = -inf
-            entropy[part] = torch.where(scored, log_sum - expected, 0.0)
+            weighted = torch.where(p == 0, 0.0, p * z).sum(-1)[: len(t)]  # p = 0 at z = -inf
+            near_one = (t * others - weighted) / total - value
+            usual = log_sum - (weighted + torch.where(e == 0, 0.0, e * t)) / total
+            entropy[part] = torch.where(scored, torch.where(leads, near_one, usual), 0.0)
     return Scores(logp, lse, entropy)
 
 
@@ -100,37 +106,37 @@ def _of(part: slice, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None) ->
 def _gradient(x: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, softcap: float | None) -> Tensor:
     """dL/dlogits (n, V) of a few rows x (n, V), in the dtype of their temperature."""
     ids, _, inv_temperature = rows
-    _, lse, entropy = scores
+    logp, lse, entropy = scores
     dtype, vocab = inv_temperature.dtype, x.size(-1)
     active = g != 0 if h is None else (g != 0) | (h != 0)
     capped = cap(torch.where(active[:, None], x.to(dtype), 0.0), softcap)
-    logp = capped * inv_temperature[:, None] - lse[:, None]
-    p = logp.exp()
+    log_p = capped * inv_temperature[:, None] - lse[:, None]
+    p = log_p.exp()
     coefficient = -g[:, None]
     if h is not None:
         assert entropy is not None
-        coefficient = coefficient - h[:, None] * torch.where(p == 0, 0.0, logp + entropy[:, None])
+        coefficient = coefficient - h[:, None] * torch.where(p == 0, 0.0, log_p + entropy[:, None])
     grad = p * coefficient
-    inside = (ids >= 0) & (ids < vocab)
-    grad.scatter_add_(-1, ids.clamp(0, vocab - 1)[:, None], torch.where(inside, g, 0.0)[:, None].to(dtype))
+    at, inside = _targets(ids, vocab)
+    grad.scatter_(-1, at, torch.where(inside, _at_target(logp, entropy, g, h)[:, None], grad.gather(-1, at)))
     if softcap is not None:
         grad *= 1 - (capped / softcap).square()
     return torch.where(active[:, None], grad * inv_temperature[:, None], 0.0)
 
 
-def _at_target(x: Tensor, rows: Rows, scores: Scores, g: Tensor, h: Tensor | None, softcap: float | None) -> Tensor:
-    """(n,) what `_gradient` holds at the targets, from logp; 0 where there is none."""
-    logp, _, entropy = scores
+def _at_target(logp: Tensor, entropy: Tensor | None, g: Tensor, h: Tensor | None) -> Tensor:
+    """(n,) dL/d(logits over the temperature) at the targets."""
     dz = g * -torch.expm1(logp)
     if h is not None:
         assert entropy is not None
         p = logp.exp()
         dz = dz - h * torch.where(p == 0, 0.0, p * (logp + entropy))
-    if softcap is not None:
-        raw = x.gather(-1, rows.ids.clamp(0, x.size(-1) - 1)[:, None])[:, 0].to(dz.dtype)
-        dz = dz * (1 - torch.tanh(raw / softcap).square())
-    inside = (rows.ids >= 0) & (rows.ids < x.size(-1))
-    return torch.where(inside, dz * rows.inv_temperature, 0.0)
+    return dz
+
+
+def _targets(ids: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """((n, 1) where to find the targets, (n, 1) bool: whether there is one)."""
+    return ids.clamp(0, vocab - 1)[:, None], ((ids >= 0) & (ids < vocab))[:, None]
 
 
 def token_loss(
@@ -225,16 +231,14 @@ def select_columns(
     dz = torch.zeros((n, room), dtype=rows.inv_temperature.dtype, device=logits.device)
     sizes = torch.zeros(n, dtype=torch.int32, device=logits.device)
     for part, x in pieces(logits):
-        few = _of(part, rows, scores, g, h)
-        own = _at_target(x, *few, softcap)[:, None]
+        gradient = _gradient(x, *_of(part, rows, scores, g, h), softcap)
         is_target = torch.arange(vocab, device=logits.device) == rows.ids[part, None]
-        gradient = torch.where(is_target, own, _gradient(x, *few, softcap))
         others = gradient.abs().masked_fill(is_target, 0)
         _, exponent = torch.frexp(others.amax(-1, keepdim=True))
         scaled = torch.ldexp(others, -exponent).float()  # no subnormals, whose bins are wide
         order = (scaled.view(torch.int32) >> _BIN_BITS).argsort(dim=-1, stable=True)
         sums = others.gather(-1, order).double().cumsum(-1)
-        total = sums[:, -1:] + own.abs()
+        total = sums[:, -1:] + torch.where(is_target, gradient.abs(), 0.0).sum(-1, keepdim=True)
         kept = torch.empty_like(is_target).scatter_(-1, order, ~(sums <= tolerance * total)) | is_target
         size = torch.where(total[:, 0].isfinite(), kept.sum(-1), room + 1)
         active = g[part] != 0 if h is None else (g[part] != 0) | (h[part] != 0)

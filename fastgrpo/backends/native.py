@@ -189,9 +189,9 @@ class RowCalls:
         *,
         softcap: float | None = None,
     ) -> None:
-        entropy = None if h is None else scores.entropy
-        per_row = dict(ids=rows.ids, inv_temperature=rows.inv_temperature, lse=scores.lse, entropy=entropy, g=g, h=h)
-        self._call("row_grad", make_args(logits, out, softcap, **per_row), logits.device)
+        read = scores if h is not None else scores._replace(entropy=None)
+        args = make_args(logits, out, softcap, rows._replace(mask=None), read, g=g, h=h)
+        self._call("row_grad", args, logits.device)
 
     def token_loss(
         self,

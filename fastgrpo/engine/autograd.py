@@ -45,6 +45,11 @@ def _once(gradient: Tensor | None, *made_of: Tensor | None) -> Tensor | None:
     return _Once.apply(gradient, *made_of) if gradient is not None and torch.is_grad_enabled() else gradient
 
 
+def _to_save(scores: Scores) -> Scores:
+    """With a logp of their own: the caller may change the other in place before the backward pass."""
+    return scores._replace(logp=scores.logp.clone())
+
+
 # ---- from logits
 
 
@@ -72,13 +77,13 @@ class _Stats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: _Scoring) -> _Scored:
         sweeps, rows, want_entropy, wanted = call
-        logp, lse, entropy = sweeps.stats(logits, rows, want_entropy)
-        found = statistics.of_logits(logits, sweeps, rows, logp, wanted) if wanted else {}
-        ctx.save_for_backward(logits, *rows, lse, entropy)
+        scores = sweeps.stats(logits, rows, want_entropy)
+        found = statistics.of_logits(logits, sweeps, rows, scores.logp, wanted) if wanted else {}
+        ctx.save_for_backward(logits, *rows, *_to_save(scores))
         ctx.sweeps = sweeps
-        ctx.mark_non_differentiable(lse)
+        ctx.mark_non_differentiable(scores.lse)
         ctx.set_materialize_grads(False)  # so that an entropy that nobody differentiates costs no gradient
-        return logp, lse, entropy, found
+        return *scores, found
 
     @staticmethod
     def backward(
@@ -86,11 +91,12 @@ class _Stats(torch.autograd.Function):
     ) -> tuple[Tensor | None, None]:
         if d_logp is None and d_entropy is None:
             return None, None
-        logits, ids, mask, inv_temperature, lse, entropy = ctx.saved_tensors
+        logits, ids, mask, inv_temperature, *scores = ctx.saved_tensors
         gradient = empty_gradient(logits)
         with torch.no_grad():
-            g, h = upstream(mask, lse, d_logp, d_entropy)
-            ctx.sweeps.grad(logits, Rows(ids, mask, inv_temperature), Scores(lse, lse, entropy), g, h, gradient)
+            made_of = Scores(*scores)
+            g, h = upstream(mask, made_of.lse, d_logp, d_entropy)
+            ctx.sweeps.grad(logits, Rows(ids, mask, inv_temperature), made_of, g, h, gradient)
         return _once(gradient, logits, d_logp, d_entropy), None
 
 
@@ -118,8 +124,8 @@ class _FusedLoss(torch.autograd.Function):
         assert isinstance(call.how, Fused)
         result = call.sweeps.token_loss(logits, call.how, call.want_entropy, out=None)
         ids, _, inv_temperature = call.how.rows
-        lse, entropy, h = result.lse, result.entropy, call.how.token.h
-        ctx.save_for_backward(logits, ids, inv_temperature, lse, entropy, result.g, h)
+        scores = _to_save(Scores(result.logp, result.lse, result.entropy))
+        ctx.save_for_backward(logits, ids, inv_temperature, *scores, result.g, call.how.token.h)
         ctx.sweeps = call.sweeps
         ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
         ctx.set_materialize_grads(False)
@@ -129,11 +135,11 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
         if d_loss is None:
             return None, None
-        logits, ids, inv_temperature, lse, entropy, g, h = ctx.saved_tensors
+        logits, ids, inv_temperature, *scores, g, h = ctx.saved_tensors
         gradient = empty_gradient(logits)
         with torch.no_grad():
-            rows, scores = Rows(ids, None, inv_temperature), Scores(lse, lse, entropy)
-            ctx.sweeps.grad(logits, rows, scores, g * d_loss, None if h is None else h * d_loss, gradient)
+            rows = Rows(ids, None, inv_temperature)
+            ctx.sweeps.grad(logits, rows, Scores(*scores), g * d_loss, None if h is None else h * d_loss, gradient)
         return _once(gradient, logits, d_loss), None
 
 
@@ -162,7 +168,7 @@ class _InPlace(torch.autograd.Function):
             assert isinstance(how, Apart)
             scores = sweeps.stats(buffer, how.rows, want_entropy)
             terms, g, h = how.coefficients(scores)
-            saved = (buffer, how.rows.ids, how.rows.inv_temperature, scores.lse, scores.entropy, g, h)
+            saved = (buffer, how.rows.ids, how.rows.inv_temperature, *_to_save(scores), g, h)
         elif compiling and isinstance(how, Fused):
             result = ops.fused_loss(buffer, sweeps, how, want_entropy, inplace=True)
             scores, terms = Scores(result.logp, result.lse, result.entropy), how.terms(result)
@@ -192,9 +198,9 @@ class _InPlace(torch.autograd.Function):
         ctx.handed_out = True
         buffer, *rest = ctx.saved_tensors
         if ctx.wait:
-            ids, inv_temperature, lse, entropy, g, h = rest
-            rows, scores = Rows(ids, None, inv_temperature), Scores(lse, lse, entropy)
-            ctx.sweeps.grad(buffer, rows, scores, g * d_loss, None if h is None else h * d_loss, buffer)
+            ids, inv_temperature, *scores, g, h = rest
+            rows = Rows(ids, None, inv_temperature)
+            ctx.sweeps.grad(buffer, rows, Scores(*scores), g * d_loss, None if h is None else h * d_loss, buffer)
             increment_version(buffer)
         elif torch.compiler.is_compiling():
             ops.scale_(buffer, d_loss, ctx.sweeps.backend)
@@ -254,14 +260,12 @@ class _HiddenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _HiddenScoring) -> _Scored:
         head, rows, scored, plan, want_entropy, kept, wanted = call
-        (logp, lse, entropy), found = chunks.score(hidden, head, rows, plan, want_entropy, kept, wanted)
-        # the caller may change logp in place; only a tolerance of columns reads it again
-        saved = logp.clone() if head.column_tolerance > 0 else lse
-        ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, saved, lse, entropy)
+        scores, found = chunks.score(hidden, head, rows, plan, want_entropy, kept, wanted)
+        ctx.save_for_backward(hidden, weight, bias, rows.ids, rows.inv_temperature, scored, *_to_save(scores))
         ctx.head, ctx.kept = head.without_tensors(), kept
-        ctx.mark_non_differentiable(lse)
+        ctx.mark_non_differentiable(scores.lse)
         ctx.set_materialize_grads(False)
-        return logp, lse, entropy, found
+        return *scores, found
 
     @staticmethod
     def backward(

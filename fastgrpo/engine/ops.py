@@ -1,4 +1,4 @@
-"""The operators `torch.ops.fastgrpo_5.*` on logits, for compiled graphs alone: schemas, fakes, autograd formulas.
+"""The operators `torch.ops.fastgrpo_6.*` on logits, for compiled graphs alone: schemas, fakes, autograd formulas.
 
 An operator takes tensors, lists of them and numbers, where the engine takes objects. Each has beside it the function
 that takes the objects apart; its body puts them together again and calls what an eager call calls.
@@ -17,7 +17,7 @@ from fastgrpo.engine.logits import Fused, Sweeps, empty_gradient, upstream
 
 # Goes up with every change of an operator or its gradient: torch keeps compiled graphs on disk, and finds them by the
 # names of the operators in their forward pass.
-NAMESPACE = "fastgrpo_5"
+NAMESPACE = "fastgrpo_6"
 
 Vectors = Sequence[Tensor | None]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -78,6 +78,7 @@ def row_grad(
     logits: Tensor,
     ids: Tensor,
     inv_temperature: Tensor,
+    logp: Tensor,
     lse: Tensor,
     entropy: Tensor,
     g: Tensor,
@@ -86,7 +87,7 @@ def row_grad(
 ) -> Tensor:
     """The gradient of the logits from g = dL/dlogp and h = dL/dentropy of each row; rows with both 0 are not read."""
     out = empty_gradient(logits)
-    Sweeps(backend).grad(logits, Rows(ids, None, inv_temperature), Scores(lse, lse, taken(entropy)), g, h, out)
+    Sweeps(backend).grad(logits, Rows(ids, None, inv_temperature), Scores(logp, lse, taken(entropy)), g, h, out)
     return out
 
 
@@ -100,8 +101,8 @@ row_grad.register_autograd(refuse_double_backward)
 
 def _row_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
     logits, ids, mask, inv_temperature, _, ctx.backend = inputs
-    _, lse, entropy = output
-    ctx.save_for_backward(logits, mask, ids, inv_temperature, lse, entropy)
+    logp, lse, entropy = output
+    ctx.save_for_backward(logits, mask, ids, inv_temperature, logp, lse, entropy)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # so that an entropy that nobody differentiates costs no gradient
 
@@ -185,7 +186,7 @@ token_loss_.register_fake(_token_loss_fake)
 def _token_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Seven) -> None:
     logits, (ids, _, inv_temperature), token, *_, ctx.backend = inputs
     _, logp, lse, entropy, kl, ratio, g = output
-    ctx.save_for_backward(logits, ids, inv_temperature, lse, entropy, g, TokenRows(*token).h)
+    ctx.save_for_backward(logits, ids, inv_temperature, logp, lse, entropy, g, TokenRows(*token).h)
     ctx.mark_non_differentiable(logp, lse, entropy, kl, ratio, g)
     ctx.set_materialize_grads(False)
 

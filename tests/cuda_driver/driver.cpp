@@ -311,9 +311,13 @@ class Run {
     args.lse = lse->get();
     if (case_.entropy) args.entropy = entropy->get();
     if (case_.kernel == kGrad) {
-      std::vector<float> given_lse, given_entropy;
-      for (const Row& row : truth) given_lse.push_back((float)row.lse), given_entropy.push_back((float)row.entropy);
-      const Memory<float> at_lse(given_lse), at_entropy(given_entropy);
+      std::vector<float> given_logp, given_lse, given_entropy;
+      for (const Row& row : truth) {
+        given_logp.push_back((float)row.logp), given_lse.push_back((float)row.lse);
+        given_entropy.push_back((float)row.entropy);
+      }
+      const Memory<float> at_logp(given_logp), at_lse(given_lse), at_entropy(given_entropy);
+      args.logp = at_logp.get();
       args.lse = at_lse.get();
       args.entropy = case_.entropy ? at_entropy.get() : nullptr;
       args.g = at_g.get();

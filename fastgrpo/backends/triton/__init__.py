@@ -135,7 +135,7 @@ def _row_grad(
     n, V = rows.ids.numel(), logits.shape[2]
     if n > 0:
         cut = launch.geometry(V, logits.dtype)
-        backward = Backward(g, h, scores.lse, None if h is None else scores.entropy)
+        backward = Backward(g, h, scores.logp, scores.lse, None if h is None else scores.entropy)
         inplace = launch.inplace(logits, out)
         programs, span = n * cut.parts(V), cut.PART
         if inplace and out.dtype != logits.dtype:  # a whole row, because part of it lands on what others read

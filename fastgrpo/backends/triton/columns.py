@@ -68,8 +68,8 @@ def select_columns(
         row_bytes = V * logits.element_size() + capacity * 8
         programs = launch.rows_in_flight(n, row_bytes, device)
         candidates = ids.new_empty(programs, capacity, dtype=torch.int64)
-        backward = Backward(g, h, scores.lse, None if h is None else scores.entropy)
-        of_rows = rows._replace(mask=None), scores.logp, backward
+        backward = Backward(g, h, scores.logp, scores.lse, None if h is None else scores.entropy)
+        of_rows = rows._replace(mask=None), backward
         launch.sweep(selection.choose_kernel, programs, cut, device, logits, of_rows,
                      selection.Chosen(*columns, candidates), float(tolerance), softcap, *launch.layout(logits), n,
                      room, CANDIDATES=_CANDIDATES)  # fmt: skip

@@ -16,6 +16,7 @@ class Backward(NamedTuple):
 
     g: Any  # dL/dlogp
     h: Any  # dL/dentropy; a kernel's None: 0
+    logp: Any
     lse: Any
     entropy: Any  # as h
 
@@ -33,9 +34,9 @@ class Curve(NamedTuple):
 
 @triton.jit
 def curve_of(at_row, inv_temperature, HAS_H: tl.constexpr):
-    """(`Curve`, low, careful) of a `Backward`. p = 2^(x*c - shift) * 2^-low, whose last factor is in a and b: what
-    rounding took from the shift. careful: the shift is so large that exponents are taken otherwise."""
-    g, h, lse, entropy = at_row
+    """(`Curve`, careful) of a `Backward`. p = 2^(x*c - shift) * 2^-low, whose last factor is in a and b: what rounding
+    took from the shift. careful: the shift is so large that exponents are taken otherwise."""
+    g, h, _, lse, entropy = at_row
     shift = lse * LOG2E
     low = tl.fma(lse, LOG2E, -shift) + lse * LOG2E_LOW
     careful = ~(tl.abs(shift) < RANGE)
@@ -46,13 +47,16 @@ def curve_of(at_row, inv_temperature, HAS_H: tl.constexpr):
     if HAS_H:
         a = -(g + h * (entropy - low * LN2)) * factor
         b = -h * LN2 * factor
-    return Curve(inv_temperature * LOG2E, shift, inv_temperature, lse, a, b), low, careful
+    return Curve(inv_temperature * LOG2E, shift, inv_temperature, lse, a, b), careful
 
 
 @triton.jit
-def gradient_at_target(logp, target, at_row, inv_temperature, softcap, HAS_H: tl.constexpr):
-    """That of the target's element, from log p and expm1, so that nothing cancels when p is near 1."""
-    g, h, lse, entropy = at_row
+def gradient_at_target(target, at_row, inv_temperature, softcap, HAS_H: tl.constexpr):
+    """That of the target's element, from log p and expm1, so that nothing cancels when p is near 1.
+
+    target: its logit, capped; not used without a softcap.
+    """
+    g, h, logp, _, entropy = at_row
     p_minus_one, _ = expm1(logp)
     at_target = g * -p_minus_one
     if HAS_H:
@@ -134,23 +138,21 @@ def all_have_the_target(INPLACE: tl.constexpr):
 def row_gradient(row_ptr, out, id, target, V, at_row, inv_temperature, softcap, first, n_max, with_ends,
                  K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, HAS_H: tl.constexpr,
                  SAME_PHASE: tl.constexpr, INPLACE: tl.constexpr):  # fmt: skip
-    """Gradient of the vectors [first, first + n_max) of a row, and of its ends if asked, with `target_logit`'s target.
+    """Gradient of the vectors [first, first + n_max) of a row, and of its ends if asked.
 
-    All of the row: first 0, n_max None, with_ends True. INPLACE: `out` lies in the row's memory; `all_have_the_target`
-    comes before. If it is narrower, too, then a program takes all of the row.
+    All of the row: first 0, n_max None, with_ends True. target: `target_logit`, read with a softcap only. INPLACE:
+    `out` lies in the row's memory; where the target was read, `all_have_the_target` comes before. If it is narrower,
+    too, then a program takes all of the row.
 
     out_j = inv_temperature * (g * (1[j == id] - p_j) - h * p_j * (log p_j + entropy)) with the `Backward` of the row;
     off the target that is p_j * (a + b * log2 p_j).
     """
     NARROWER: tl.constexpr = INPLACE and out.dtype.element_ty != row_ptr.dtype.element_ty
-    row, low, careful = curve_of(at_row, inv_temperature, HAS_H)
+    row, careful = curve_of(at_row, inv_temperature, HAS_H)
     head, n_vec = ends(row_ptr, V, K)
     known = (id >= 0) & (id < V)
     at = tl.where(known, id, 0).to(tl.int32)
-
-    logp = tl.where(careful, target * inv_temperature - row.lse, (tl.fma(target, row.c, -row.shift) - low) * LN2)
-    at_target = gradient_at_target(logp, target, at_row, inv_temperature, softcap, HAS_H)
-
+    at_target = gradient_at_target(target, at_row, inv_temperature, softcap, HAS_H)
     if with_ends:
         j, inside = end_elements(V, head, n_vec, K, LANES)
         x = tl.load(row_ptr + j, mask=inside, other=0.0).to(tl.float32)

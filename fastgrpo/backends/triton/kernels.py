@@ -45,15 +45,17 @@ def stats_kernel(logits, partial, rows, out, softcap, V, T, stride_b, stride_t, 
     if tl.load(rows.mask + row) != 0:
         row_ptr = row_pointer(logits, row, T, stride_b, stride_t)
         inv_t = tl.load(rows.inv_temperature + row)
-        target = target_logit(row_ptr, tl.load(rows.ids + row), V, softcap)
+        id = tl.load(rows.ids + row)
+        target = target_logit(row_ptr, id, V, softcap)
         if partial is not None:
             total, weighted = merged_sums(partial, row, tl.cdiv(V, PART * K))
         else:
-            total, weighted = row_sums(row_ptr, target, V, inv_t, softcap, K, LANES, UNROLL, PART, 1, ENTROPY)
+            total, weighted = row_sums(row_ptr, id, target, V, inv_t, softcap, K, LANES, UNROLL, PART, 1, ENTROPY)
         again = afresh(row, total)
         row_ptr = row_pointer(logits, again, T, stride_b, stride_t)
         inv_t = tl.load(rows.inv_temperature + again)
-        logp, lse, entropy = row_scores(row_ptr, target, V, total, weighted, inv_t, softcap, K, LANES, ENTROPY)
+        id = tl.load(rows.ids + again)
+        logp, lse, entropy = row_scores(row_ptr, id, target, V, total, weighted, inv_t, softcap, K, LANES, ENTROPY)
     tl.store(out.logp + row, logp)
     tl.store(out.lse + row, lse)
     if ENTROPY:
@@ -74,8 +76,9 @@ def part_kernel(logits, rows, advantages, seq, skip_zero, partial, softcap, V, T
     if _wanted(row, rows.mask, advantages, seq, skip_zero):
         row_ptr = row_pointer(logits, row, T, stride_b, stride_t)
         c = tl.load(rows.inv_temperature + row) * LOG2E
-        ref = reference(target_logit(row_ptr, tl.load(rows.ids + row), V, softcap), c)
-        s, w = part_sums(row_ptr + start, V - start, c, ref, softcap, K, LANES, UNROLL, PART, 1, ENTROPY)
+        id = tl.load(rows.ids + row)
+        ref = reference(target_logit(row_ptr, id, V, softcap), c)
+        s, w = part_sums(row_ptr + start, V - start, id - start, c, ref, softcap, K, LANES, UNROLL, PART, 1, ENTROPY)
         s, w = totals(s, w)
         sums = partial + pid.to(tl.int64) * 2
         tl.store(sums, s)
@@ -113,10 +116,12 @@ def grad_kernel(logits, out, rows, backward, softcap, V, T, stride_b, stride_t, 
     else:
         row_ptr = row_pointer(logits, row, T, stride_b, stride_t)
         id = tl.load(rows.ids + row)
-        at_row = Backward(g, h, tl.load(backward.lse + row), entropy)
-        target = target_logit(row_ptr, id, V, softcap)
+        at_row = Backward(g, h, tl.load(backward.logp + row), tl.load(backward.lse + row), entropy)
         inv_t = tl.load(rows.inv_temperature + row)
-        all_have_the_target(INPLACE)
+        target = 0.0
+        if softcap is not None:  # for its slope
+            target = target_logit(row_ptr, id, V, softcap)
+            all_have_the_target(INPLACE)
         if INPLACE and out.dtype != logits.dtype:
             row_gradient(row_ptr, out_row, id, target, V, at_row, inv_t, softcap, 0, None, True, K, LANES, UNROLL,
                          HAS_H, SAME_PHASE, True)  # fmt: skip
@@ -147,9 +152,10 @@ def token_kernel(logits, partial, inputs, outputs, softcap, V, T, stride_b, stri
                 total, weighted = merged_sums(partial, row, tl.cdiv(V, PART * K))
             else:
                 row_ptr = row_pointer(logits, row, T, stride_b, stride_t)
-                target = target_logit(row_ptr, tl.load(rows.ids + row), V, softcap)
-                total, weighted = row_sums(row_ptr, target, V, tl.load(rows.inv_temperature + row), softcap, K, LANES,
-                                           UNROLL, PART, PARTS, ENTROPY)  # fmt: skip
+                id = tl.load(rows.ids + row)
+                target = target_logit(row_ptr, id, V, softcap)
+                total, weighted = row_sums(row_ptr, id, target, V, tl.load(rows.inv_temperature + row), softcap, K,
+                                           LANES, UNROLL, PART, PARTS, ENTROPY)  # fmt: skip
             # Read once more, after the sweep: what would wait for its end in registers is what spills.
             again = afresh(row, total)
             row_ptr = row_pointer(logits, again, T, stride_b, stride_t)
@@ -157,7 +163,7 @@ def token_kernel(logits, partial, inputs, outputs, softcap, V, T, stride_b, stri
             id = tl.load(rows.ids + again)
             target = target_logit(row_ptr, id, V, softcap)
             advantage = advantage_of(again, token.advantages, token.seq)
-            scores = row_scores(row_ptr, target, V, total, weighted, inv_t, softcap, K, LANES // PARTS, ENTROPY)
+            scores = row_scores(row_ptr, id, target, V, total, weighted, inv_t, softcap, K, LANES // PARTS, ENTROPY)
             g, h = token_objective(again, scores, advantage, token, spec, out)
             if grad is not None:
                 if INPLACE and grad.dtype == logits.dtype:
@@ -168,7 +174,7 @@ def token_kernel(logits, partial, inputs, outputs, softcap, V, T, stride_b, stri
                 if (g == 0.0) & (h == 0.0):
                     zero_row(grad_row, V, 0, V, True, K, LANES, UNROLL)
                 else:
-                    at_row = Backward(g, h, scores[1], scores[2])
+                    at_row = Backward(g, h, scores[0], scores[1], scores[2])
                     row_gradient(row_ptr, grad_row, id, target, V, at_row, inv_t, softcap, 0, None, True, K, LANES,
                                  UNROLL, HAS_H, SAME_PHASE, INPLACE)  # fmt: skip
         else:

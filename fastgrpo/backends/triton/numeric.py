@@ -31,6 +31,21 @@ def expm1(q):
 
 
 @triton.jit
+def log1p(q):
+    """log(1 + q) for 0 <= q <= 1, without cancellation near 0: 2 atanh(q / (2 + q))."""
+    s = q / (2.0 + q)
+    square = s * s
+    k = 2.0 / 15
+    k = tl.fma(k, square, 2.0 / 13)
+    k = tl.fma(k, square, 2.0 / 11)
+    k = tl.fma(k, square, 2.0 / 9)
+    k = tl.fma(k, square, 2.0 / 7)
+    k = tl.fma(k, square, 2.0 / 5)
+    k = tl.fma(k, square, 2.0 / 3)
+    return tl.fma(k * square, s, 2.0 * s)
+
+
+@triton.jit
 def tanh_of(x, softcap):
     """tanh(x / softcap), to 1e-7 of 1: a capped logit is good to 1e-7 of the cap. -1 and 1 at the infinities."""
     return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / softcap)))

@@ -224,7 +224,7 @@ def choose_kernel(logits, of_rows, out, tolerance, softcap, V, T,
     for they are few; a row with more than CANDIDATES * room of them is read again and again instead. A row that
     certainly overflows ends earlier. Rows where g == 0 and h == 0 are not read.
     """
-    rows, logp, backward = of_rows
+    rows, backward = of_rows
     HAS_H: tl.constexpr = backward.h is not None
     capacity = tl.minimum(V, CANDIDATES * room)
     candidates = out.candidates + capacity.to(tl.int64) * tl.program_id(0)
@@ -239,9 +239,8 @@ def choose_kernel(logits, of_rows, out, tolerance, softcap, V, T,
         dz = out.dz + room.to(tl.int64) * row
         n = 0
         if (g != 0.0) | (h != 0.0):
-            target = tl.load(rows.ids + row), tl.load(logp + row)
-            n = _columns_of_row(row_pointer(logits, row, T, stride_b, stride_t), target,
-                                Backward(g, h, tl.load(backward.lse + row), entropy),
+            at_row = Backward(g, h, tl.load(backward.logp + row), tl.load(backward.lse + row), entropy)
+            n = _columns_of_row(row_pointer(logits, row, T, stride_b, stride_t), tl.load(rows.ids + row), at_row,
                                 tl.load(rows.inv_temperature + row), tolerance, softcap, V, ids, dz, room,
                                 candidates, capacity, K, LANES, UNROLL, HAS_H)  # fmt: skip
         tl.store(out.sizes + row, n)
@@ -255,14 +254,13 @@ def choose_kernel(logits, of_rows, out, tolerance, softcap, V, T,
 
 
 @triton.jit
-def _columns_of_row(row_ptr, target, at_row, inv_temperature, tolerance, softcap, V, ids, dz, room, candidates,
+def _columns_of_row(row_ptr, id, at_row, inv_temperature, tolerance, softcap, V, ids, dz, room, candidates,
                     capacity, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
                     HAS_H: tl.constexpr):  # fmt: skip
     """Write a row's K, and return its size, or another above `room`."""
-    id, logp = target
-    curve, _, careful = curve_of(at_row, inv_temperature, HAS_H)
+    curve, careful = curve_of(at_row, inv_temperature, HAS_H)
     logit = 0.0 if softcap is None else target_logit(row_ptr, id, V, softcap)
-    at_target = gradient_at_target(logp, logit, at_row, inv_temperature, softcap, HAS_H)
+    at_target = gradient_at_target(logit, at_row, inv_temperature, softcap, HAS_H)
     known = (id >= 0) & (id < V)
     base = tl.multiple_of((row_ptr.to(tl.int64) & -16).to(row_ptr.dtype), 16)
     lead = (row_ptr.to(tl.int64) & 15).to(tl.int32) // (row_ptr.dtype.element_ty.primitive_bitwidth // 8)

@@ -1,8 +1,11 @@
 """The statistics of a row: its logp, lse and entropy.
 
-They are Σe and Σe·t with e = 2^t and t = (z - z_target)·log2(e), from one FMA. The target's own exponent is 0, so no
-running maximum is needed: fp32 holds the sums unless some logit is 70 above the target's. Rows where that happens,
+They are made of Σe and Σe·t with e = 2^t and t = (z - z_target)·log2(e), from one FMA. The target's own exponent is 0,
+so no running maximum is needed: fp32 holds the sums unless some logit is 70 above the target's. Rows where that happens,
 where |z| leaves RANGE, or where the target is ruled out (-inf), are swept again by `_careful_row`.
+
+The sums are over the others: where they are small beside the target's e = 1, one that held it would lose their digits,
+and with them those of 1 - p. The sweep does not know of the target; its class is added up again without it.
 
 The bits of a row's statistics depend on its values alone. Logits LANES·K apart are a class. A class has one
 accumulator, which takes its elements in the order of the row, wherever the row starts modulo 16 bytes (that only
@@ -17,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .memory import LANES_FIRST, load
-from .numeric import INF, LN2, LOG2E, RANGE, capped
+from .numeric import INF, LN2, LOG2E, RANGE, capped, log1p
 
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -121,11 +124,34 @@ def totals(s, w):
 
 
 @triton.jit
-def part_sums(part_ptr, count, c, ref, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+def _without(part_ptr, count, hole, lead, s, w, c, ref, softcap, K: tl.constexpr, LANES: tl.constexpr,
+             PART: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
+    """The sums of `part_sums`, but the class of the element `hole` is added up again, without it."""
+    TILE: tl.constexpr = LANES // PARTS * K
+    part = hole // (PART * K)
+    part_ptr += part * (PART * K)
+    own = hole % (PART * K)
+    j = own % TILE + tl.arange(0, PART * K // TILE) * TILE  # few, so that one warp adds them up, in one order
+    inside = (j < count - part * (PART * K)) & (j != own)
+    x = tl.load(part_ptr + j, mask=inside, other=-INF).to(tl.float32)
+    x = tl.where(inside, capped(x, softcap), -INF)
+    zero = tl.zeros([PART * K // TILE], tl.float32)
+    s_class, w_class = _add(x, zero, zero, c, ref, ENTROPY)
+    lane = (lead + own) % TILE // K + part * (LANES // PARTS)
+    here = (tl.arange(0, LANES)[None, :, None] == lane) & (tl.arange(0, K)[None, None, :] == (lead + own) % K)
+    s = tl.where(here, tl.sum(s_class, 0), s)
+    if ENTROPY:
+        w = tl.where(here, tl.sum(w_class, 0), w)
+    return s, w
+
+
+@triton.jit
+def part_sums(part_ptr, count, hole, c, ref, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
                PART: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
     """(Σe, Σe·t) of each class [1, LANES, K], over PARTS parts from part_ptr on; `count` logits of the row are left.
 
-    The first loop is the hot one: no mask, no barrier, no running maximum.
+    hole: the element from part_ptr on that is left out, if there is one. The first loop is the hot one: no mask, no
+    barrier, no running maximum.
     """
     TILE: tl.constexpr = LANES // PARTS * K
     lead = (part_ptr.to(tl.int64) & 15).to(tl.int32) // (16 // K)  # elements since the last 16-byte boundary
@@ -165,6 +191,9 @@ def part_sums(part_ptr, count, c, ref, softcap, K: tl.constexpr, LANES: tl.const
         end = tl.where(full >= first, end - full * TILE, 0)
         tail = base + tl.reshape(full, [LANES, 1]) * TILE
         s, w = _add_some(tail, lane, 0, end, s, w, c, ref, softcap, K, LANES, ENTROPY)
+    if (hole >= 0) & (hole < tl.minimum(count, PARTS * PART * K)):
+        s, w = _without(part_ptr, count, hole.to(tl.int32), lead, s, w, c, ref, softcap, K, LANES, PART, PARTS,
+                        ENTROPY)  # fmt: skip
     return s, w
 
 
@@ -185,15 +214,17 @@ def reference(target, c):
 
 
 @triton.jit
-def row_sums(row_ptr, target, V, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-              PART: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
-    """(Σe, Σe·t) of one whole row by one program."""
+def row_sums(row_ptr, id, target, V, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr,
+             UNROLL: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr):  # fmt: skip
+    """(Σe, Σe·t) of one whole row, without its target, by one program."""
+    hole = tl.where((id >= 0) & (id < V), id, -1).to(tl.int32)
     c = inv_temperature * LOG2E
     ref = reference(target, c)
     total = 0.0
     weighted = 0.0
     for start in range(0, V, PARTS * PART * K):
-        s, w = part_sums(row_ptr + start, V - start, c, ref, softcap, K, LANES, UNROLL, PART, PARTS, ENTROPY)
+        s, w = part_sums(row_ptr + start, V - start, hole - start, c, ref, softcap, K, LANES, UNROLL, PART, PARTS,
+                         ENTROPY)  # fmt: skip
         if PARTS == 1:
             s, w = totals(s, w)
             total += s
@@ -220,8 +251,9 @@ def merged_sums(partial, row, parts):
 
 
 @triton.jit
-def _careful_row(row_ptr, V, c, softcap, K: tl.constexpr, LANES: tl.constexpr):
-    """(top, log2 Σe, Σe·t / Σe) with t = (x - top) * c: any finite magnitude, by a running maximum, for it is rare.
+def _careful_row(row_ptr, id, V, c, softcap, K: tl.constexpr, LANES: tl.constexpr):
+    """(top, Σe, Σe·t) with t = (x - top) * c, over all but the target: any finite magnitude, by a running maximum, for
+    it is rare.
 
     Here too the sums are of integers: 0 <= e <= 1 and |e·t| < 1, so that 2^13 of them times 2^49 stay below 2^63.
     """
@@ -232,7 +264,7 @@ def _careful_row(row_ptr, V, c, softcap, K: tl.constexpr, LANES: tl.constexpr):
     s = 0.0
     w = 0.0
     for start in range(0, V, LANES * K):
-        inside = k < V - start - lane
+        inside = (k < V - start - lane) & (k != id - start - lane)
         x = tl.load((row_ptr + start + lane) + k, mask=inside, other=-INF).to(tl.float32)
         if softcap is not None:
             x = tl.where(inside, capped(x, softcap), -INF)
@@ -247,28 +279,42 @@ def _careful_row(row_ptr, V, c, softcap, K: tl.constexpr, LANES: tl.constexpr):
         w = tl.fma(s, drop, w) * scale + _sum((et * UP).to(tl.int64)).to(tl.float32) / UP
         s = s * scale + _sum((e * UP).to(tl.int64)).to(tl.float32) / UP
         top = new
-    return top, tl.log2(s), w / s
+    return top, s, w
 
 
 @triton.jit
-def row_scores(row_ptr, target, V, total, weighted, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr,
+def _with_target(s, w, t):
+    """(logp, log2 of the sum over all, entropy) from Σe and Σe·t of the others, and t of the target."""
+    e = tl.exp2(t)
+    log_total = tl.log2(s + e)
+    # With the target's share drawn out of both terms, no digits are lost when its p is near 1.
+    leads = s <= e
+    logp = tl.where(leads, -log1p(s / e), (t - log_total) * LN2)
+    near_one = tl.fma((t * s - w) / (s + e), LN2, -logp)
+    usual = (log_total - (w + tl.where(e == 0.0, 0.0, e * t)) / (s + e)) * LN2
+    return logp, log_total, tl.where(leads, near_one, usual)
+
+
+@triton.jit
+def row_scores(row_ptr, id, target, V, s, w, inv_temperature, softcap, K: tl.constexpr, LANES: tl.constexpr,
             ENTROPY: tl.constexpr):  # fmt: skip
     """(logp, lse, entropy) of a row from its Σe and Σe·t."""
     c = inv_temperature * LOG2E
     ref = target * c
-    log_total = tl.log2(total)
-    logp = (tl.fma(target, c, -ref) - log_total) * LN2
+    logp, log_total, entropy = _with_target(s, w, tl.fma(target, c, -ref))
     lse = tl.fma(log_total, LN2, ref * LN2)
-    entropy = 0.0
-    usable = (tl.abs(ref) < RANGE) & (total < INF)
+    usable = (tl.abs(ref) < RANGE) & (s < INF)
     again = ~usable
     if ENTROPY:
-        entropy = (log_total - weighted / total) * LN2
-        again = again | ~(tl.abs(weighted) < INF)
+        again = again | ~(tl.abs(w) < INF)
     if again:
-        top, log_sum, mean = _careful_row(row_ptr, V, c, softcap, K, LANES)
-        entropy = (log_sum - mean) * LN2
+        top, s, w = _careful_row(row_ptr, id, V, c, softcap, K, LANES)
+        known = (id >= 0) & (id < V)
+        highest = tl.where(known, tl.maximum(top, target), top)
+        drop = tl.maximum((top - highest) * c, -RANGE)  # bounded as there
+        t = tl.where(known, (target - highest) * c, -INF)
+        careful, log_total, entropy = _with_target(s * tl.exp2(drop), tl.fma(s, drop, w) * tl.exp2(drop), t)
         # A row swept again for its entropy alone keeps the logp that it has without one.
-        logp = tl.where(usable, logp, (target - top) * inv_temperature - log_sum * LN2)
-        lse = tl.where(usable, lse, tl.fma(log_sum, LN2, top * inv_temperature))
+        logp = tl.where(usable, logp, tl.where(known, careful, float("nan")))
+        lse = tl.where(usable, lse, tl.fma(log_total, LN2, highest * inv_temperature))
     return logp, lse, entropy

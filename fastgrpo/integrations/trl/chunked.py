@@ -66,19 +66,20 @@ class ChunkedLogProb(torch.autograd.Function):
         plan = plan_rows(len(targets), Roles(None, None), head.chunk, learn=False)
         wanted = [name for name in _STATISTICS if name in outputs]
         scores, found = score(hidden, head, rows, plan, "entropy" in outputs, wanted=wanted)
-        ctx.save_for_backward(hidden, weight, bias, targets, rows.inv_temperature, scores.lse, scores.entropy)
+        logp = scores.logp.clone()  # the caller may change its own in place
+        ctx.save_for_backward(hidden, weight, bias, targets, rows.inv_temperature, logp, scores.lse, scores.entropy)
         ctx.head = head.without_tensors()
         ctx.mark_non_differentiable(*found.values())
         return scores.logp, scores.entropy, *(found.get(name) for name in _STATISTICS)
 
     @staticmethod
     def backward(ctx, d_logp: Tensor | None, d_entropy: Tensor | None, *_):
-        hidden, weight, bias, targets, inv_temperature, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, inv_temperature, logp, lse, entropy = ctx.saved_tensors
         if d_logp is None and d_entropy is None:
             return (None,) * 9
         g = torch.zeros_like(lse) if d_logp is None else d_logp.to(lse.dtype).contiguous()
         h = None if d_entropy is None else d_entropy.to(lse.dtype).contiguous()
-        rows, scores = Rows(targets, None, inv_temperature), Scores(lse, lse, entropy)
+        rows, scores = Rows(targets, None, inv_temperature), Scores(logp, lse, entropy)
         with gathered(weight, bias):
             made = gradients(hidden, ctx.head.of(weight, bias), rows, scores, g, h, ctx.needs_input_grad[:3])
         d_hidden, *others = made
