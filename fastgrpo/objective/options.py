@@ -164,7 +164,7 @@ class Objective:
                 (arXiv:2602.10693), "dual-clip" (arXiv:1912.09729), "gmpo" (arXiv:2507.20673), "dppo-tv" and "dppo-kl"
                 (arXiv:2602.04879), "clip-cov" and "kl-cov" (arXiv:2505.22617), "gpg" (arXiv:2504.02546), "reinforce",
                 "rloo" (arXiv:2402.14740), "dro" (arXiv:2405.19107) or "icepop" (arXiv:2510.18855). Or the defaults of
-                a framework: "verl", "prime-rl", "skyrl", "nemo-rl", "openrlhf" or "slime".
+                a framework: "verl", "prime-rl", "skyrl", "nemo-rl", "openrlhf", "slime", "miles", "areal" or "roll".
             **overrides: options that take other values.
 
         Raises:

@@ -52,4 +52,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "slime": dict(  # 0.3.1; its KL, if beta is given
         loss_type="dapo", average="seq-mean-token-mean", kl_estimator="k1", use_bias_correction_kl=False,
     ),
+    "miles": dict(  # August 2026; its KL, if beta is given
+        loss_type="dapo", average="seq-mean-token-mean", log_ratio_clamp=20.0,
+        kl_estimator="k1", use_bias_correction_kl=False,
+    ),
+    "areal": dict(  # 1.0.4; its KL is in the reward, or in the loss if beta is given
+        loss_type="dapo", average="token-mean", kl_estimator="k1", kl_clamp=10.0, use_bias_correction_kl=False,
+    ),
+    "roll": dict(  # 0.3.0; its KL, if beta is given
+        loss_type="dapo", average="seq-mean-token-mean", kl_estimator="k3", kl_clamp=10.0,
+        use_bias_correction_kl=False,
+    ),
 }  # fmt: skip

@@ -6,111 +6,22 @@ and does not have is a stand-in that is never called. Unpack a wheel, then for e
     pip download --no-deps verl==0.9.1 && unzip -d verl verl-0.9.1-py3-none-any.whl
     python tests/parity/record.py verl 0.9.1 verl
 
-and likewise openrlhf 0.11.2, skyrl 0.4.0; for prime-rl and slime a checkout, and its commit as the version.
+and likewise openrlhf 0.11.2, skyrl 0.4.0, areal 1.0.4; for prime-rl, nemo-rl, slime, miles and roll a checkout, and
+its commit as the version.
 """
 
-import contextlib
-import importlib.abc
-import importlib.machinery
 import json
 import math
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from unittest import mock
 
 import record_advantages
-import torch
+import record_more
+from loading import B, Case, Config, T, as_is, load, stands
 
 HERE = Path(__file__).parent
-B, T = 6, 8
-
-
-def inputs():
-    """Float64 vectors (B, T) of a batch whose ratios leave every clip range, its mask and its advantages (B,)."""
-    gen = torch.Generator().manual_seed(0)
-
-    def noise(*shape, scale=1.0):
-        return torch.randn(*shape, generator=gen, dtype=torch.float64) * scale
-
-    logp = -(noise(B, T).abs() * 1.5 + 0.02)
-    old = torch.minimum(logp + noise(B, T, scale=0.4), torch.tensor(-0.01))
-    sampling = torch.minimum(old + noise(B, T, scale=0.2), torch.tensor(-0.01))
-    ref = logp + noise(B, T, scale=0.5)
-    old[0, 0], old[1, 1], ref[0, 1], ref[2, 0] = logp[0, 0] - 25, logp[1, 1] - 3, logp[0, 1] + 22, logp[2, 0] + 3
-    mask = torch.arange(T) < torch.tensor([8, 7, 5, 1, 6, 3])[:, None]
-    advantages = noise(B)
-    return dict(logp=logp, old=old, sampling=sampling, ref=ref, mask=mask.double(), advantages=advantages)
-
-
-class _Stand(ModuleType):
-    """A module that has every name; as a package, every module below it."""
-
-    __path__: list = []
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return mock.MagicMock(name=f"{self.__name__}.{name}")
-
-
-class _Stands(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, packages):
-        self.packages = packages
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in self.packages:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        return _Stand(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-
-@contextlib.contextmanager
-def stands(*packages):
-    """What of `packages` is not installed is a stand-in; torch.compile is left out."""
-    before, finder = dict(sys.modules), _Stands(packages)
-    sys.meta_path.append(finder)
-    try:
-        with mock.patch.object(torch, "compile", lambda f=None, **_: f or (lambda g: g)):
-            yield
-    finally:
-        sys.meta_path.remove(finder)
-        for name in set(sys.modules) - set(before):
-            del sys.modules[name]
-
-
-def load(path, name):
-    module = ModuleType(name)
-    module.__package__ = name.rpartition(".")[0]
-    sys.modules[name] = module
-    exec(compile(Path(path).read_text(), str(path), "exec"), module.__dict__)
-    return module
-
-
-def as_is(function=None, **_):
-    return function or (lambda f: f)
-
-
-class _Case:
-    """(name, options of fastgrpo's Objective, the framework's call of a leaf) of each case."""
-
-    def __init__(self):
-        self.x, self.rows = inputs(), {}
-
-    def add(self, name, options, call):
-        leaf = self.x["logp"].clone().requires_grad_()
-        loss = call(leaf)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        self.rows[name] = dict(objective=options, loss=loss.item(), gradient=gradient.tolist())
-
-
-class Config(SimpleNamespace):
-    """The options of a framework, in place of its own class."""
 
 
 def verl(root):
@@ -131,7 +42,7 @@ def verl(root):
         __import__("verl.utils.import_utils")
         sys.modules["verl.utils.import_utils"].deprecated = lambda *_: as_is
         core = load(root / "verl/trainer/ppo/core_algos.py", "verl_core")
-        case = _Case()
+        case = Case()
         x = case.x
         a, mask = x["advantages"][:, None].expand(B, T), x["mask"]
 
@@ -193,14 +104,14 @@ def _verl_corrections(root, core, config, case):
 
     add("rollout_is token", "token_truncate:1.1", loss(("token", 1.1)))
     add("rollout_is token icepop", "token_mask:0.9_1.1", loss(("token", "0.9_1.1")))
-    add("rollout_is sequence", "sequence_truncate:1.2", loss(("sequence", 1.2)))
-    add("rollout_is sequence icepop", "sequence_mask:0.7_1.4", loss(("sequence", "0.7_1.4")))
+    add("rollout_is sequence", f"sequence_truncate:{math.exp(-20)}_1.2", loss(("sequence", 1.2)))
+    add("rollout_is sequence icepop", "sequence_mask:0.7_1.1", loss(("sequence", "0.7_1.1")))
     icepop = loss(("token", "0.9_1.1"), mode="geo_mean")
     case.add("rollout_is geo_mean", dict(loss_type="gmpo", sampling_correction="token_mask:0.9_1.1"), icepop)
     for level, ours, bounds in (
         ("token", "token", ("0.9_1.25", 0.045, 0.04)),
-        ("seq_sum", "sequence", ("0.8_1.22", 0.1, 0.05)),
-        ("seq_mean", "geometric", ("0.95_1.3", 0.02, 0.01)),
+        ("seq_sum", "sequence", ("0.85_1.22", 0.1, 0.05)),
+        ("seq_mean", "geometric", ("0.98_1.3", 0.02, 0.01)),
         ("seq_max", "any", (None, 0.04, 0.02)),
     ):
         for measure, bound in zip(("k1", "k2", "k3"), bounds, strict=True):
@@ -239,7 +150,7 @@ def openrlhf(root):
         load(folder / "utils.py", "openrlhf_models.utils")
         module = load(folder / "loss.py", "openrlhf_models.loss")
         utils = sys.modules["openrlhf_models.utils"]
-        case = _Case()
+        case = Case()
         x = case.x
         a, mask = x["advantages"][:, None].expand(B, T), x["mask"]
 
@@ -251,7 +162,7 @@ def openrlhf(root):
         corrections = {
             "token clip": ("token_truncate:0.9_1.1", "token", "clip", "ratio", (0.9, 1.1)),
             "token mask": ("token_mask:0.9_1.1", "token", "mask", "ratio", (0.9, 1.1)),
-            "seq mask": ("token_truncate,geometric_drop:0.95_1.05", "seq", "mask", "ratio", (0.95, 1.05)),
+            "seq mask": ("token_truncate,geometric_drop:0.95_1.02", "seq", "mask", "ratio", (0.95, 1.02)),
         }
         for gating in ("binary_kl", "tv"):
             for level, ours, bound in (("token", "token", 0.02), ("seq", "geometric", 0.04)):
@@ -287,7 +198,7 @@ def skyrl(root):
         __import__("jaxtyping")
         sys.modules["jaxtyping"].Float = sys.modules["jaxtyping"].Integer = mock.MagicMock()
         module = load(folder / "ppo_utils.py", "skyrl_ppo_utils")
-        case = _Case()
+        case = Case()
         x = case.x
         a, mask = x["advantages"][:, None].expand(B, T), x["mask"]
         tokens = mask.sum().item()
@@ -340,20 +251,20 @@ def skyrl(root):
                  loss(module.importance_sampling_loss))  # fmt: skip
 
         off, least = vars(config.off_policy_correction), math.exp(-20)  # its log ratios are within ±20
-        product = dict(product_mask_low=0.7, product_mask_high=1.4)
-        geometric = dict(geo_mask_low=0.95, geo_mask_high=1.05)
+        product = dict(product_mask_low=0.7, product_mask_high=1.1)
+        geometric = dict(geo_mask_low=0.95, geo_mask_high=1.02)
         token = dict(tis_ratio_type="token", token_tis_ratio_clip_high=1.1)
         for name, correction, given in (
             ("tis token", f"token_truncate:{least}_1.1", token),
             ("tis sequence", f"sequence_truncate:{least}_1.2", dict(tis_ratio_type="sequence",
                                                            sequence_tis_ratio_clip_high=1.2)),
-            ("geometric", "geometric_drop:0.95_1.05", dict(sequence_mask_metric="geometric", **geometric)),
-            ("product", "sequence_drop:0.7_1.4", dict(sequence_mask_metric="product", **product)),
+            ("geometric", "geometric_drop:0.95_1.02", dict(sequence_mask_metric="geometric", **geometric)),
+            ("product", "sequence_drop:0.7_1.1", dict(sequence_mask_metric="product", **product)),
             ("token mask", "token_drop:0.9_1.1", dict(token_mask_is_threshold_low=0.9,
                                                       token_mask_is_threshold_high=1.1)),
-            ("outlier", "any_drop:0.7_1.4", dict(outlier_token_is_threshold_low=0.7,
-                                                 outlier_token_is_threshold_high=1.4)),
-            ("tis token, geometric", f"token_truncate:{least}_1.1,geometric_drop:0.95_1.05",
+            ("outlier", "any_drop:0.7_1.3", dict(outlier_token_is_threshold_low=0.7,
+                                                 outlier_token_is_threshold_high=1.3)),
+            ("tis token, geometric", f"token_truncate:{least}_1.1,geometric_drop:0.95_1.02",
              dict(token, sequence_mask_metric="geometric", **geometric)),
         ):  # fmt: skip
             given = SimpleNamespace(**{**off, **given})
@@ -368,108 +279,16 @@ def skyrl(root):
         return case, record_advantages.skyrl(module)
 
 
-def prime_rl(root):
-    with stands("prime_rl", "jaxtyping", "beartype"):
-        __import__("jaxtyping")
-        sys.modules["jaxtyping"].jaxtyped = lambda **_: as_is
-        module = load(Path(root) / "src/prime_rl/trainer/rl/loss.py", "prime_loss")
-        case = _Case()
-        x = case.x
-        config = SimpleNamespace(dppo_mask_low=0.2, dppo_mask_high=0.2, adv_tau=1.0, kl_tau=1e-3)
-
-        def call(leaf):
-            total = 0.0
-            for i in range(B):
-                advantages, mask = x["advantages"][i].expand(T), x["mask"][i].bool()
-                given = module.LossInputs(leaf[i], x["sampling"][i], None, advantages, mask)
-                total = total + module.default_loss_fn(given, config).loss
-            return total / x["mask"].sum()
-
-        case.add("default", dict(preset="prime-rl"), call)
-        return case
-
-
-def slime(root):
-    with stands("slime", "megatron"):
-        module = load(Path(root) / "slime/utils/ppo_utils.py", "slime_ppo_utils")
-        case = _Case()
-        x = case.x
-        a, mask = x["advantages"][:, None].expand(B, T), x["mask"]
-
-        def loss(**options):
-            def call(leaf):
-                losses, _ = module.compute_policy_loss(x["old"] - leaf, a, 0.2, 0.2, **options)
-                return ((losses * mask).sum(1) / mask.sum(1)).mean()
-
-            return call
-
-        case.add("default", dict(preset="slime"), loss())
-        case.add("dual clip", dict(preset="slime", clip_ratio_c=3.0), loss(eps_clip_c=3.0))
-        return case
-
-
-def nemo_rl(root):
-    folder = Path(root) / "nemo_rl/algorithms"
-    with stands("nemo_rl", "pydantic", "ray"):
-        name = "nemo_rl.algorithms.utils"
-        __import__(name)
-        utils = load(folder / "utils.py", name)
-        name = "nemo_rl.algorithms.loss.interfaces"
-        __import__(name)
-        load(folder / "loss/interfaces.py", name)
-        module = load(folder / "loss/loss_functions.py", "nemo_loss_functions")
-        assert utils.calculate_kl is module.calculate_kl
-        case = _Case()
-        x = case.x
-        config = Config(
-            disable_ppo_ratio=False, ratio_clip_min=0.2, ratio_clip_max=0.2, ratio_clip_c=None,
-            reference_policy_kl_penalty=0.01, reference_policy_kl_type="k3", use_kl_in_reward=False,
-            kl_input_clamp_value=20.0, kl_output_clamp_value=10.0, use_importance_sampling_correction=False,
-            truncated_importance_sampling_type=None, truncated_importance_sampling_ratio=None,
-            truncated_importance_sampling_ratio_min=None, use_on_policy_kl_approximation=False,
-            force_on_policy_ratio=False, sequence_level_importance_ratios=False, positive_example_nll_weight=0.0,
-            token_level_loss=True, use_cispo=False,
-        )  # fmt: skip
-
-        def first(values):  # the token before the first, which is not looked at
-            return torch.cat([values[:, :1], values], dim=1)
-
-        data = dict(
-            token_mask=first(x["mask"]), sample_mask=torch.ones(B, dtype=torch.float64), prev_logprobs=first(x["old"]),
-            advantages=x["advantages"][:, None].expand(B, T + 1), generation_logprobs=first(x["sampling"]),
-            reference_policy_logprobs=first(x["ref"]),
-        )  # fmt: skip
-
-        def loss(**options):
-            function = module.ClippedPGLossFn(Config(**{**vars(config), **options}))
-            return lambda leaf: function(leaf, data, torch.tensor(float(B)), x["mask"].sum())[0]
-
-        case.add("default", dict(preset="nemo-rl"), loss())
-        case.add("dual clip", dict(preset="nemo-rl", clip_ratio_c=3.0), loss(ratio_clip_c=3.0))
-        case.add("reinforce", dict(preset="nemo-rl", loss_type="reinforce"), loss(disable_ppo_ratio=True))
-        case.add("cispo", dict(preset="nemo-rl", loss_type="cispo_clip"), loss(use_cispo=True))
-        for kind, correction, (low, high) in (
-            ("tis", "token_truncate:0.9_1.1", (0.9, 1.1)),
-            ("icepop", "token_mask:0.9_1.1", (0.9, 1.1)),
-            ("seq-mask-tis", "token_truncate,geometric_drop:0.95_1.05", (0.95, 1.05)),
-        ):
-            call = loss(use_importance_sampling_correction=True, truncated_importance_sampling_type=kind,
-                        truncated_importance_sampling_ratio=high,
-                        truncated_importance_sampling_ratio_min=low)  # fmt: skip
-            case.add(f"correction {kind}", dict(preset="nemo-rl", sampling_correction=correction), call)
-        options = dict(preset="nemo-rl", importance_sampling_level="sequence", average="grpo")
-        sequences = dict(sequence_level_importance_ratios=True, token_level_loss=False)
-        case.add("gspo", options, loss(**sequences))
-        return case
-
-
 FRAMEWORKS = {
     "verl": verl,
     "openrlhf": openrlhf,
     "skyrl": skyrl,
-    "prime-rl": prime_rl,
-    "slime": slime,
-    "nemo-rl": nemo_rl,
+    "prime-rl": record_more.prime_rl,
+    "nemo-rl": record_more.nemo_rl,
+    "slime": record_more.slime,
+    "miles": record_more.miles,
+    "areal": record_more.areal,
+    "roll": record_more.roll,
 }
 
 
