@@ -22,7 +22,7 @@
 #endif
 
 // Goes up with every change of an interface; the loader compares it, and the fields of the struct.
-#define FASTGRPO_ABI 9
+#define FASTGRPO_ABI 10
 
 namespace fastgrpo {
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .contract import Rows, Scores, TokenLoss, TokenRows, TokenSpec
 
-_ABI = 9
+_ABI = 10
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
