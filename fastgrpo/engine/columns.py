@@ -24,6 +24,7 @@ CPU_SHARE, GPU_SHARE = 37, 233
 LEAST_ROOM = 256
 MEMORY_SHARE = 8  # ids and values of a chunk's columns take at most 1/8 of the bytes of its logits
 STEP = 64  # rooms are multiples of it, and rows are moved so many at a time
+WHOLE = 32  # rows, of which a GEMM takes a multiple without a rest
 
 
 def room(vocab: int, logits_dtype: torch.dtype, device_type: str) -> int:
@@ -113,6 +114,9 @@ class FewColumns:
         few = sizes.masked_fill(dense, 0)
         n, n_dense = len(sizes), int(dense.sum())
         self.counted = self.counted.plus(int(few.sum()), int((few > 0).sum()), n_dense)
+        idle = (sizes == 0).nonzero()[:, 0][: -n_dense % WHOLE]  # rows of zeroes, which cost a GEMM less than a rest
+        dense[idle] = True
+        n_dense += len(idle)
         if n_dense < n:
             width = max(1, int(few.max()))
             dz, ids = (x[:, :width].contiguous() for x in (columns.dz, columns.ids))

@@ -1,10 +1,10 @@
-"""The task behind `fastgrpo train --model smollm2`: products of a number up to 30 and a digit.
+"""The task behind `fastgrpo train --model smollm2`: products of two numbers from 3 to 12.
 
     17 - 4    17 - 4 = 13
-    24 * 7    24 * 7 = 168
+    12 * 7    12 * 7 = 84
 
-The first line is an example that every prompt holds. At temperature 1 a third of the answers are right or fewer; the
-others drift from the form, or go wrong in the product. The questions lie in `products.jsonl`, in an order of a fixed
+The first line is an example that every prompt holds. The model knows most of these products, and at temperature
+1 gives fewer than half: the others drift from the form, or go wrong. The questions lie in `products.jsonl`, in an order of a fixed
 seed, so that every run sees the same ones: the first are held out. `python -m fastgrpo.recipes.products` writes them.
 
 `--recipe` asks for the same products in R1's tags, which the example of its prompts then has.
@@ -22,7 +22,7 @@ from fastgrpo._defaults import PRODUCTS
 
 FILE = Path(__file__).with_suffix(".jsonl")
 HELD_OUT = PRODUCTS.held_out
-MOST_HELD_OUT = 116  # half of the questions
+MOST_HELD_OUT = 50  # half of the questions
 SAMPLES = 4  # of each held-out question, to measure the accuracy
 
 _TAGGED = "<think>{} = {}</think><answer>{}</answer>"
@@ -36,7 +36,7 @@ def _example(reply: str) -> list[dict]:
 
 def make_rows(seed: int = 0) -> list[dict]:
     """Every question with its answer, as messages, in random order."""
-    pairs = [(a, b) for a in range(2, 31) for b in range(2, 10)]
+    pairs = [(a, b) for a in range(3, 13) for b in range(3, 13)]
     random.Random(seed).shuffle(pairs)
     return [
         {
