@@ -278,6 +278,23 @@ def test_only_rows_that_overflow_are_swept(monkeypatch):
     assert sum(swept) == round(84 * output.metrics["columns/dense"].item()) and 42 <= sum(swept) < 60
 
 
+def test_few_rows_without_a_gradient_stay_among_those_that_overflow(monkeypatch):
+    """They fill up the GEMM's last rows, and cost less than moving the others."""
+    hidden, weight, ids, _, loss = case(flat_head, "plain", torch.float32)
+    logps = linear_logps(hidden, weight, ids)
+    old = logps.clone()
+    old[:, :2] -= loss["advantages"][:, None].sign()  # clipped
+    swept, kernel = [], eager.row_grad
+    monkeypatch.setattr(eager, "row_grad", lambda x, *a, **k: swept.append(x.shape[1]) or kernel(x, *a, **k))
+    call = dict(loss, old_per_token_logps=old, backend="torch")
+    _, *want = linear_loss_and_grads(linear_grpo_loss, hidden, weight, ids, **call)
+    swept.clear()
+    output, *grads = linear_loss_and_grads(linear_grpo_loss, hidden, weight, ids, column_tolerance=FINER, **call)
+    assert 50 < output.metrics["columns/rows"] < 84 and output.metrics["columns/dense"] == 1 and swept == [84]
+    for grad, dense in zip(grads, want, strict=True):
+        assert rel_norm(grad, dense) < 1e-6
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_rows_move_to_the_front(share):
     gen = torch.Generator().manual_seed(1)

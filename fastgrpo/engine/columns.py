@@ -114,9 +114,9 @@ class FewColumns:
         few = sizes.masked_fill(dense, 0)
         n, n_dense = len(sizes), int(dense.sum())
         self.counted = self.counted.plus(int(few.sum()), int((few > 0).sum()), n_dense)
-        idle = (sizes == 0).nonzero()[:, 0][: -n_dense % WHOLE]  # rows of zeroes, which cost a GEMM less than a rest
-        dense[idle] = True
-        n_dense += len(idle)
+        if n_dense > n // 2:  # rows of zeroes cost a GEMM less than a rest
+            idle = (sizes == 0).nonzero()[:, 0][: -n_dense % WHOLE]
+            dense[idle], n_dense = True, n_dense + len(idle)
         if n_dense < n:
             width = max(1, int(few.max()))
             dz, ids = (x[:, :width].contiguous() for x in (columns.dz, columns.ids))

@@ -3,9 +3,10 @@
     17 - 4    17 - 4 = 13
     12 * 7    12 * 7 = 84
 
-The first line is an example that every prompt holds. The model knows most of these products, and at temperature
-1 gives fewer than half: the others drift from the form, or go wrong. The questions lie in `products.jsonl`, in an order of a fixed
-seed, so that every run sees the same ones: the first are held out. `python -m fastgrpo.recipes.products` writes them.
+The first line is an example that every prompt holds. The model knows most of these products; at temperature 1 it gives
+half of them, and drifts from the form or slips in the others. The questions lie in `products.jsonl`, in an order of a
+fixed seed, so that every run sees the same ones: the first are held out. `python -m fastgrpo.recipes.products` writes
+them.
 
 `--recipe` asks for the same products in R1's tags, which the example of its prompts then has.
 """
