@@ -57,6 +57,21 @@ def test_logps_can_be_changed_in_place(x, dtype):
         assert torch.equal(got, want)
 
 
+def test_logps_of_a_compiled_graph_can_be_changed_in_place(x):
+    def gradients(change):
+        hidden = x["hidden"].detach().requires_grad_()
+        logits = (hidden @ x["weight"].T).detach().requires_grad_()
+        scored = torch.compile(
+            lambda: (linear_logps(hidden, x["weight"], x["ids"]), selective_logps(logits, x["ids"])),
+            fullgraph=True, backend="aot_eager",
+        )()  # fmt: skip
+        sum(change(logps).sum() for logps in scored).backward()
+        return hidden.grad, logits.grad
+
+    for got, want in zip(gradients(lambda logps: logps.mul_(2)), gradients(lambda logps: logps * 2), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("loss", ["logps", "loss"])
 def test_backward_frees_a_weight_that_is_made_for_the_call(x, loss):
     hidden, made = x["hidden"].requires_grad_(), x["weight"].requires_grad_() * 1

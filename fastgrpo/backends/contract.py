@@ -217,6 +217,6 @@ class ColumnBackend(Protocol):
         fit. So K is about as small as it can be, whatever the tail. Sums are a backend's own, to a few roundings.
 
         Rows where g and h (None: 0) are both 0 are not read, and have the size 0. A row whose K is larger than `room`
-        has a size above `room`, and no ids; so has one whose gradient is not finite somewhere, whatever its K. Of `rows`
-        and `scores` the same is read as by `row_grad`.
+        has a size above `room`, and no ids; so has one whose gradient is not finite somewhere, whatever its K. Of
+        `rows` and `scores` the same is read as by `row_grad`.
         """

@@ -111,7 +111,7 @@ def _call(function: str, *args: ctypes.Structure) -> None:
     isa, library = _isa(os.environ.get("FASTGRPO_CPU_ISA", "")), _library()
     error = getattr(library, f"fastgrpo_cpu_{function}")(*args, isa, torch.get_num_threads())
     if error:
-        why = f"backend 'cpu': {function}: {library.fastgrpo_cpu_error(error).decode()}"
+        why = f"backend 'cpu': {function}: {library.fastgrpo_cpu_error(error).decode()}; its results are unfinished"
         raise MemoryError(why) if error == _NO_MEMORY else RuntimeError(why)
 
 

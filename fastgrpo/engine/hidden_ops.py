@@ -20,6 +20,7 @@ from fastgrpo.engine.head import Head
 from fastgrpo.engine.logits import Apart, Fused, How, upstream
 from fastgrpo.engine.ops import (
     NAMESPACE,
+    Four,
     Seven,
     Three,
     Vectors,
@@ -28,6 +29,7 @@ from fastgrpo.engine.ops import (
     fused_of,
     given,
     refuse_double_backward,
+    returned,
     spec_numbers,
     taken,
 )
@@ -60,7 +62,7 @@ def _head(
 
 def scores(hidden: Tensor, head: Head, rows: Rows, roles: Roles, want_entropy: bool) -> Scores:
     vectors = [rows.ids, roles.scored, rows.inv_temperature]
-    logp, lse, entropy = linear_stats(hidden, head.weight, head.bias, vectors, want_entropy, *_numbers(head))
+    logp, lse, entropy, _ = linear_stats(hidden, head.weight, head.bias, vectors, want_entropy, *_numbers(head))
     return Scores(logp, lse, entropy if want_entropy else None)
 
 
@@ -75,7 +77,7 @@ def linear_stats(
     amounts: Sequence[float],
     dtype: torch.dtype,
     backend: str,
-) -> Three:
+) -> Four:
     """row_stats of the logits of a head, with 2NHV FLOPs; rows that are not scored enter no GEMM.
 
     `rows` are ids, scored (or None) and inv_temperature, `sizes` V, the rows of a chunk and the bytes of a logit,
@@ -86,7 +88,7 @@ def linear_stats(
     head = _head(weight, bias, sizes, amounts, dtype, backend)
     plan = plan_rows(ids.numel(), Roles(scored, None), head.chunk, learn=False)
     found, _ = chunks.score(hidden, head, _every(ids, inv_temperature), plan, want_entropy)
-    return found.logp, found.lse, given(found.entropy, inv_temperature)
+    return returned(found)
 
 
 def _every(ids: Tensor, inv_temperature: Tensor) -> Rows:
@@ -95,9 +97,9 @@ def _every(ids: Tensor, inv_temperature: Tensor) -> Rows:
 
 
 @linear_stats.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, want_entropy: bool, *_: Any) -> Three:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, want_entropy: bool, *_: Any) -> Four:
     assert rows[2] is not None
-    return fake_scores(rows[2], want_entropy)
+    return *fake_scores(rows[2], want_entropy), torch.empty_like(rows[2])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_grad", mutates_args=())
@@ -144,15 +146,17 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Vectors, needs:
 linear_grad.register_autograd(refuse_double_backward)
 
 
-def _linear_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+def _linear_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
     hidden, weight, bias, (ids, scored, inv_temperature), _, *ctx.head = inputs
-    logp, lse, entropy = output
+    _, lse, entropy, logp = output
     ctx.save_for_backward(hidden, weight, bias, scored, ids, inv_temperature, logp, lse, entropy)
-    ctx.mark_non_differentiable(lse)
+    ctx.mark_non_differentiable(lse, logp)
     ctx.set_materialize_grads(False)
 
 
-def _linear_stats_backward(ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Any, ...]:
+def _linear_stats_backward(
+    ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None, __: None
+) -> tuple[Any, ...]:
     hidden, weight, bias, scored, *rows = ctx.saved_tensors
     d_entropy = d_entropy if rows[-1].numel() > 0 else None
     if d_logp is None and d_entropy is None:

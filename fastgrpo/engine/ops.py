@@ -21,6 +21,7 @@ NAMESPACE = "fastgrpo_6"
 
 Vectors = Sequence[Tensor | None]
 Three = tuple[Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -50,17 +51,23 @@ def answer(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
 
 
 def stats(logits: Tensor, sweeps: Sweeps, rows: Rows, want_entropy: bool) -> Scores:
-    logp, lse, entropy = row_stats(logits, rows.ids, rows.mask, rows.inv_temperature, want_entropy, sweeps.backend)
+    logp, lse, entropy, _ = row_stats(logits, rows.ids, rows.mask, rows.inv_temperature, want_entropy, sweeps.backend)
     return Scores(logp, lse, entropy if want_entropy else None)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::row_stats", mutates_args=())
 def row_stats(
     logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, backend: str
-) -> Three:
-    """(logp, lse, entropy) of each row, (N,) fp32; entropy is empty unless wanted. Masked rows are not read."""
-    logp, lse, entropy = Sweeps(backend).stats(logits, Rows(ids, mask, inv_temperature), want_entropy)
-    return logp, lse, given(entropy, logp)
+) -> Four:
+    """(logp, lse, entropy, logp) of each row, (N,) fp32; entropy is empty unless wanted. Masked rows are not read.
+
+    The second logp is the gradient's: the caller may change the first in place.
+    """
+    return returned(Sweeps(backend).stats(logits, Rows(ids, mask, inv_temperature), want_entropy))
+
+
+def returned(scores: Scores) -> Four:
+    return scores.logp, scores.lse, given(scores.entropy, scores.logp), scores.logp.clone()
 
 
 def fake_scores(inv_temperature: Tensor, want_entropy: bool) -> Three:
@@ -69,8 +76,8 @@ def fake_scores(inv_temperature: Tensor, want_entropy: bool) -> Three:
 
 
 @row_stats.register_fake
-def _(logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, backend: str) -> Three:
-    return fake_scores(inv_temperature, want_entropy)
+def _(logits: Tensor, ids: Tensor, mask: Tensor, inv_temperature: Tensor, want_entropy: bool, backend: str) -> Four:
+    return *fake_scores(inv_temperature, want_entropy), torch.empty_like(inv_temperature)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::row_grad", mutates_args=())
@@ -99,15 +106,17 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 row_grad.register_autograd(refuse_double_backward)
 
 
-def _row_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+def _row_stats_setup(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
     logits, ids, mask, inv_temperature, _, ctx.backend = inputs
-    logp, lse, entropy = output
+    _, lse, entropy, logp = output
     ctx.save_for_backward(logits, mask, ids, inv_temperature, logp, lse, entropy)
-    ctx.mark_non_differentiable(lse)
+    ctx.mark_non_differentiable(lse, logp)
     ctx.set_materialize_grads(False)  # so that an entropy that nobody differentiates costs no gradient
 
 
-def _row_stats_backward(ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None) -> tuple[Any, ...]:
+def _row_stats_backward(
+    ctx: Any, d_logp: Tensor | None, _: None, d_entropy: Tensor | None, __: None
+) -> tuple[Any, ...]:
     logits, mask, *rows = ctx.saved_tensors
     d_entropy = d_entropy if rows[-1].numel() > 0 else None
     if d_logp is None and d_entropy is None:

@@ -110,10 +110,10 @@ def corrections_of(given: Any) -> tuple[Correction, ...] | None:
 def _record(one: Any) -> Any:
     if not isinstance(one, Mapping):
         return one
-    try:
-        return Correction(**one)
-    except TypeError:
-        raise _wrong(f"the fields {', '.join(field.name for field in dataclasses.fields(Correction))}", one) from None
+    names = [field.name for field in dataclasses.fields(Correction)]
+    if not set(one).issubset(names):
+        raise _wrong(f"the fields {', '.join(names)}", one)
+    return Correction(**one)
 
 
 def text_of(corrections: tuple[Correction, ...] | None) -> str | None:

@@ -1,8 +1,8 @@
 """The statistics of a row: its logp, lse and entropy.
 
 They are made of Σe and Σe·t with e = 2^t and t = (z - z_target)·log2(e), from one FMA. The target's own exponent is 0,
-so no running maximum is needed: fp32 holds the sums unless some logit is 70 above the target's. Rows where that happens,
-where |z| leaves RANGE, or where the target is ruled out (-inf), are swept again by `_careful_row`.
+so no running maximum is needed: fp32 holds the sums unless some logit is 70 above the target's. Rows where that
+happens, where |z| leaves RANGE, or where the target is ruled out (-inf), are swept again by `_careful_row`.
 
 The sums are over the others: where they are small beside the target's e = 1, one that held it would lose their digits,
 and with them those of 1 - p. The sweep does not know of the target; its class is added up again without it.

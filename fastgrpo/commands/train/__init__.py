@@ -79,9 +79,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--steps, --learning-rate and --batch-size are then those of each stage of reinforcement learning",
     ).add_argument
     add("--recipe", choices=("r1-zero", "r1"), help="r1-zero: RL alone; r1: cold start, RL, rejection sampling, RL")
-    add("--cold-start", help="r1 with --model: long-form solutions, a file with the columns prompt and completion")
-    add("--general", help="r1 with --model: samples of everything else, a file with the columns prompt and completion")
-    add("--reward-model", help="r1 with --model: a sequence classifier that scores replies to the general prompts")
+    add("--cold-start", help="r1 with --dataset: long-form solutions, a file with the columns prompt and completion")
+    add("--general", help="r1 with --dataset: samples of everything else, a file with prompt and completion")
+    add("--reward-model", help="r1 with --dataset: a sequence classifier that scores replies to the general prompts")
     add("--sft-learning-rate", type=number(least=0), default=defaults.SFT_LEARNING_RATE,
         help="of supervised stages, with --model")  # fmt: skip
 
