@@ -508,11 +508,11 @@ for name, call in calls():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit and the use of addresses are read as Linux has them")
-def test_a_call_without_memory_is_an_error():
+def test_a_call_without_memory_is_an_error(tmp_path):
     """On a thread of its own, too, and wherever it ends: nothing waits for it, and the next call is as any other."""
     here = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1", OMP_NUM_THREADS="1")
     command = ["bash", "-c", 'ulimit -s 256; exec "$@"', "-", sys.executable, "-c", WITHOUT_MEMORY]
-    done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | here, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.returncode}: {done.stdout}{done.stderr[-2000:]}"
     counts = re.findall(r"^(\w+) (\d+) (\d+)$", done.stdout, re.MULTILINE)
     assert len(counts) == 10 and all(int(made) > 0 for *_, made in counts), counts

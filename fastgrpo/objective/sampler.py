@@ -110,9 +110,10 @@ def corrections_of(given: Any) -> tuple[Correction, ...] | None:
 def _record(one: Any) -> Any:
     if not isinstance(one, Mapping):
         return one
-    names = [field.name for field in dataclasses.fields(Correction)]
-    if not set(one).issubset(names):
-        raise _wrong(f"the fields {', '.join(names)}", one)
+    fields = dataclasses.fields(Correction)
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if not needed <= set(one) <= {field.name for field in fields}:
+        raise _wrong(f"the fields {', '.join(field.name for field in fields)}", one)
     return Correction(**one)
 
 
