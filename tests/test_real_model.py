@@ -217,8 +217,8 @@ class Scripted:
 
 @pytest.mark.slow
 def test_ten_steps_on_smollm2_equal_trl(real_model, tmp_path):
-    """The same completions, each for two updates, in fp32: every logged number of ten steps agrees to 1e-5 (the norm of
-    the gradient, in which rounding grows with the steps, to 3e-5), and the updates of the weights to a thousandth."""
+    """The same completions, each for two updates, in fp32: the logged numbers of ten steps agree to 1e-5 (the norm of
+    the gradient, in which rounding grows with the steps, to 3e-5), the updates of the weights to a thousandth."""
     if (why := real_model.missing()) is not None:
         pytest.skip(why)
     train, _ = products.make_datasets(0)
