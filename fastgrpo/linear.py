@@ -47,12 +47,12 @@ def linear_grpo_loss(
     Gradients of fp32 tensors leave their GEMMs in fp32; those of fp16 tensors, too, and stay fp32 until the backward
     pass. With a `column_tolerance`, gradients that lie in few columns are made of these alone, with 4H FLOPs for each
     column in place of 4HV for the row. Masked rows enter no GEMM, nor do rows with few `kept_ids`: k kept tokens take
-    2kH FLOPs forward and 6kH backward. Rows of advantage 0, with beta and entropy_coef 0, cost one forward GEMM, or
-    none with `return_stats=False`.
+    2kH FLOPs forward and 6kH backward. Rows of advantage 0, with the default objective, cost one forward GEMM, or none
+    with `return_stats=False` (docs/api.md says when else).
 
-    Objectives beyond token level keep sequences whole. If a sequence does not fit into a chunk (with
-    top_entropy_quantile < 1, or in a compiled graph: if the batch does not), the gradient is made in the backward pass
-    instead, by projecting the rows that have one again: 8NHV. With `kept_ids` it always is.
+    Objectives beyond token level keep sequences whole. If a sequence does not fit into a chunk (of an objective of the
+    whole batch, or in a compiled graph: if the batch does not), the gradient is made in the backward pass instead, by
+    projecting the rows that have one again: 8NHV. With `kept_ids` it always is.
 
     On a GPU a call waits for the device at most once, to learn how many rows there are to project, or how long packed
     sequences are. It does not wait without a mask and with beta or entropy_coef, at token level or in one chunk. A

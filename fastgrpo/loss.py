@@ -69,12 +69,14 @@ def grpo_loss(
         scale_rewards: "group", "batch" or "none", see `group_advantages`.
         importance_sampling_ratio (B, T), (B, 1) or (B,): factor of the policy term, for samples of another policy than
             the old one, such as an inference engine's.
-        sampling_per_token_logps like completion_ids: the sampler's logps, for `sampling_correction`, the off-policy
-            mask (None: old ones) and the sampler's metrics. NaN: it has none for that token.
+        sampling_per_token_logps like completion_ids: the sampler's logps, for `sampling_correction`, `ratio_anchor`,
+            the off-policy mask (None: old ones) and the sampler's metrics. NaN: it has none for that token.
         num_items_in_batch: the number D that the objective's average divides by: of loss tokens for "dapo", of
             sequences or prompts for others (docs/objectives.md; number or 0-dim tensor; None: this batch's). For the
-            micro-batches of a step on P processes it is that of the whole step divided by P.
-        loss_scale: factor of loss and gradient, such as 1/accumulation steps (number or 0-dim tensor).
+            n micro-batches of a step on P processes: that of the whole step divided by P, and loss_scale=1; or divided
+            by n P, and loss_scale=1/n.
+        loss_scale: factor of loss and gradient (number or 0-dim tensor). Averages that do not read
+            `num_items_in_batch` take 1/n.
         temperature: number > 0, or a tensor (B,) or (B, T): logits are divided by it.
         cu_seqlens (S+1,) integer: boundaries of the S sequences in a packed batch.
         token_weights (B, T), (B, 1) or (B,): factors of each token's loss, KL included, beside the average's.

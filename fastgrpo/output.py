@@ -15,7 +15,8 @@ from fastgrpo.objective.terms import Terms
 class GRPOOutput(NamedTuple):
     """What a loss returns: the loss, which alone is differentiable, and statistics.
 
-    With `return_stats=False` only `loss` is filled. All are fp32; from float64 inputs the statistics are float64.
+    With `return_stats=False` only `loss` is filled. All are fp32; from float64 inputs the statistics are float64, and
+    so is the loss of `policy_loss`.
     """
 
     loss: Tensor  # 0-dim

@@ -371,6 +371,13 @@ def test_time_of_a_call(leaves_nothing):
     assert scores[0] == 0.0 and scores[-1] is None
 
 
+def test_a_run_has_less_time_than_all():
+    """With as much, no run could be judged too slow."""
+    for seconds in (9.0, 10.0):
+        with pytest.raises(ValueError, match=f"seconds: expected less than total_seconds=9.0, .* got {seconds}"):
+            rewards.code_reward_within(rewards.Limits(seconds=seconds))
+
+
 @linux
 def test_runs_of_several_threads(leaves_nothing):
     """Calls at once do not see each other's processes."""

@@ -374,6 +374,24 @@ def test_rows_that_are_not_read_or_not_finite(name, device):
         assert ((got.sizes[[4, 5, 7]] > 0) & (got.sizes[[4, 5, 7]] <= 150)).all()
 
 
+def test_an_id_outside_the_vocabulary_wherever_its_row_begins(name, device):
+    logits, _ = policy("sampled", 201)
+    logits = logits.repeat(1, 2, 1).to(device)
+    rows, scores = scored(name, logits, torch.full((6,), -100, device=device), torch.ones(6, device=device))
+    got = verify(name, logits, rows, scores, torch.ones(6, device=device), None, 2**-8, 150)
+    assert (got.sizes <= 150).all() and torch.equal(got.sizes[:3], got.sizes[3:])
+
+
+def test_a_row_of_its_target_alone(name, device):
+    """Its gradient is 0 everywhere, and the target stays."""
+    logits = torch.full((1, 2, 601), -math.inf, device=device)
+    logits[0, :, 3] = 2.0
+    logits[0, 1, 5] = -110.0
+    rows, scores = scored(name, logits, torch.tensor([3, 3], device=device), torch.ones(2, device=device))
+    got = verify(name, logits, rows, scores, torch.ones(2, device=device), None, 2**-8, 64)
+    assert got.sizes.tolist() == [1, 1] or (got.sizes[0] == 1 and got.sizes[1] <= 2)
+
+
 def test_no_rows_to_select_from(name, device):
     none = torch.empty(0, device=device)
     rows = Rows(none.long(), None, none)

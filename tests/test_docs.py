@@ -1,5 +1,6 @@
 """The documentation: its links resolve, its Python runs, and the README is short."""
 
+import ast
 import re
 import subprocess
 import unicodedata
@@ -11,6 +12,7 @@ import torch
 import fastgrpo
 import fastgrpo.trainer
 from fastgrpo import grpo_loss, linear_grpo_loss
+from fastgrpo.objective.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -90,6 +92,36 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         compiled = compile("\n" * (line - 1) + code, str(page), "exec")  # so that a traceback names the page's line
         if not is_fragment:
             exec(compiled, names)
+
+
+def test_presets_are_those_of_their_table():
+    """Every option of a preset stands in its row, with its value."""
+    text = (ROOT / "docs" / "objectives.md").read_text()
+    section = text[text.index("## Presets") : text.index("## Which options")]
+    rows, before = {}, ""
+    for line in section.splitlines():
+        first, *rest = line.strip("|").split("|")
+        row = " ".join(rest)
+        row = row.replace("as gspo", rows.get("gspo", "")).replace("the same", before)
+        if names := re.findall(r'`"([\w-]+)"`', first):
+            rows |= dict.fromkeys(names, row)
+            before = row
+    assert set(rows) == set(PRESETS)
+    named = {
+        "importance_sampling_level": 'level "{}"', "average": '(average "{0}"|average="{0}")',
+        "kl_estimator": '(KL|`beta=1e-3`,|`beta=0.01`,) "?{}"?', "kl_average": 'kl_average="{}"',
+    }  # fmt: skip
+    for name, options in PRESETS.items():
+        for option, value in options.items():
+            if option == "use_bias_correction_kl" and name != "grpo-paper":
+                continue  # said once for all frameworks
+            if option == "loss_type" and value in (name.replace("-", "_"), "dapo"):
+                continue  # "the loss type alone", and the default
+            given = [(found, ast.literal_eval(x)) for found, x in re.findall(r"`(\w+)=([^`]+)`", rows[name])]
+            words = named.get(option, "nothing").format(value)
+            clamps = option in ("kl_log_ratio_clamp", "kl_clamp") and f"{value:g}" in rows[name].partition("clamps")[2]
+            last = dict(given).get(option)  # a row may change what it takes from another
+            assert last == value or re.search(words, rows[name]) or clamps, f"{name}: {option}={value!r}"
 
 
 def test_the_readme_is_short():

@@ -81,6 +81,7 @@ BAD_CALLS = {
     "old-integer": (dict(old_per_token_logps=ids), "old_per_token_logps: .*floating point.*int64"),
     "advantages-complex": (dict(advantages=torch.ones(B, dtype=torch.complex64)), "advantages: .*floating point"),
     "num_items-negative": (dict(num_items_in_batch=-3), "num_items_in_batch: .*>= 0.*-3"),
+    "token_weights-type": (dict(token_weights=[1.0] * B), r"token_weights: expected shape .*\[1.0, "),
     "num_items-bool": (dict(num_items_in_batch=True), "num_items_in_batch: .*True"),
     "loss_scale-nan": (dict(loss_scale=float("nan")), "loss_scale: .*nan"),
     "temperature-tensor-inf": (dict(temperature=torch.tensor(float("inf"))), "temperature: .*finite"),

@@ -37,6 +37,7 @@ from fastgrpo.batch.inputs import make_batch
 from fastgrpo.batch.layout import Padded
 from fastgrpo.engine.logits import Apart, Sweeps, fuse
 from fastgrpo.objective import LOSS_TYPES, LOSSES
+from fastgrpo.objective.losses import Kind
 from fastgrpo.objective.presets import PRESETS
 from fastgrpo.objective.terms import row_weights
 
@@ -438,9 +439,10 @@ def test_ratios_beyond_fp32_in_the_fused_objective(name, backend, device):
 NO_KIND, NOT_OF_TOKENS = ("loss_type",), ("importance_sampling_level",)
 UNHELD = {  # a preset: the options that no kernel holds; the others take one pass
     **dict.fromkeys(("gspo", "gspo-token", "luspo"), NOT_OF_TOKENS),
-    **dict.fromkeys(("vespo", "gmpo", "dppo-tv", "dppo-kl", "clip-cov", "kl-cov", "icepop"), NO_KIND),
+    **dict.fromkeys(("vespo", "gmpo", "dppo-tv", "dppo-kl", "clip-cov", "kl-cov"), NO_KIND),
+    "icepop": ("loss_type", "ratio_anchor"),
     "dro": ("log_ratio_penalty",),
-    "prime-rl": ("loss_type", "log_ratio_penalty"),
+    "prime-rl": ("loss_type", "ratio_anchor", "log_ratio_penalty"),
     "skyrl": ("kl_estimator", "kl_average"),
     "nemo-rl": ("kl_anchor", "kl_log_ratio_clamp", "kl_clamp"),
 }
@@ -456,10 +458,45 @@ def test_the_presets_of_one_pass(name, backend, device, monkeypatch):
     spies = {function: mock.Mock(wraps=getattr(kernels, function)) for function in functions}
     for function, spy in spies.items():
         monkeypatch.setattr(kernels, function, spy)
-    loss_and_grad(grpo_loss, logits, ids, objective=objective, backend=backend, inplace=True, **kwargs)
+    out, grad = loss_and_grad(grpo_loss, logits, ids, objective=objective, backend=backend, inplace=True, **kwargs)
+    assert out.loss.isfinite() and grad.isfinite().all()  # though the sampler has no number for one token
     one_pass = name not in UNHELD and backend != "torch"
     wanted = {"token_loss"} if one_pass else {"row_stats", "row_grad"}
     assert {function for function, spy in spies.items() if spy.called} == wanted
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_on_policy_an_impossible_token_has_the_ratio_1(loss_type, backend, device):
+    """Its logit is -inf: loss and gradient are those of every backend and of the reference."""
+    objective = objective_for(loss_type, "token", {})
+    logits, ids, kwargs = make_inputs(batch=2, length=2, device=device, backend=backend)
+    logits[0, 0, ids[0, 0]] = -torch.inf
+    want, want_grad = truth(logits, ids, objective=objective, **kwargs)
+    got, grad = loss_and_grad(grpo_loss, logits, ids, objective=objective, backend=backend, **kwargs)
+    if LOSSES[loss_type].kind in (Kind.CLIP, Kind.SAPO):  # of the others the loss is A logp
+        assert want.loss.isfinite() and want_grad.isfinite().all()
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-5, nan_ok=True)
+    assert torch.allclose(grad.double(), want_grad, rtol=1e-4, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_token_of_weight_0_has_no_say(loss_type, backend, device):
+    """However far it is from the old policy and from the reference."""
+    objective = objective_for(loss_type, "token", dict(beta=0.1, use_bias_correction_kl=False))
+    logits, ids, kwargs = make_inputs(("old", "ref"), batch=2, length=2, device=device, backend=backend)
+    kwargs["token_weights"] = torch.tensor([[0.0, 1.0], [1.0, 1.0]], device=device)
+    results = []
+    for far in (0.0, 1000.0):
+        old, ref = (kwargs[f"{name}_per_token_logps"].clone() for name in ("old", "ref"))
+        old[0, 0] -= far
+        ref[0, 0] += far
+        call = kwargs | dict(old_per_token_logps=old, ref_per_token_logps=ref, advantages=kwargs["advantages"] * 0 - 1)
+        results.append(loss_and_grad(grpo_loss, logits, ids, objective=objective, backend=backend, **call))
+    (near, near_grad), (far, far_grad) = results
+    if LOSSES[loss_type].whole_sequences or LOSSES[loss_type].whole_batch:
+        assert far.loss.isfinite() and far_grad.isfinite().all()
+    else:
+        assert far.loss == near.loss and torch.equal(far_grad, near_grad)
 
 
 @pytest.mark.parametrize("with_old", [True, False])

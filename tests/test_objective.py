@@ -17,13 +17,15 @@ from cases import (
     assert_close,
     exact_loss,
     make_inputs,
+    make_linear_inputs,
     objective_for,
     rel_norm,
 )
 
-from fastgrpo import Correction, Objective, policy_loss
+from fastgrpo import Correction, Objective, group_advantages, grpo_loss, kept_sets, linear_grpo_loss, policy_loss
 from fastgrpo.objective import LOSS_TYPES, LOSSES
 from fastgrpo.objective.losses import Kind
+from fastgrpo.objective.metrics import reduce_metrics
 from fastgrpo.objective.terms import high_entropy_mask
 
 
@@ -173,8 +175,6 @@ def test_advantage_of_a_wholly_masked_sequence_may_be_nan():
 
 
 def test_presets():
-    for name in ("grpo-paper", "dapo", "gspo", "cispo", "sapo", "vespo", "bnpo", "luspo", "gspo-token"):
-        assert isinstance(Objective.preset(name), Objective)
     assert Objective.preset("dr_grpo", max_completion_length=5).max_completion_length == 5
     assert Objective.preset("dapo", beta=0.1) == Objective(epsilon_high=0.28, beta=0.1)
     with pytest.raises(ValueError, match="preset.*'nope'"):
@@ -257,8 +257,9 @@ def test_ratios_beyond_fp32(loss_type, level):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_policy_term_that_is_left_out_may_overflow(loss_type, level):
-    """Its factor is 0: the importance ratio, or what a mask makes of it."""
+    """Its factor is 0: the importance ratio, or what a mask makes of it; or its weight."""
     cases = {
+        "weight": ({}, dict(token_weights=torch.zeros(1, 3)), 0),
         "off-policy mask": (dict(off_policy_mask_threshold=0.1), dict(sampling_per_token_logps=torch.zeros(1, 3)), 0),
     }
     if not LOSSES[loss_type].takes_importance_ratio:
@@ -272,6 +273,21 @@ def test_a_policy_term_that_is_left_out_may_overflow(loss_type, level):
         loss, gradient = _loss_and_gradient(objective, [-1.5] * 3, xs, [0.0] * 3, -1.0, **inputs)
         assert math.isfinite(loss) and (kept or loss == 0), name
         assert (gradient[kept:] == 0).all() and gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize("options", [dict(use_bias_correction_kl=False), {}, dict(kl_anchor="current"),
+                                     dict(kl_average="grpo"), dict(kl_estimator="k2")])  # fmt: skip
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_token_of_weight_0_may_overflow(level, options):
+    """It has no say, whatever its ratio and its KL; the others of its sequence keep their loss and gradient."""
+    xs, ds = [1000.0, 0.1, -0.2] if level == "token" else [1.0, 0.1, -0.2], [1000.0, 0.3, 0.1]
+    objective = objective_for("dapo", level, dict(beta=0.1, **options))
+    weights = torch.tensor([[0.0, 1.0, 1.0]])
+    loss, gradient = _loss_and_gradient(objective, [-1.5] * 3, xs, ds, -1.0, token_weights=weights)
+    near = _loss_and_gradient(objective, [-1.5] * 3, xs, [0.0, *ds[1:]], -1.0, token_weights=weights)
+    assert loss == near[0] and torch.equal(gradient, near[1]) and gradient[1:].all() and math.isfinite(loss)
+    loss, gradient = _loss_and_gradient(objective, [-1.5] * 3, [1000.0] * 3, ds, -1.0, token_weights=weights * 0)
+    assert loss == 0 and (gradient == 0).all()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -318,6 +334,162 @@ def test_tokens_are_chosen_by_covariance():
         assert chosen.sum() == count and ((cov > 0) & (cov < 2))[chosen].all()
         drawn.add(tuple(chosen.flatten().nonzero()[:, 0].tolist()))
     assert len(drawn) > 4
+
+
+def test_one_number_cannot_count_two_things():
+    logps, a = torch.randn(2, 3), torch.ones(2)
+    objective = Objective(beta=0.1, kl_average="seq-mean-token-mean")
+    assert objective.counts == ("tokens", "sequences") and Objective(kl_average="grpo", beta=0.1).counts == ("tokens",)
+    policy_loss(logps, a, ref_per_token_logps=logps, objective=objective)
+    with pytest.raises(
+        ValueError, match="num_items_in_batch: expected None, because average and kl_average count tok"
+    ):
+        policy_loss(logps, a, ref_per_token_logps=logps, objective=objective, num_items_in_batch=6)
+    with pytest.raises(
+        ValueError, match="kl_average: expected one that counts tokens in a trainer, as average 'dapo'"
+    ):
+        objective.items_in_batch(tokens=torch.ones(()), sequences=1)
+    with pytest.raises(
+        ValueError, match="kl_average: expected one of tokens or sequences in a trainer, got 'prompt-m"
+    ):
+        Objective(beta=0.1, kl_average="prompt-mean").items_in_batch(tokens=torch.ones(()), sequences=1)
+    of_kl = Objective("grpo", beta=0.1, kl_average="token-mean")  # the loss's average counts nothing
+    assert of_kl.items_in_batch(tokens=torch.tensor(7.0), sequences=2) == 7
+    with pytest.raises(ValueError, match="max_completion_length: expected a number > 0 with kl_average 'dr_grpo'"):
+        Objective(beta=0.1, kl_average="dr_grpo")
+    assert Objective(beta=0.1, kl_average="token-mean").is_fused  # the same as dapo's own
+
+
+def test_a_kl_of_another_average_is_divided_by_what_it_counts():
+    logps, ref, mask = -torch.rand(2, 3), -torch.rand(2, 3), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    given = dict(completion_mask=mask, ref_per_token_logps=ref)
+    objective = Objective("grpo", beta=0.1, kl_average="token-mean", use_bias_correction_kl=False)
+    items = objective.items_in_batch(tokens=torch.tensor(8.0), sequences=4)
+    got = policy_loss(logps, torch.zeros(2), objective=objective, num_items_in_batch=items, **given).loss
+    want = 0.1 * ((ref - logps).exp() - (ref - logps) - 1)[mask.bool()].sum() / 8
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_ratio_to_the_sampler_where_it_has_a_number(level):
+    """NaN counts as if the sampler agreed with the old policy, or without one with the current."""
+    gen = torch.Generator().manual_seed(0)
+    logps = -torch.rand(3, 4, generator=gen, dtype=torch.float64)
+    old, sampling = (logps + 0.2 * torch.randn(3, 4, generator=gen, dtype=torch.float64) for _ in range(2))
+    lacking = torch.rand(3, 4, generator=gen) < 0.4
+    given = dict(advantages=torch.tensor([1.0, -2.0, 0.5]).double())
+    options = dict(importance_sampling_level=level, log_ratio_penalty=0.1)
+    for anchors in (dict(old_per_token_logps=old), {}):
+        leaf = logps.clone().requires_grad_()
+        anchored = torch.where(lacking, anchors.get("old_per_token_logps", logps), sampling)
+        want = policy_loss(leaf, old_per_token_logps=anchored, objective=Objective(**options), **given)
+        (want_gradient,) = torch.autograd.grad(want.loss, leaf)
+        got = policy_loss(
+            leaf,
+            sampling_per_token_logps=torch.where(lacking, torch.nan, sampling),
+            objective=Objective(ratio_anchor="sampling", **options),
+            **anchors,
+            **given,
+        )
+        (gradient,) = torch.autograd.grad(got.loss, leaf)
+        assert_close(got.loss, want.loss, 1e-12)
+        assert_close(gradient, want_gradient, 1e-12)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", [name for name in LOSS_TYPES if LOSSES[name].kind in (Kind.CLIP, Kind.SAPO)])
+def test_on_policy_the_ratio_of_an_impossible_token_is_1(loss_type, level):
+    leaf = torch.tensor([[-1.0, -torch.inf]], requires_grad=True)
+    losses = []
+    for second in (-torch.inf, -2.0):
+        leaf = torch.tensor([[-1.0, second]], requires_grad=True)
+        objective = objective_for(loss_type, level, {})
+        losses.append(policy_loss(leaf, torch.tensor([1.5]), objective=objective).loss)
+        losses.append(torch.autograd.grad(losses[-1], leaf)[0])
+    assert losses[0] == losses[2] and torch.equal(losses[1], losses[3]) and losses[1].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_reaches_no_number(dtype):
+    logps = -torch.rand(2, 3)
+    given = dict(old_per_token_logps=logps - 0.1, sampling_per_token_logps=logps - 0.2)
+    objectives = [Objective(sampling_correction="token_drop:0.5_2"), *(Objective(name) for name in ("sapo", "vespo"))]
+    want = [policy_loss(logps, torch.ones(2), objective=o, **given).loss for o in objectives]
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        got = [policy_loss(logps, torch.ones(2, dtype=torch.float32), objective=o, **given).loss for o in objectives]
+        corrected = loss_from_logits(logps, objectives[0], given)
+    finally:
+        torch.set_default_dtype(before)
+    assert [x.item() for x in got] == [x.item() for x in want]
+    assert torch.equal(corrected, loss_from_logits(logps, objectives[0], given))
+
+
+def loss_from_logits(logps, objective, given):
+    """The loss of the same from logits, in one pass."""
+    logits = torch.stack([logps, torch.log(-torch.expm1(logps))], dim=-1).requires_grad_()
+    ids = torch.zeros(logps.shape, dtype=torch.int64)
+    return grpo_loss(logits, ids, torch.ones(2, dtype=torch.float32), objective=objective, **given).loss
+
+
+class Both:
+    """Two processes, of which this one is the second."""
+
+    def gather(self, mine):
+        both, self.first = torch.cat([getattr(self, "first", mine), mine]), mine
+        return both
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "icepop", "vespo"])
+def test_shares_over_processes_are_of_sequences_unless_advantages_are_of_tokens(loss_type, per_token):
+    """Two processes of one sequence: a short one whose tokens are all clipped, and a long one of others."""
+    objective = objective_for(loss_type, "sequence", {})
+    processes = Both()
+    for length, ratio in ((2, 5.0), (6, 1.0)):
+        logps, mask = torch.zeros(1, 6), (torch.arange(6) < length)[None]
+        a = torch.ones(1, 6) if per_token else torch.ones(1)
+        old = logps - math.log(ratio)
+        metrics = policy_loss(logps, a, completion_mask=mask, old_per_token_logps=old, objective=objective).metrics
+        reduced = reduce_metrics(processes, objective, metrics, mask, 1, per_token)
+    name = {"dapo": "clip_ratio/high_mean", "cispo": "cispo_clip_ratio", "icepop": "icepop/dropped_mean"}.get(
+        loss_type
+    )
+    share = 2 / 8 if per_token else 1 / 2
+    if name is not None:
+        assert reduced[name].item() == pytest.approx(share)
+    else:  # φ is 1 in the second
+        phi = math.exp(3 + 2 * math.log(25.0) - 3 * 25.0)
+        assert reduced["vespo/phi_seq_mean"].item() == pytest.approx(share * phi + (1 - share))
+
+
+def test_clipped_tokens_are_counted_whatever_their_advantage(backend, device):
+    """From hidden states as from logits: rows of advantage 0 are only scored, and have their ratio."""
+    hidden, weight, ids, kwargs = make_linear_inputs(("old",), device=device, backend=backend)
+    kwargs["advantages"] = torch.zeros_like(kwargs["advantages"])
+    kwargs["advantages"][0] = 1.0
+    objective = Objective("cispo_clip", epsilon=0.01)
+    given = dict(objective=objective, backend=backend, **kwargs)
+    got = linear_grpo_loss(hidden.requires_grad_(), weight, ids, **given).metrics["cispo_clip_ratio"]
+    want = grpo_loss(hidden.detach() @ weight.T, ids, **given).metrics["cispo_clip_ratio"]
+    assert got == want > 0.5
+
+
+def test_under_another_default_device():
+    """Nothing is made on it that belongs to the tensors of a call, or to a trial on the CPU."""
+    hidden, weight = torch.randn(8, 16).requires_grad_(), torch.randn(5000, 16)
+    ids, offsets = torch.arange(8), torch.tensor([0, 8])
+    logps, advantages = torch.randn(2, 3), torch.ones(2)
+    options = dict(cu_seqlens=offsets, column_tolerance=2**-12)
+    with torch.device("meta"):
+        own = Objective(loss_type=lambda t: -t.seq_mean(t.ratio) * t.advantages)
+        policy_loss(logps, advantages, objective=own).loss.item()
+        for scale in (1e-3, 10.0):  # rows with many columns, and with few
+            loss = linear_grpo_loss(hidden, weight * scale, ids, advantages[:1], **options).loss
+            assert torch.autograd.grad(loss, hidden)[0].isfinite().all()
+        assert kept_sets([[5, 17], [3]]).kept_ids.tolist() == [5, 17, 3]
+        group_advantages(torch.randn(4, device="cpu"), 2).sum().item()
 
 
 ROUND_TRIPS = {

@@ -217,8 +217,9 @@ class Scripted:
 
 @pytest.mark.slow
 def test_ten_steps_on_smollm2_equal_trl(real_model, tmp_path):
-    """The same completions, each for two updates, in fp32: the logged numbers of ten steps agree to 1e-5 (the norm of
-    the gradient, in which rounding grows with the steps, to 3e-5), the updates of the weights to a thousandth."""
+    """The same completions, each for two updates, in fp32: the logged numbers of ten steps agree to 1e-5, absolute
+    below 1 (the norm of the gradient, in which rounding grows with the steps, to 3e-5), the updates of the weights to
+    a thousandth."""
     if (why := real_model.missing()) is not None:
         pytest.skip(why)
     train, _ = products.make_datasets(0)
@@ -248,6 +249,7 @@ def test_ten_steps_on_smollm2_equal_trl(real_model, tmp_path):
                 assert ours[key] == theirs[key], key
                 continue
             a, b = float(ours[key]), float(theirs[key])
+            assert key != "learning_rate" or a == b
             worst[key] = max(worst.get(key, 0.0), abs(a - b) / max(1.0, abs(b)))
     ours = updates["fastgrpo"]
     off = {name: float((ours[name] - theirs).norm() / theirs.norm()) for name, theirs in updates["trl"].items()}

@@ -1,6 +1,7 @@
 """`fastgrpo train --recipe`: the embedded task, the stages, resuming, mistakes; the full runs are marked slow."""
 
 import json
+import math
 import re
 
 import pytest
@@ -127,6 +128,12 @@ def test_rejection_sampling_keeps_what_is_right_and_readable(monkeypatch):
     kept = r1.rejection_sample(None, None, questions, args, num_samples=6, batch_size=4)
     assert kept.to_list() == [{"prompt": "q", "completion": good}]
     assert calls == [{"temperature": 0.7, "samples": 6, "batch_size": 4, "seed": 5}]
+    mixed = Dataset.from_list([{"prompt": "q", "answer": "8", "language": None}, {"prompt": "r", "language": "en"}])
+    scores = dict(accuracy=[1, 1], language=[math.nan] * 2)  # a row without a language is not measured by it
+    monkeypatch.setattr(r1, "sample", lambda *_, **__: Samples([*mixed], [good] * 2, [9] * 2, scores))
+    kept = r1.rejection_sample(None, None, mixed, args, num_samples=1, batch_size=4)
+    assert kept.to_list() == [{"prompt": "q", "completion": good}]
+    monkeypatch.setattr(r1, "sample", fake_sample)
     texts[:2] = ["", ""]
     with pytest.raises(ValueError, match="questions: expected some to be answered well, got none of 6"):
         r1.rejection_sample(None, None, questions, args, num_samples=6, batch_size=4)

@@ -99,7 +99,14 @@ def test_the_second_call_rehearsed(tmp_path, scratch):
     timed = [row for row in rows if row["ms_p50"] is not None]
     assert {"fastgrpo", "eager", "copy", "GEMMs alone"} <= {row["impl"] for row in timed}
     chosen = {"cuda": choice[1], "triton": choice[3], "overlap": choice[5]}
-    assert all(row["choice"] == chosen for row in rows if row["op"] != "step")
+    tuned = [row for row in rows if row.get("choice")]
+    assert tuned and all(row["choice"] == chosen and row["impl"] == "fastgrpo" for row in tuned)
+    cases = {(row["case"], row["backend"]) for row in tuned}
+    assert cases <= {(row["case"], row["backend"]) for row in rows if not row.get("choice")}
+    rows = [json.loads(line) | dict(rehearsed=False, commit="a" * 40) for line in open(tmp_path / "rows.jsonl")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reported, _ = report.load(tmp_path)
+    assert reported and not [row for row in reported if row.get("choice")]
 
 
 @pytest.mark.skipif(

@@ -1,5 +1,6 @@
 """`fastgrpo train`: the run without arguments, a small real run from local files, and mistakes in the arguments."""
 
+import argparse
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import pytest
 from datasets import Dataset
 
 from fastgrpo.cli import main
+from fastgrpo.commands.train.files import load_rows
 from fastgrpo.recipes import sums
 
 
@@ -114,3 +116,13 @@ def test_reward_without_answers(local_files, tmp_path, capsys):
     arguments = ["--dataset", tmp_path / "prompts.jsonl", "--reward", "tag_count"]
     assert small_run(local_files, tmp_path / "out", *arguments) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "reward 0.00 -> 0.00"
+
+
+def test_a_column_may_take_the_place_of_another(tmp_path):
+    rows = [{"prompt": f"{i}", "answer": "a long one", "final": str(i)} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = argparse.Namespace(dataset=str(tmp_path / "rows.jsonl"), dataset_config=None, split="train")
+    options.prompt_column, options.answer_column = "prompt", "final"
+    assert load_rows(options, ["answer"], "--reward exact").to_list() == [
+        {"prompt": str(i), "answer": str(i)} for i in range(3)
+    ]

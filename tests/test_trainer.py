@@ -17,6 +17,7 @@ from fastgrpo.reference import project
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer, completion, rollout
 from fastgrpo.trainer.config import CHECKPOINTING
 from fastgrpo.trainer.groups import RepeatSampler
+from fastgrpo.trainer.logs import MetricLog
 
 QUIET = dict(use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, dataloader_pin_memory=False)
 
@@ -407,6 +408,24 @@ def test_evaluation(model, tokenizer, dataset, tmp_path):
     (log,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert {"eval_reward", "eval_entropy", "eval_rewards/exact/mean", "eval_completions/mean_length"} <= set(log)
     assert math.isfinite(log["eval_loss"])
+
+
+def test_tables_of_completions(model, tokenizer, dataset, tmp_path):
+    """Those of an evaluation stand beside those of the step."""
+    options = dict(per_device_eval_batch_size=8, eval_strategy="steps", eval_steps=1)
+    args = make_config(tmp_path, max_steps=1, log_completions=True, **options)
+    GRPOTrainer(model, rewards.exact, args, dataset, dataset.select(range(2)), tokenizer).train()
+    names = ["completions_00001.parquet", "eval_completions_00001.parquet"]
+    assert sorted(path.name for path in (tmp_path / "completions").iterdir()) == names
+    tables = [Dataset.from_parquet(str(tmp_path / "completions" / name)) for name in names]
+    assert [len(table) for table in tables] == [4, 8] and set(tables[1]["prompt"]) == set(dataset[:2]["prompt"])
+
+
+def test_what_is_no_number_is_left_out_of_a_mean_and_infinity_is_not():
+    log = MetricLog()
+    for step in ({"a": 1.0, "b": math.nan}, {"a": math.nan, "c": math.inf}, {"a": 3.0, "c": 1.0}):
+        log.add("train", step)
+    assert log.take("train") == {"a": 2.0, "b": None, "c": math.inf} and log.take("train") == {}
 
 
 def test_model_by_path(model, tokenizer, dataset, tmp_path):

@@ -46,8 +46,11 @@ CASES += [
 # ---- in the child process: compile, disassemble, count
 
 
-def launched(dtype: str, kernel: str, V: int = 151937, T: int = 3, spec=None):
-    """(kernel, threads of a program, arguments, constants), as the backend would launch it; nothing is launched."""
+def launched(dtype: str, kernel: str, V: int = 151937, T: int = 3, spec=None, start: int = 0):
+    """(kernel, threads of a program, arguments, constants), as the backend would launch it; nothing is launched.
+
+    The rows are those of a chunk that begins at row `start`.
+    """
     import torch
 
     from fastgrpo.backends import Rows, Scores, TokenRows, TokenSpec
@@ -68,8 +71,10 @@ def launched(dtype: str, kernel: str, V: int = 151937, T: int = 3, spec=None):
         out = buffer.view(dtypes[narrower])[..., stride : stride + V]
     elif narrower:
         out = torch.empty_like(buffer, dtype=dtypes[narrower])[..., :V]
-    row = torch.empty(T)
-    rows = Rows(row.long(), row.bool(), row)
+    ids, mask, seq, row = (
+        torch.empty(start + T, dtype=dtype)[start:] for dtype in (torch.int64, torch.bool, torch.int32, torch.float32)
+    )
+    rows = Rows(ids, mask, row)
     softcap = 30.0 if "softcap" in kernel else None
     try:
         if kernel.startswith("grad"):
@@ -77,7 +82,7 @@ def launched(dtype: str, kernel: str, V: int = 151937, T: int = 3, spec=None):
         elif kernel.startswith("token"):
             token = TokenRows(row, row, None, None, row, row, None, None)
             if kernel == "token_groups":
-                token = token._replace(advantages=None, rewards=row, seq=row.int())
+                token = token._replace(advantages=None, rewards=row, seq=seq)
             with backend.using(lanes=1024 if "wide" in kernel else 512):
                 spec = TokenSpec(beta=0.1) if spec is None else spec
                 backend.token_loss(x, rows, token, spec, out, want_entropy=True, softcap=softcap)
@@ -139,7 +144,7 @@ def compile_case(target: str, dtype: str, kernel: str) -> dict:
 
 
 def variants(kernel: str) -> int:
-    """How often Triton would compile a kernel for rows of several lengths and strides, and several objectives."""
+    """How often Triton would compile a kernel for several lengths, strides and places of rows, and objectives."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -149,10 +154,10 @@ def variants(kernel: str) -> int:
     specs = TokenSpec(beta=0.1), TokenSpec(1, (1.0,), 1.0, True), TokenSpec(2, (16.0, 1.0), 16.0, skip_zero=True)
     keys = set()
     # 1 and multiples of 16 are what Triton specialises upon
-    for V, T in ((151937, 3), (151936, 1), (151952, 16)):
+    for V, T, start in ((151937, 3, 1), (151936, 1, 2), (151952, 16, 16)):
         for spec in specs:
             function, _, arguments, constants = launched(
-                "fp32_bf16" if "own" in kernel else "bf16", kernel, V, T, spec
+                "fp32_bf16" if "own" in kernel else "bf16", kernel, V, T, spec, start
             )
             backend = make_backend(GPUTarget("cuda", 90, 32))
             bind = create_function_from_signature(function.signature, function.params, backend)

@@ -12,7 +12,7 @@ namespace fastgrpo {
 using OnePass = FastgrpoOnePass;
 using OnePassShape = FastgrpoOnePassShape;
 
-inline bool wants_entropy(const FastgrpoArgs& args) { return args.entropy != nullptr || args.h != nullptr; }
+inline bool wants_entropy(const FastgrpoArgs& args) { return args.entropy != nullptr; }
 
 // The dtype of gradients: that of the logits, or a narrower one where these are fp32.
 inline int32_t out_dtype(const FastgrpoArgs& args) { return args.dtype == kFloat32 ? args.out_dtype : args.dtype; }

@@ -6,8 +6,8 @@
     reinforce_plus_plus, …       of tokens               tokens
     ESTIMATORS, estimate         by name                 named
 
-All of them are on the device of the rewards, in float64 inside, without gradients; their sums have one order. Nothing
-waits for the device but `group_ids`, once, and the checks of a name.
+All of them are on the device of the rewards, in float64 inside (`gae` in the dtype of its inputs), without gradients;
+their sums have one order. Nothing waits for the device but `group_ids` and the checks of a name.
 """
 
 from fastgrpo.advantages.gae import gae

@@ -30,8 +30,8 @@ def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
 class Groups:
     """Rewards (B,) in float64, in G groups of at most K; NaN rewards are left out of all that is said of a group.
 
-    With contiguous groups nothing here waits for the device. With `group_ids` it is waited for, once: only the values
-    of the ids say how large the largest group is.
+    With contiguous groups nothing here waits for the device. With `group_ids` it is waited for: only the values of the
+    ids say how many groups there are, and how large the largest is.
 
     Attributes:
         rewards (B,) float64: rounding of a mean does not show in a small spread.
@@ -102,6 +102,7 @@ def check_scale_rewards(scale_rewards: str) -> None:
         raise ValueError(f"scale_rewards: expected one of {', '.join(SCALE_REWARDS)}, got {scale_rewards!r}")
 
 
+@torch.no_grad()
 def group_advantages(
     rewards: Tensor,
     num_generations: int | None = None,

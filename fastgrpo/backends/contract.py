@@ -148,7 +148,7 @@ class Backend(Protocol):
         """
 
     def scale_(self, x: Tensor, factor: Tensor) -> None:
-        """x *= factor, for (B, T, V) x and a factor of one element; x is not touched when it is 1."""
+        """x *= factor, for (B, T, V) x and a factor of one element; x may be left alone when it is 1."""
 
 
 @runtime_checkable

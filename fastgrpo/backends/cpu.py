@@ -158,7 +158,7 @@ def head_stats(
     Args:
         hidden (N, H), weight (V, H), bias (V,) fp32: as in `matmul`.
     """
-    logp, lse = (torch.empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
+    logp, lse = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(2))
     scores = Scores(logp, lse, torch.empty_like(logp) if want_entropy else None)
     logits = logp.new_empty(()).expand(1, hidden.shape[0], weight.shape[0])  # of their shape
     args = make_args(logits, None, softcap, rows, scores)
@@ -169,7 +169,7 @@ def head_stats(
 def column_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
     """The logits of a few columns of each row; `contract.ColumnBackend` says more."""
     n, width = ids.shape
-    out = torch.empty(n, width, dtype=torch.float32)
+    out = hidden.new_empty(n, width, dtype=torch.float32)
     args = _Columns(
         N=n, width=width, H=hidden.shape[1], V=weight.shape[0], dtype=DTYPES[hidden.dtype],
         hidden_stride=hidden.stride(0), weight_stride=weight.stride(0), hidden=hidden.data_ptr(),
@@ -215,8 +215,8 @@ def select_columns(
 ) -> Columns:
     """The columns of each row that carry its gradient; `contract.ColumnBackend` says more."""
     n = rows.ids.numel()
-    ids, sizes = torch.empty(n, room, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
-    dz = torch.empty(n, room, dtype=torch.float32)  # of both, memory that no row needs is not touched
+    ids, sizes = (logits.new_empty(shape, dtype=torch.int32) for shape in ((n, room), n))
+    dz = logits.new_empty(n, room, dtype=torch.float32)  # of both, memory that no row needs is not touched
     per_row = dict(ids=rows.ids, inv_temperature=rows.inv_temperature, g=g, h=h)
     columns = _Columns(
         width=room, tolerance=tolerance, found=ids.data_ptr(), values=dz.data_ptr(), count=sizes.data_ptr()

@@ -111,7 +111,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
     return load(
         "fastgrpo_cuda",
-        "nvcc 12 or later",
+        "nvcc 12.1 or later",
         error=(ctypes.c_char_p, _INT),
         unavailable=(ctypes.c_char_p,),
         one_pass=(_INT, ctypes.POINTER(Args), _INT, ctypes.POINTER(_Choice), ctypes.POINTER(_Shape)),

@@ -274,10 +274,11 @@ def make_batch(
         check(isinstance(items, Tensor) or items >= 0, "num_items_in_batch", "a number >= 0", items)
     weights = given.get("token_weights")
     if weights is not None:
-        weights = _to_rows("token_weights", weights.detach(), layout, shape, device, dtype)[0]
+        weights = _to_rows("token_weights", weights, layout, shape, device, dtype)[0].detach()
     groups = given.get("group_ids")
     if groups is not None:
         check_tensor("group_ids", groups, (layout.num_sequences,), device, *INTEGERS)
+        groups = groups.long()
     return Batch(
         layout=layout,
         shape=shape,

@@ -77,8 +77,8 @@ def kept_sets(sets: Any, counts: Any = None, *, device: torch.device | str | Non
         check(isinstance(sets, Sequence), "sets", expected, sets)
         lists = _rows_of(sets)
         tensors = [_integers("sets", [] if x is None else x, expected).to("cpu", torch.int64) for x in lists]
-        ids = torch.cat([torch.empty(0, dtype=torch.int64), *tensors])
-        sizes = torch.tensor([len(x) for x in tensors], dtype=torch.int64)
+        ids = torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *tensors])
+        sizes = torch.tensor([len(x) for x in tensors], dtype=torch.int64, device="cpu")
     device = ids.device if device is None else device
     offsets = torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.long().cumsum(0)])
     return Kept(ids.to(device), offsets.to(device))
@@ -102,7 +102,7 @@ def _is_nested(entry: Any) -> bool:
 def _integers(name: str, x: Any, expected: str, dims: int | None = 1) -> Tensor:
     """As a tensor, of that many dimensions."""
     try:
-        made = torch.as_tensor(x)
+        made = x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise wrong(name, expected, x) from None
     made = made if made.numel() > 0 else made.long()  # torch takes an empty list for floats

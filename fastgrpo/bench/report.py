@@ -27,7 +27,8 @@ _SIDES = {"fastgrpo": "fastgrpo", "eager": "eager PyTorch", "trl": "TRL", "liger
 def load(folder: Path) -> tuple[Rows, Rows]:
     """The rows of a folder's .jsonl files, in order; of a measurement that was repeated, the last.
 
-    Rows of a rehearsal and of no operation (sweeps of a kernel's choices) are not reported.
+    Rows of a rehearsal, of no operation (sweeps of a kernel's choices) and of an operation with other choices than the
+    default ones are not reported.
 
     Returns:
         (rows recorded on a committed tree, the other measurements, which are in no table and no plot).
@@ -37,7 +38,7 @@ def load(folder: Path) -> tuple[Rows, Rows]:
         for number, line in enumerate(file.read_text().splitlines(), 1):
             try:
                 row = json.loads(line)
-                if row["op"] not in OPERATIONS or row.get("rehearsed"):
+                if row["op"] not in OPERATIONS or row.get("rehearsed") or row.get("choice"):
                     continue
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}, line {number}: expected a row of the bench, got {line[:60]!r}") from error
@@ -128,9 +129,10 @@ def section(rows: Rows, left_out: Rows = ()) -> str:
     growing = _growing(rows)
     points = verdicts.growth(growing)
     shown = rows if len(points) > 1 else [row for row in rows if row not in growing]
-    commits = ", ".join(sorted({row["commit"][:12] for row in shown}))
+    dates = sorted({(row["date"], row["commit"][:12]) for row in shown})
+    commits = ", ".join(f"{commit} ({date})" for date, commit in dates)
     commands = ", ".join(f"`{command}`" for command in sorted({plain(row["command"]) for row in shown}))
-    parts = [f"## {_device(rows[0])}", f"{max(row['date'] for row in shown)}, commit {commits}: {commands}."]
+    parts = [f"## {_device(rows[0])}", f"Commit {commits}: {commands}."]
     timed = {label(row) for row in rows if row["ms_p50"] is not None}
     for op in _PAGES:
         found = [row for row in rows if row["op"] == op.name and row not in growing and label(row) in timed]

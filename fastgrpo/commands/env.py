@@ -13,7 +13,7 @@ _PACKAGES = {
     "datasets": "fastgrpo[train]", "matplotlib": "fastgrpo[train]", "peft": "peft", "trl": "fastgrpo[trl]",
     "math-verify": "fastgrpo[rewards]", "py3langid": "fastgrpo[rewards]", "liger-kernel": "fastgrpo[bench]",
 }  # fmt: skip
-_COMPILERS = {"cpu": "apt install g++", "cuda": "apt install nvidia-cuda-toolkit"}  # nvcc has to be 12 or later
+_COMPILERS = {"cpu": "apt install g++", "cuda": "nvcc 12.1 or later from developer.nvidia.com/cuda-downloads"}
 _REBUILD = "pip install --force-reinstall --no-deps ."
 _DRIVERS = ("/proc/driver/nvidia/version", "/dev/kfd")  # NVIDIA's, AMD's
 

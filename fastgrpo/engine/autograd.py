@@ -283,16 +283,16 @@ class _HiddenScores(torch.autograd.Function):
 
 
 def hidden_loss(
-    hidden: Tensor, head: Head, objective: Objective, batch: Batch, statistics: bool
+    hidden: Tensor, head: Head, objective: Objective, batch: Batch, return_stats: bool
 ) -> tuple[Tensor, Tensor | None, Terms, Tensor | None]:
     """(logps, entropies, terms, counts), the loss differentiable in hidden, weight and bias; `counts` as in `Learned`.
 
     The gradients are made in the forward pass where they can be; else in the backward pass, which projects again.
     """
-    weights, who = row_weights(objective, batch), roles(objective, batch, statistics)
+    weights, who = row_weights(objective, batch), roles(objective, batch, return_stats)
     rows = Rows(batch.ids, batch.mask, head.scaled(batch.inv_temperature))
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, head.weight, head.bias)]
-    want_entropy = objective.wants_entropy(statistics)
+    want_entropy = objective.wants_entropy(return_stats)
     fused = fuses(objective, head.backend, hidden, head.logits_dtype, head.softcap)
     compiling = torch.compiler.is_compiling()
     learns = any(needs) and batch.kept is None

@@ -143,7 +143,7 @@ def _bring_forward(logits: Tensor, dense: Tensor) -> Tensor:
 
     Those that are there already stay. Only a few rows at a time are in a copy.
     """
-    order = torch.arange(int(dense.sum()))
+    order = torch.arange(int(dense.sum()), device=dense.device)
     gaps = (~dense[: len(order)]).nonzero()[:, 0]
     order[gaps] = dense[len(order) :].nonzero()[:, 0] + len(order)
     moved = order[gaps].to(logits.device)

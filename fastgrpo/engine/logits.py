@@ -15,7 +15,7 @@ from fastgrpo.batch.kept import KeptSets
 from fastgrpo.batch.layout import Layout
 from fastgrpo.engine.kept import Table, arrange
 from fastgrpo.objective.options import Objective
-from fastgrpo.objective.terms import Terms, Weights, anchor_of, compute_terms, term_columns
+from fastgrpo.objective.terms import Terms, Weights, compute_terms, term_columns
 
 
 class Sweeps(NamedTuple):
@@ -153,9 +153,10 @@ class Fused(NamedTuple):
 
     def look(self, logp: Tensor, entropy: Tensor | None = None) -> Terms:
         """The terms of rows that do not learn."""
-        return Terms(
-            logp.new_zeros(()), torch.ones_like(logp), torch.zeros_like(logp) if self.spec.beta != 0 else None
-        )
+        ratio, bound = torch.ones_like(logp), self.spec.log_ratio_clamp
+        if self.token.old is not None:
+            ratio = (logp - self.token.old).clamp(-bound, bound).exp()
+        return Terms(logp.new_zeros(()), ratio, torch.zeros_like(logp) if self.spec.beta != 0 else None)
 
     def columns(self) -> list[str]:
         return ["ratio", *["kl"] * (self.spec.beta != 0)]
@@ -169,7 +170,7 @@ def fuse(rows: Rows, o: Objective, batch: Batch, weights: Weights, *, skip_zero:
         advantages=advantages,
         rewards=batch.rewards,
         seq=batch.seq() if grouped else None,
-        old=anchor_of(o, batch) if o.reads_ratio else None,
+        old=batch.old if o.reads_ratio else None,
         ref=batch.ref if o.beta != 0 else None,
         policy_scale=batch.importance_ratio,
         h=weights.entropy,

@@ -69,9 +69,7 @@ def length_over_sequences(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     length = o.max_completion_length
     if length is None:
         if not isinstance(batch.layout, Padded):
-            raise wrong(
-                "max_completion_length", f"a number > 0 with average {o.average_name!r} of packed inputs", None
-            )
+            raise wrong("max_completion_length", "a number > 0 with 'seq-mean-token-sum-norm' of packed inputs", None)
         length = max(batch.layout.length, 1)
     return over_sequences(o, batch, mask) / length
 
@@ -88,7 +86,7 @@ def per_prompt(o: Options, batch: Batch, mask: Tensor) -> Tensor:
     """
     groups = batch.prompts()
     if groups is None:
-        raise wrong("num_generations, group_ids", f"one of the two with average {o.average_name!r}", None)
+        raise wrong("num_generations, group_ids", "one of the two with the average 'prompt-mean'", None)
     lengths = batch.layout.seq_sum(mask)  # (S,)
     tokens = lengths.new_zeros(lengths.shape).index_add_(0, groups, lengths)  # by group, of which there are at most S
     return mask / batch.layout.to_rows(tokens[groups].clamp(min=1)) / batch.num_items((tokens > 0).sum())

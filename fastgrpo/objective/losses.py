@@ -138,7 +138,7 @@ def kl_cov(t: Tokens) -> tuple[Tensor, Tensor]:
 def sapo(t: Tokens) -> Tensor:
     """-A sigmoid(τ (r - 1)) 4 / τ, with τ by the advantage's sign."""
     positive, negative = t.objective.sapo_temperature_pos, t.objective.sapo_temperature_neg
-    tau = torch.where(t.advantages > 0, positive, negative).to(t.logp.dtype)
+    tau = _by_sign(t.advantages > 0, positive, negative, t.logp)
     # a NaN advantage has a NaN gradient
     ratio = bounded_exp(t.log_ratio, t.advantages == t.advantages, 1e3 / min(positive, negative))
     return -t.advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
@@ -163,9 +163,14 @@ def _vespo_weight(t: Tokens) -> Tensor:
         log_w = log_w + sum_is
     log_w = layout.to_rows(log_w.clamp(lowest, 20))
     positive = t.advantages >= 0
-    k = torch.where(positive, o.vespo_k_pos, o.vespo_k_neg).to(log_w.dtype)
-    lam = torch.where(positive, o.vespo_lambda_pos, o.vespo_lambda_neg).to(log_w.dtype).clamp(min=1e-4)
+    k = _by_sign(positive, o.vespo_k_pos, o.vespo_k_neg, log_w)
+    lam = _by_sign(positive, o.vespo_lambda_pos, o.vespo_lambda_neg, log_w).clamp(min=1e-4)
     return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _by_sign(positive: Tensor, one: float, other: float, like: Tensor) -> Tensor:
+    """One number where `positive`, else another, in the dtype of `like`: of two numbers, where() takes the default."""
+    return torch.where(positive, torch.full_like(like, one), other)
 
 
 def _or_off(t: Tokens, bounded: Tensor) -> Tensor:

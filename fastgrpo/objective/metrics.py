@@ -91,7 +91,12 @@ class Gathers(Protocol):
 
 
 def reduce_metrics(
-    accelerator: Gathers, objective: Objective, metrics: dict[str, Tensor], mask: Tensor, accumulation: int
+    accelerator: Gathers,
+    objective: Objective,
+    metrics: dict[str, Tensor],
+    mask: Tensor,
+    accumulation: int,
+    advantages_per_token: bool = False,
 ) -> dict[str, Tensor]:
     """TRL's metrics of a loss, averaged over processes: by tokens, or by sequences for one number a sequence.
 
@@ -102,6 +107,7 @@ def reduce_metrics(
     Args:
         mask (B, T): the loss tokens of this process's micro-batch.
         accumulation: micro-batches of a step, by which the loss was divided.
+        advantages_per_token: no share is then one number a sequence.
 
     Returns:
         {name: 0-dim fp32 tensor}, the same on every process.
@@ -111,7 +117,13 @@ def reduce_metrics(
         values["policy_loss"] = values["policy_loss"] * accumulation  # TRL logs those per micro-batch, others by share
     packed = torch.stack([*values.values(), mask.sum().float()])
     *columns, tokens = accelerator.gather(packed).view(-1, len(packed)).T
-    per_sequence, reduced = objective.importance_sampling_level == "sequence", {}
+    per_sequence, reduced = objective.importance_sampling_level == "sequence" and not advantages_per_token, {}
+    nothing = mask.new_zeros(0, dtype=torch.float32)
+    of_sequences = (
+        {*objective.record.logs} if objective.record.logs_of_sequences and not advantages_per_token else set()
+    )
+    if per_sequence:
+        of_sequences |= {*objective.record.shares(objective, nothing, nothing), "clip_ratio/region_mean"}
     gathered = dict(zip(values, columns, strict=True))
     rows = gathered.pop("columns/rows", None)  # of which those that fit have a mean
     known = gathered.pop("sampling/tokens", None)
@@ -127,7 +139,7 @@ def reduce_metrics(
             reduced[name] = _finite(column.nan_to_num(nan=math.inf).min())
         elif name.endswith("_max"):
             reduced[name] = _finite(column.nan_to_num(nan=-math.inf).max())
-        elif name.startswith(("vespo/", "policy_loss")) or (per_sequence and "clip_ratio" in name):
+        elif name == "policy_loss" or name in of_sequences:
             reduced[name] = column.mean()
         else:
             weight = known if known is not None and name.startswith("sampling/") else tokens

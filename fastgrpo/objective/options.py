@@ -38,15 +38,18 @@ class Objective:
     Args:
         loss_type: the loss of a token, and how tokens are averaged. The loss is the clipped ratio for "grpo"
             (arXiv:2402.03300), "bnpo", "dr_grpo" (arXiv:2503.20783), "dapo" (arXiv:2503.14476) and "luspo"
-            (arXiv:2602.05261), which differ in the average. "cispo" (arXiv:2506.13585), "sapo" (arXiv:2511.20347)
-            and "vespo" (arXiv:2602.10693) have losses of their own. Or a function of one's own, from `Tokens` to (N,)
-            the loss of each token; "module:function"; or a name given by `register_loss`.
+            (arXiv:2602.05261), which differ in the average. Losses of their own have "cispo" and "cispo_clip"
+            (arXiv:2506.13585), "sapo" (arXiv:2511.20347), "vespo" (arXiv:2602.10693), "reinforce", "icepop"
+            (arXiv:2510.18855), "dppo", "dppo_tv" and "dppo_kl" (arXiv:2602.04879), "gmpo" (arXiv:2507.20673),
+            "clip_cov" and "kl_cov" (arXiv:2505.22617). Or a function of one's own, from `Tokens` to (N,) the loss of
+            each token; "module:function"; or a name given by `register_loss`.
         importance_sampling_level: what the ratio is of: "token"; "sequence" (GSPO, arXiv:2507.18071); or
             "sequence_token" (GSPO-token), which has the value of the sequence's ratio and the gradient of the token's.
-        beta: coefficient of the KL to the reference policy, estimated by k3; 0: no reference is needed.
-        epsilon: the ratio is clipped at 1 - epsilon from below.
-        epsilon_high: the ratio is clipped at 1 + epsilon_high from above; None: as epsilon. For "cispo" it is the
-            bound itself.
+        beta: coefficient of the KL to the reference policy; 0: no reference is needed.
+        epsilon: the ratio is clipped at 1 - epsilon from below. For "gmpo" -epsilon bounds the log ratio, and for the
+            losses "dppo…" epsilon a divergence.
+        epsilon_high: the ratio is clipped at 1 + epsilon_high from above; None: as epsilon. For "cispo", "gmpo" and
+            the losses "dppo…" it is the bound itself.
         delta: bound of the unclipped ratio from above (two-sided clipping, arXiv:2505.07291); None: none.
         use_bias_correction_kl: multiply the KL estimate by the ratio (DeepSeek-V3.2, arXiv:2512.02556).
         entropy_coef: coefficient of the mean entropy, which is subtracted from the loss.
@@ -54,14 +57,16 @@ class Objective:
             (arXiv:2506.01939); 1: all.
         off_policy_mask_threshold: sequences of negative advantage have no policy gradient if their mean of
             sampler's logp - logp exceeds it (DeepSeek-V3.2); None: all have.
-        max_completion_length: the constant that the average "dr_grpo" divides by, and needs.
+        max_completion_length: the constant that the average "dr_grpo" divides by, and needs, and
+            "seq-mean-token-sum-norm" too, in place of the length of padded completions.
         sapo_temperature_pos, sapo_temperature_neg: temperatures of SAPO's gate, by the advantage's sign.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: parameters of VESPO's weight, by the advantage's
             sign.
         average: how tokens are averaged, whatever the loss: "dapo", "grpo", "bnpo", "dr_grpo" or "luspo", as those
             loss types do; verl's "token-mean", "seq-mean-token-mean", "seq-mean-token-sum",
             "seq-mean-token-sum-norm" and "token-sum"; or "prompt-mean". None: the loss type's own.
-        ratio_anchor: the policy that the ratio is to: "old", or "sampling", the sampler's logps where they are given.
+        ratio_anchor: the policy that the ratio is to: "old", or "sampling", the sampler's logps where they are given
+            and not NaN.
         log_ratio_clamp: the log ratio of a token is bounded to ± this, that of a sequence from above; no gradient
             beyond; None: it is not.
         clip_ratio_c: bound of the ratio where A < 0, for the clipped losses (dual clip, arXiv:1912.09729); for
@@ -69,7 +74,8 @@ class Objective:
         log_ratio_penalty: coefficient of (logp - old)², which is added to the loss of each token.
         kl_estimator: of the KL to the reference: "k1", "abs", "k2", "k3" or "low_var_kl", or with a "+" the value of
             that and the gradient of k2.
-        kl_log_ratio_clamp, kl_clamp: bounds of ref - logp and of the estimate, on both sides; None: none.
+        kl_log_ratio_clamp, kl_clamp: bounds of ref - logp and of the estimate, times the ratio if
+            `use_bias_correction_kl`, on both sides; None: none.
         kl_anchor: the policy of the ratio in `use_bias_correction_kl`: "old", or "current", whose ratio is 1.
         kl_average: how the KL is averaged; None: as the loss.
         cov_share: share of the tokens that "clip_cov" and "kl_cov" select by covariance (arXiv:2505.22617).
@@ -121,7 +127,7 @@ class Objective:
             if not ok:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
-        record = self.record  # a ValueError if there is none
+        self.record  # noqa: B018 (a ValueError if there is none)
         object.__setattr__(self, "sampling_correction", corrections_of(self.sampling_correction))
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), CHOICES.get(field.name)
@@ -145,10 +151,11 @@ class Objective:
         check("top_entropy_quantile", 0 <= self.top_entropy_quantile <= 1, "a share between 0 and 1")
         check("sapo_temperature_pos", self.sapo_temperature_pos > 0, "a number > 0")
         check("sapo_temperature_neg", self.sapo_temperature_neg > 0, "a number > 0")
-        needed, length = AVERAGES[self.average or record.average].needs, self.max_completion_length
-        if needed is not None:
-            given = getattr(self, needed)
-            check(needed, given is not None and given > 0, f"a number > 0 with average {self.average_name!r}")
+        for option, average in (("average", self.average_name), ("kl_average", self.kl_average)):
+            if average is not None and (needed := AVERAGES[average].needs) is not None:
+                given = getattr(self, needed)
+                check(needed, given is not None and given > 0, f"a number > 0 with {option} {average!r}")
+        length = self.max_completion_length
         check("max_completion_length", length is None or length > 0, "None or a number > 0")
         if self.corrections is not None:  # made here, because a compiled graph could not
             object.__setattr__(self, "_uncorrected", dataclasses.replace(self, sampling_correction=None))
@@ -200,8 +207,21 @@ class Objective:
         return AVERAGES[self.average_name]
 
     @property
+    def kl_averaging(self) -> Average | None:
+        """How the KL is averaged; None: there is none, or as the loss."""
+        if self.beta == 0 or self.kl_average is None or AVERAGES[self.kl_average] == self.averaging:
+            return None
+        return AVERAGES[self.kl_average]
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        """What `num_items_in_batch` would have to number: "tokens", "sequences", "prompts", or several of these."""
+        averages = [self.averaging, *([] if self.kl_averaging is None else [self.kl_averaging])]
+        return tuple(dict.fromkeys(average.counts for average in averages if average.counts is not None))
+
+    @property
     def clip_high(self) -> float:
-        """The upper bound of the ratio: 1 + epsilon_high, or for CISPO epsilon_high itself."""
+        """The upper bound: 1 + epsilon_high of the ratio, or for some losses epsilon_high of what they bound."""
         return self.record.clip_high(self.epsilon if self.epsilon_high is None else self.epsilon_high)
 
     @property
@@ -235,13 +255,14 @@ class Objective:
         """The options, by name, that kernels do not hold between two looks at a row of logits; none: one pass."""
         names = {
             "loss_type": self.record.kind is None,
+            "ratio_anchor": self.ratio_anchor != "old",
             "log_ratio_penalty": self.log_ratio_penalty != 0,
             "sampling_correction": self.corrections is not None,  # `in_pass` takes out what is made before
         }
         if self.beta != 0:
             names["kl_estimator"] = self.kl_estimator != "k3"
             names["kl_anchor"] = self.use_bias_correction_kl and self.kl_anchor != "old"
-            names["kl_average"] = self.kl_average not in (None, self.average_name)
+            names["kl_average"] = self.kl_averaging is not None
             names |= {name: getattr(self, name) is not None for name in ("kl_log_ratio_clamp", "kl_clamp")}
         return tuple(dict.fromkeys([*(name for name, true in names.items() if true), *self._beyond_tokens()]))
 
@@ -276,14 +297,18 @@ class Objective:
         return self.beta != 0 or self.record.needs_ref
 
     def items_in_batch(self, *, tokens: Tensor, sequences: float) -> Tensor | float | None:
-        """`num_items_in_batch` as the average counts it, from a micro-batch's share of tokens and of sequences.
+        """`num_items_in_batch` as the averages count it, from a micro-batch's share of tokens and of sequences.
 
         Raises:
-            ValueError: it counts prompts, whose completions micro-batches part.
+            ValueError: one counts prompts, whose completions micro-batches part; or the KL's counts something else.
         """
-        if self.averaging.counts == "prompts":
-            raise ValueError(f"average: expected one of tokens or sequences in a trainer, got {self.average_name!r}")
-        return tokens if self.averaging.counts == "tokens" else sequences
+        if "prompts" in self.counts:
+            name = "average" if self.averaging.counts == "prompts" else "kl_average"
+            raise ValueError(f"{name}: expected one of tokens or sequences in a trainer, got 'prompt-mean'")
+        if len(self.counts) > 1:
+            expected = f"one that counts {self.counts[0]} in a trainer, as average {self.average_name!r} does"
+            raise ValueError(f"kl_average: expected {expected}, got {self.kl_average!r}")
+        return tokens if self.counts == ("tokens",) else sequences
 
     def wants_entropy(self, statistics: bool) -> bool:
         """Whether a call computes entropies, given whether it returns statistics."""
@@ -302,6 +327,9 @@ def check_objective(objective: object, inputs: Mapping[str, Any]) -> None:
     if objective.needs_ref and inputs.get("ref_per_token_logps") is None:
         why = "beta is not 0" if objective.beta != 0 else f"{objective.loss_name} reads t.ref_logp"
         raise wrong("ref_per_token_logps", f"a tensor because {why}", None)
+    if len(objective.counts) > 1 and (items := inputs.get("num_items_in_batch")) is not None:
+        what = " and ".join(objective.counts)
+        raise wrong("num_items_in_batch", f"None, because average and kl_average count {what}", items)
     if objective.corrections is None:
         return
     if inputs.get("sampling_per_token_logps") is None:

@@ -162,13 +162,14 @@ def _record(function: Any, average: str, given: dict[str, Any]) -> Loss:
     if len(given) == len(_NEEDS):
         return dataclasses.replace(Loss(function, average, inert=False), **given)
     options = _Seen()
-    near, mask = _inputs(6, 5, [0.0, 0.01, -0.01, 0.1, -0.1, 0.3, -0.3])
-    loss, leaves = _try(function, name, options, near, mask)
-    check_gradient(loss, name, leaves[0])
-    needs: dict[str, Any] = {need: need in options.seen for need in _NEEDS}
-    needs |= given
-    _check_rows(function, name, near, mask, needs["whole_sequences"])
-    return dataclasses.replace(Loss(function, average, inert=_is_inert(function, name)), **needs)
+    with torch.device("cpu"):  # whatever the default device is
+        near, mask = _inputs(6, 5, [0.0, 0.01, -0.01, 0.1, -0.1, 0.3, -0.3])
+        loss, leaves = _try(function, name, options, near, mask)
+        check_gradient(loss, name, leaves[0])
+        needs: dict[str, Any] = {need: need in options.seen for need in _NEEDS}
+        needs |= given
+        _check_rows(function, name, near, mask, needs["whole_sequences"])
+        return dataclasses.replace(Loss(function, average, inert=_is_inert(function, name)), **needs)
 
 
 def title(function: Any) -> str:

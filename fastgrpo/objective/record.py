@@ -36,7 +36,7 @@ class Tokens:
     Attributes:
         logp: logp of the sampled token, differentiable.
         old_logp: under the policy that sampled; without `old_per_token_logps`, logp without its gradient.
-        sampling_logp: under the sampler; without `sampling_per_token_logps`, old_logp.
+        sampling_logp: under the sampler; old_logp where `sampling_per_token_logps` is NaN or not given.
         ref_logp: under the reference policy; reading it makes `ref_per_token_logps` a needed argument.
         log_ratio: logarithm of the ratio at the objective's `importance_sampling_level`; at "token" logp - old_logp.
         ratio: exp(log_ratio), at most the dtype's largest number.
@@ -58,7 +58,8 @@ class Tokens:
     importance_ratio: Tensor | None = None
     reference: Tensor | None = None  # ref_logp, where there is one
     entropies: Tensor | None = None
-    off: Tensor | None = None  # bool: a factor of 0 awaits the loss; None: none does
+    on_policy: bool = False  # old_logp is logp without its gradient
+    off: Tensor | None = None  # bool: a factor or a weight of 0 awaits the loss; None: none does
     scored: Tensor | None = None  # bool; None: all
 
     @property

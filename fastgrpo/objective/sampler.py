@@ -173,7 +173,7 @@ def correct(
         if one.outside == "truncate":
             made = x.clamp(one.low, one.high) if (one.low, one.high) != (None, None) else x
         else:
-            made = torch.where(outside, 0.0, x if one.outside == "mask" else 1.0)
+            made = torch.where(outside, 0.0, x if one.outside == "mask" else torch.ones_like(x))
         weight = made if weight is None else weight * made
     return Corrected(weight, kept, all_outside)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgrpo.batch.batch import Batch
 from fastgrpo.batch.layout import Layout
-from fastgrpo.objective.averages import AVERAGES, Average
+from fastgrpo.objective.averages import Average
 from fastgrpo.objective.kl import estimate
 from fastgrpo.objective.losses import bounded_exp
 from fastgrpo.objective.options import Objective
@@ -64,16 +64,11 @@ def row_weights(o: Objective, batch: Batch) -> Weights:
         return weight * batch.loss_scale if isinstance(batch.loss_scale, Tensor) or batch.loss_scale != 1 else weight
 
     weight, kl, entropy = weights(o.averaging), None, None
-    if o.beta != 0 and o.kl_average not in (None, o.average_name):
-        kl = weights(AVERAGES[o.kl_average])
+    if o.kl_averaging is not None:
+        kl = weights(o.kl_averaging)
     if o.entropy_coef != 0:
         entropy = mask * (-o.entropy_coef * batch.loss_scale) / mask.sum().clamp(min=1)
     return Weights(weight, entropy, kl)
-
-
-def anchor_of(o: Objective, batch: Batch) -> Tensor | None:
-    """(N,) the logps that the ratio is to; None: the current ones, detached."""
-    return batch.sampling if o.ratio_anchor == "sampling" and batch.sampling is not None else batch.old
 
 
 class _Watched(torch.autograd.Function):
@@ -90,6 +85,18 @@ class _Watched(torch.autograd.Function):
         return torch.where(x.isnan(), x, gradient)
 
 
+class _OnPolicy(torch.autograd.Function):
+    """x - sg(x): 0, with the gradient of x; also where x is -inf. NaN where x is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.where(x.isnan(), x, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 def only_where(scored: Tensor | None, x: Tensor, fill: float = 0.0) -> Tensor:
     """`x`, with `fill` in the rows that are not scored, whose values may be NaN; None: all rows are."""
     return x if scored is None else torch.where(scored, x, fill)
@@ -104,26 +111,24 @@ def compute_terms(
     """
     t = _tokens(o, batch, logps, entropies, scored)
     factors, high = _factors(t)
-    if factors:
-        zero = [factor == 0 for factor in factors]
-        t = dataclasses.replace(t, off=functools.reduce(torch.logical_or, zero))
+    off = functools.reduce(torch.logical_or, [factor == 0 for factor in (weights.loss, *factors)])
+    t = dataclasses.replace(t, off=off)
     made = o.record.token(t)
     loss, *logged = made if isinstance(made, tuple) else (made,)
     check_loss(loss, o.loss_name, t.logp)
     check_gradient(loss, o.loss_name, t.logp)
-    if t.off is not None:
-        loss = torch.where(t.off & loss.isinf(), 0.0, loss)
+    loss = torch.where(off & loss.isinf(), 0.0, loss)
     for factor in factors:
         loss = loss * factor
     if o.log_ratio_penalty != 0:
         loss = loss + o.log_ratio_penalty * (t.logp - t.old_logp).square()
-    kl = None if o.beta == 0 else _kl(t)
+    kl = None if o.beta == 0 else _kl(t, weights.loss if weights.kl is None else weights.kl)
     if kl is not None and weights.kl is None:
         loss = loss + o.beta * kl
 
-    total, h, bonus = (loss * weights.loss).sum(), weights.entropy, None
+    total, h, bonus = _sum(loss, weights.loss), weights.entropy, None
     if kl is not None and weights.kl is not None:
-        total = total + (o.beta * kl * weights.kl).sum()
+        total = total + _sum(o.beta * kl, weights.kl)
     if h is not None:
         if high is not None:
             h = h * high * (t.mask.sum().clamp(min=1) / (t.mask * high).sum().clamp(min=1))
@@ -133,6 +138,11 @@ def compute_terms(
     return Terms(total, t.log_ratio.detach().exp(), None if kl is None else kl.detach(), tuple(logged), bonus)
 
 
+def _sum(x: Tensor, weights: Tensor) -> Tensor:
+    """Σ weights · x, where a weight of 0 takes out an infinite x, too."""
+    return (torch.where((weights == 0) & x.isinf(), 0.0, x) * weights).sum()
+
+
 def _tokens(o: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None, scored: Tensor | None) -> Tokens:
     """What the loss of a token may read, of a batch with harmless numbers in the rows that are not scored."""
 
@@ -140,8 +150,12 @@ def _tokens(o: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None,
         return None if x is None else only_where(scored, x, fill)
 
     mask, logps = batch.mask.to(batch.dtype), _Watched.apply(only_where(scored, logps))
-    anchor, sampling = given(anchor_of(o, batch)), given(batch.sampling)
-    old, ratio = logps.detach() if anchor is None else anchor, batch.importance_ratio
+    old, sampling, ratio = given(batch.old), given(batch.sampling), batch.importance_ratio
+    on_policy = old is None
+    old = logps.detach() if old is None else old
+    known = old if sampling is None else torch.where(sampling.isnan(), old, sampling)
+    if o.ratio_anchor == "sampling" and sampling is not None:
+        old, on_policy = known, False
     if o.corrections is not None:  # of the current policy; others were made before
         assert sampling is not None  # as check_objective says
         ratio = correct(o.corrections, batch.layout, batch.mask, logps.detach(), sampling).weight
@@ -150,13 +164,14 @@ def _tokens(o: Objective, batch: Batch, logps: Tensor, entropies: Tensor | None,
         batch=batch,
         logp=logps,
         old_logp=old,
-        sampling_logp=old if sampling is None else sampling,
-        log_ratio=_log_ratio(o, batch.layout, mask, logps, old),
+        sampling_logp=known,
+        log_ratio=_log_ratio(o, batch.layout, mask, logps, None if on_policy else old),
         advantages=only_where(scored, batch.row_advantages()),
         mask=mask,
         importance_ratio=given(ratio, fill=1.0),
         reference=given(batch.ref),
         entropies=given(entropies),
+        on_policy=on_policy,
         scored=scored,
     )
 
@@ -166,6 +181,8 @@ def _factors(t: Tokens) -> tuple[list[Tensor], Tensor | None]:
     o, factors, high = t.objective, [], None
     if o.off_policy_mask_threshold is not None:
         drift = torch.nan_to_num(t.sampling_logp - t.logp.detach(), nan=0.0)
+        if t.batch.sampling is not None:
+            drift = torch.where(t.batch.sampling.isnan(), 0.0, drift)  # as in TRL
         mean = _seq_mean(t.batch.layout, t.mask, drift)
         factors.append((t.advantages >= 0) | (mean <= o.off_policy_mask_threshold))
     if o.top_entropy_quantile < 1:
@@ -182,37 +199,41 @@ def _seq_mean(layout: Layout, mask: Tensor, x: Tensor) -> Tensor:
     return layout.to_rows(layout.seq_sum(x * mask) / layout.seq_sum(mask).clamp(min=1))
 
 
-def _log_ratio(o: Objective, layout: Layout, mask: Tensor, logps: Tensor, old: Tensor) -> Tensor:
-    """(N,) the logarithm of the ratio of the objective's level."""
-    ratio, bound, lowest = logps - old, o.log_ratio_clamp, None
+def _log_ratio(o: Objective, layout: Layout, mask: Tensor, logps: Tensor, old: Tensor | None) -> Tensor:
+    """(N,) the logarithm of the ratio of the objective's level; without `old` to the current policy itself."""
+    ratio, bound, lowest = _OnPolicy.apply(logps) if old is None else logps - old, o.log_ratio_clamp, None
     if o.importance_sampling_level == "token":
         lowest = None if bound is None else -bound
     else:
         mean = _seq_mean(layout, mask, ratio)
-        ratio = mean if o.importance_sampling_level == "sequence" else mean.detach() + (logps - logps.detach())
+        ratio = mean if o.importance_sampling_level == "sequence" else mean.detach() + _OnPolicy.apply(logps)
     return ratio if bound is None else _Watched.apply(ratio).clamp(lowest, bound)
 
 
-def _kl(t: Tokens) -> Tensor:
-    """(N,) the estimate of the KL to the reference policy, or that times the ratio."""
-    o, logps, ref = t.objective, t.logp, t.reference
+def _kl(t: Tokens, weights: Tensor) -> Tensor:
+    """(N,) the estimate of the KL to the reference policy, or that times the ratio; no gradient with a weight of 0."""
+    o, ref, off = t.objective, t.reference, weights == 0
     assert ref is not None  # as check_objective says
+
+    def cut(x: Tensor) -> Tensor:
+        return torch.where(off, x.detach(), x)  # autograd would multiply 0 by what may be infinite
 
     def log_ratio(logps: Tensor) -> Tensor:
         if o.kl_anchor == "current":
-            return logps - logps.detach()
-        return _log_ratio(o, t.batch.layout, t.mask, logps, t.old_logp)
+            return _OnPolicy.apply(logps)
+        return _log_ratio(o, t.batch.layout, t.mask, logps, None if t.on_policy else t.old_logp)
 
     if not o.use_bias_correction_kl:
-        return estimate(o.kl_estimator, ref - logps, o.kl_log_ratio_clamp, o.kl_clamp)
+        return estimate(o.kl_estimator, ref - cut(t.logp), o.kl_log_ratio_clamp, o.kl_clamp)
     # in float64 up to the logps: its derivatives cancel, and are as large as exp(ref - logps) themselves
-    wide = logps.double()
+    wide = t.logp.double()
+    d, log_r = ref - cut(wide), cut(log_ratio(wide))
     if o.kl_estimator == "k3" and o.kl_log_ratio_clamp is None:
-        kl = _kl_times_ratio(ref - wide, log_ratio(wide))
+        kl = _kl_times_ratio(d, log_r)
     else:
-        kl = estimate(o.kl_estimator, ref - wide, o.kl_log_ratio_clamp)
-        kl = kl * bounded_exp(log_ratio(wide), kl == 0, 1.0)
-    return (kl if o.kl_clamp is None else kl.clamp(-o.kl_clamp, o.kl_clamp)).to(logps.dtype)
+        kl = estimate(o.kl_estimator, d, o.kl_log_ratio_clamp)
+        kl = kl * bounded_exp(log_r, kl == 0, 1.0)
+    return (kl if o.kl_clamp is None else kl.clamp(-o.kl_clamp, o.kl_clamp)).to(t.logp.dtype)
 
 
 def _kl_times_ratio(d: Tensor, log_ratio: Tensor) -> Tensor:

@@ -131,7 +131,10 @@ def rejection_sample(
     )
     kept = {}
     for row, text, *scores in zip(samples.rows, samples.completions, *samples.scores.values(), strict=True):
-        if all(score == 1 for score in scores):
+        by_rule = dict(zip(samples.scores, scores, strict=True))
+        if row.get("language") is None:
+            by_rule.pop("language", None)  # that rule has no say
+        if all(score == 1 for score in by_rule.values()):
             kept[repr(row["prompt"]), text] = {"prompt": row["prompt"], "completion": text}
     if not kept:
         raise ValueError(f"questions: expected some to be answered well, got none of {len(samples.completions)}")
@@ -154,7 +157,7 @@ def all_scenarios_rl(
     Args:
         model: it is trained in place.
         questions: rows with `prompt` and `answer`, and `language` if its consistency counts.
-        requests: rows with `prompt`; repeated until they are a third of all rows.
+        requests: rows with `prompt`; repeated as often as they are a third of all rows at most, once at least.
         judge: a reward function, such as `model_reward(classifier, its_tokenizer)`.
         log: a callback, used in place of transformers' progress bar and prints.
         resume: continue from the last checkpoint in args.output_dir.

@@ -47,7 +47,14 @@ def code_reward(completions: list, test_cases: list, **_: Any) -> list[float | N
 
 
 def code_reward_within(limits: Limits) -> RewardFunc:
-    """`code_reward` with other limits."""
+    """`code_reward` with other limits.
+
+    Raises:
+        ValueError: one run may take as long as all: no run would then be stopped by its own limit.
+    """
+    if limits.seconds >= limits.total_seconds:
+        expected = f"less than total_seconds={limits.total_seconds}"
+        raise ValueError(f"seconds: expected {expected}, so that a run can be judged too slow, got {limits.seconds}")
 
     def code_reward(completions: list, test_cases: list, **_: Any) -> list[float | None]:
         return _score(completions, test_cases, limits)

@@ -32,6 +32,12 @@ class HeadTrainer(Trainer):
     _head_is_checked = False
     _unfinished: str | None = None  # where a checkpoint is being written, in the place of the run's folder
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            name = type(self).__name__
+            raise ValueError(f"{name} runs one process per GPU: start it with `accelerate launch` or `torchrun`")
+
     def _check_head_early(self, model: nn.Module) -> None:
         # under ZeRO-3 no layer can run before the engine is there to gather its parameters
         if not is_deepspeed_zero3_enabled():

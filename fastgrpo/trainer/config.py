@@ -104,18 +104,20 @@ class GRPOConfig(_Options, TrainingArguments):  # type: ignore[misc]  # frozen f
         scale_rewards: the std that advantages are divided by: "group", "batch" or "none". True means "group", False
             "none".
         advantage_estimator: what makes advantages of the rewards, a name of `fastgrpo.advantages.ESTIMATORS`; "group":
-            as scale_rewards says. An estimator whose statistics are of the batch has those of a round of sampling.
+            as scale_rewards says. For estimators with statistics of the batch, a round of sampling is the batch.
         advantage_kwargs: its options, such as {"gamma": 0.99} of "reinforce_plus_plus" or {"k": 4} of "pass_at_k".
         mask_truncated_completions: leave completions without an end token out of the loss.
-        log_completions: write prompts, completions and rewards of each logging step to
-            `output_dir/completions/completions_<step>.parquet`.
+        log_completions: write prompts, completions and rewards of the last round of sampling, when a step is logged,
+            to `output_dir/completions/completions_<step>.parquet`; those of an evaluation to
+            `eval_completions_<step>.parquet`.
         chunk_size: rows of logits that exist at once; None: as the device's memory allows, see `linear_grpo_loss`.
         backend: the backend of the loss, "auto" or one of `fastgrpo.backends.NAMES`.
         logits_dtype: the dtype of the logits in the loss and in old and reference logps: "auto", "float32", or that of
             hidden states in training, "bfloat16" or "float16"; see `linear_grpo_loss`.
         column_tolerance: the share of a token's gradient that may be left out at the head, see `linear_grpo_loss`.
 
-    The remaining options are those of `fastgrpo.Objective`, which explains them, holds their defaults and checks them.
+    The remaining options are those of `fastgrpo.Objective` but for `sampling_correction`; it explains them, holds
+    their defaults and checks them.
 
     Raises:
         ValueError: names the option, what was expected and what came.

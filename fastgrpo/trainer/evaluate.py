@@ -51,7 +51,8 @@ def sample(
 ) -> Samples:
     """`samples` completions for each row of a dataset with `prompt` and the rewards' columns, scored by each function.
 
-    Sampled as in training, from the whole distribution. The global random state is as before afterwards.
+    Sampled from the whole distribution, whatever top-p and top-k training has. The global random state is as before
+    afterwards.
     """
     config = GenerationConfig(
         max_new_tokens=max_completion_length,

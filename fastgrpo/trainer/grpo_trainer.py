@@ -151,13 +151,13 @@ class GRPOTrainer(GroupTrainer):
         self._buffered_inputs: list[dict[str, Tensor]] | None = None  # this round's micro-batches
         self._log = MetricLog()
         self._pending_metrics: dict[str, list[float]] = defaultdict(list)
-        self._completion_log: dict[str, list] = {}
+        self._completion_log: dict[str, dict[str, list]] = {}
         self._step_time = 0.0
 
         super().__init__(
             model=model,
             args=args,
-            data_collator=_rows_as_they_are,  # type: ignore[arg-type]  # it makes no tensors
+            data_collator=_rows_as_they_are,  # it makes no tensors
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -166,8 +166,6 @@ class GRPOTrainer(GroupTrainer):
             compute_loss_func=_never_called,  # transformers < 5.19: its presence turns the Trainer's loss scaling off
         )
         self.model_accepts_loss_kwargs = False
-        if self.args.n_gpu > 1:
-            raise ValueError("GRPOTrainer runs one process per GPU: start it with `accelerate launch` or `torchrun`")
         self.generation_config = make_generation_config(self.args, processing_class, self.eos_token_ids)
         self.eos_token_ids = as_list(self.generation_config.eos_token_id)  # generation_kwargs may bring others
         self._records_sets = self.args.keep_sampling_mask and truncates(self.generation_config)
@@ -305,7 +303,7 @@ class GRPOTrainer(GroupTrainer):
             table = {"prompt": prompts, "completion": completions, **extra}
             table |= {name: per_func[local, i].tolist() for i, name in enumerate(self.reward_func_names)}
             table["advantage"] = mean.tolist()
-            self._completion_log = {name: gather_object(values) for name, values in table.items()}
+            self._completion_log[mode] = {name: gather_object(values) for name, values in table.items()}
         return advantages
 
     def _log_lengths(self, mode: str, prompt_lengths: Tensor, lengths: Tensor, truncated: Tensor) -> None:
@@ -333,12 +331,14 @@ class GRPOTrainer(GroupTrainer):
         loss, output = completion_loss(
             model, inputs, self.args, self.objective, num_items=num_items, loss_scale=1.0 / accumulation
         )
-        self._log_loss(output, inputs["completion_mask"], "train" if train else "eval", accumulation)
+        self._log_loss(output, inputs, "train" if train else "eval", accumulation)
         return loss
 
-    def _log_loss(self, output: GRPOOutput, mask: Tensor, mode: str, accumulation: int) -> None:
+    def _log_loss(self, output: GRPOOutput, inputs: dict[str, Tensor], mode: str, accumulation: int) -> None:
         assert output.metrics is not None  # as return_stats has it
-        self._log.add(mode, reduce_metrics(self.accelerator, self.objective, output.metrics, mask, accumulation))
+        mask, per_token = inputs["completion_mask"], inputs["advantages"].dim() == 2
+        reduced = reduce_metrics(self.accelerator, self.objective, output.metrics, mask, accumulation, per_token)
+        self._log.add(mode, reduced)
         if self.objective.entropy_coef != 0 and mode == "train" and self.accelerator.sync_gradients:
             self._log.add(mode, {"entropy_coef": self.objective.entropy_coef})
 
@@ -359,11 +359,11 @@ class GRPOTrainer(GroupTrainer):
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
         logs.update({prefix + name: value for name, value in self._log.take(mode).items()})
         super().log(logs, start_time)
-        if self._completion_log and self.accelerator.is_main_process:
+        table = self._completion_log.pop(mode, None)
+        if table is not None and self.accelerator.is_main_process:
             assert self.args.output_dir is not None  # as __post_init__ sees to
             folder = os.path.join(self.args.output_dir, "completions")
-            write_completions(folder, self.state.global_step, self._completion_log)
-            self._completion_log = {}
+            write_completions(folder, prefix, self.state.global_step, table)
 
     files_of_process = staticmethod(rounds.files_of_process)
 

@@ -27,11 +27,11 @@ class MetricLog:
             self.values[mode][name].append(value)
 
     def take(self, mode: str) -> dict[str, float | None]:
-        """The averages of what was added, None where no number was finite; the log is empty afterwards."""
+        """The averages of what was added, without NaN; None where nothing else was. The log is empty afterwards."""
         averages = {}
         for name, values in self.values[mode].items():
-            finite = [value for value in map(float, values) if math.isfinite(value)]
-            averages[name] = sum(finite) / len(finite) if finite else None
+            known = [value for value in map(float, values) if not math.isnan(value)]
+            averages[name] = sum(known) / len(known) if known else None
         self.values[mode].clear()
         return averages
 
@@ -80,11 +80,11 @@ def mean_over_processes(accelerator: Accelerator, values: Mapping[str, list[floa
     return means
 
 
-def write_completions(folder: str, step: int, table: Mapping[str, list]) -> None:
-    """The columns of a table of completions as folder/completions_<step>.parquet."""
+def write_completions(folder: str, prefix: str, step: int, table: Mapping[str, list]) -> None:
+    """The columns of a table of completions as folder/<prefix>completions_<step>.parquet."""
     from datasets import Dataset
 
     os.makedirs(folder, exist_ok=True)
     steps = [step] * len(table["prompt"])
-    path = os.path.join(folder, f"completions_{step:05d}.parquet")
+    path = os.path.join(folder, f"{prefix}completions_{step:05d}.parquet")
     Dataset.from_dict({"step": steps, **table}).to_parquet(path)

@@ -78,6 +78,7 @@ def refuses(call: Call) -> str | None:
 
 
 def row_stats(logits: Tensor, rows: Rows, *, want_entropy: bool, softcap: float | None = None) -> Scores:
+    rows = launch.aligned(rows)
     n, V = rows.ids.numel(), logits.shape[2]
     logp = logits.new_empty(n, dtype=torch.float32)
     scores = Scores(logp, torch.empty_like(logp), torch.empty_like(logp) if want_entropy else None)
@@ -119,7 +120,7 @@ def row_grad(
     *,
     softcap: float | None = None,
 ) -> None:
-    _row_grad(logits, Rows(rows.ids, None, rows.inv_temperature), scores, g, h, out, softcap)
+    _row_grad(logits, launch.aligned(Rows(rows.ids, None, rows.inv_temperature)), scores, g, h, out, softcap)
 
 
 def _row_grad(
@@ -135,7 +136,7 @@ def _row_grad(
     n, V = rows.ids.numel(), logits.shape[2]
     if n > 0:
         cut = launch.geometry(V, logits.dtype)
-        backward = Backward(g, h, scores.logp, scores.lse, None if h is None else scores.entropy)
+        backward = launch.aligned(Backward(g, h, scores.logp, scores.lse, None if h is None else scores.entropy))
         inplace = launch.inplace(logits, out)
         programs, span = n * cut.parts(V), cut.PART
         if inplace and out.dtype != logits.dtype:  # a whole row, because part of it lands on what others read
@@ -155,13 +156,14 @@ def token_loss(
     want_entropy: bool,
     softcap: float | None = None,
 ) -> TokenLoss:
+    rows = launch.aligned(rows)
     n, V, device = rows.ids.numel(), logits.shape[2], logits.device
     loss = logits.new_empty(n, dtype=torch.float32)
     logp, lse, kl, ratio, g = (torch.empty_like(loss) for _ in range(5))
     entropy = torch.empty_like(logp) if want_entropy or token.h is not None else None
     result = TokenLoss(loss, logp, lse, entropy, kl, ratio, g)
     if n > 0:
-        token, numbers = _with_advantages(token, spec), _floats(spec)
+        token, numbers = launch.aligned(_with_advantages(token, spec)), _floats(spec)
         cut = launch.geometry(V, logits.dtype)
         split = launch.split(n, V, cut, device)
         partial = None

@@ -69,7 +69,7 @@ def select_columns(
         programs = launch.rows_in_flight(n, row_bytes, device)
         candidates = ids.new_empty(programs, capacity, dtype=torch.int64)
         backward = Backward(g, h, scores.logp, scores.lse, None if h is None else scores.entropy)
-        of_rows = rows._replace(mask=None), backward
+        of_rows = launch.aligned(rows._replace(mask=None)), launch.aligned(backward)
         launch.sweep(selection.choose_kernel, programs, cut, device, logits, of_rows,
                      selection.Chosen(*columns, candidates), float(tolerance), softcap, *launch.layout(logits), n,
                      room, CANDIDATES=_CANDIDATES)  # fmt: skip

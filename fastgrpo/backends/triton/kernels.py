@@ -3,6 +3,7 @@
 Arguments that belong together travel in the contract's named tuples, as pointers: `Rows`, `Scores`, `TokenRows`,
 `TokenLoss`, and `TokenSpec` as floats. A member that is None compiles its code away. Lengths and strides stand alone,
 because Triton specialises upon every integer in a tuple (1, and multiples of 16) and would compile anew for another V.
+So it does upon where a tensor in a tuple begins: `launch.aligned` sees to it that all of the inputs begin at 16 bytes.
 """
 
 from __future__ import annotations

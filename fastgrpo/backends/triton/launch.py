@@ -134,6 +134,15 @@ def rows_in_flight(n_rows: int, row_bytes: int, device: torch.device) -> int:
 # ---- launches
 
 
+def aligned(vectors: Any) -> Any:
+    """A named tuple of inputs, each beginning at 16 bytes.
+
+    Triton specialises upon that for every tensor in a tuple, and a chunk of rows may begin anywhere: a kernel would be
+    compiled anew for each combination.
+    """
+    return vectors._make(x.clone() if isinstance(x, Tensor) and x.data_ptr() % 16 else x for x in vectors)
+
+
 @functools.cache
 def _options(device: torch.device, lanes: int) -> dict[str, int]:
     """Triton's own options for `lanes` threads."""

@@ -75,7 +75,7 @@ def _row_tile(source, curve, i, at, softcap, K: tl.constexpr, LANES: tl.constexp
         y = gradient_of(x, curve, softcap, HAS_H, True)
     else:
         y = gradient_of(x, curve, softcap, HAS_H, False)
-    return tl.where(j == source.target, at, tl.where(inside, y, 0.0)), j
+    return tl.where(inside, tl.where(j == source.target, at, y), 0.0), j
 
 
 @triton.jit
@@ -276,8 +276,9 @@ def _columns_of_row(row_ptr, id, at_row, inv_temperature, tolerance, softcap, V,
         bin = tl.maximum(_bin(budget / V), 1)
         end = tl.maximum(_bin(budget) + 2, bin + 1)
         # Of the columns of at least budget / room at most `room` can be dropped.
-        found, below, n_large = _candidates(source, curve, candidates, capacity, _edge(bin),
-                                            budget / room, softcap, 2 * room, K, LANES, HAS_H)  # fmt: skip
+        edge = _edge(bin)
+        found, below, n_large = _candidates(source, curve, candidates, capacity, edge, tl.maximum(budget / room, edge),
+                                            softcap, 2 * room, K, LANES, HAS_H)  # fmt: skip
         # The race: what one warp has written apart, others read.
         tl.debug_barrier()
         if n_large <= 2 * room:

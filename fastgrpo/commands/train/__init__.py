@@ -22,7 +22,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         "after; the output folder gets metrics.jsonl, reward.png and the model.",
         usage="fastgrpo train [OPTION ...]",
         epilog="Defaults in brackets are those of the tasks in the package: sums, with --recipe word problems, and "
-        "products for --model smollm2 without --dataset.",
+        f"products for --model smollm2 without --dataset. Products with --recipe: {defaults.TAGGED_PRODUCTS.steps} "
+        f"steps of {defaults.TAGGED_PRODUCTS.max_completion_length} tokens at most.",
     )
     train.set_defaults(run=run)
 

@@ -30,7 +30,9 @@ def load_rows(options: argparse.Namespace, needed: list[str], wanted_by: str) ->
     columns = {**{column: column for column in needed}, "prompt": options.prompt_column}
     for wanted, column in {**columns, "answer": options.answer_column}.items():
         if column in data.column_names:
-            data = data if column == wanted else data.rename_column(column, wanted)
+            if column != wanted:  # it takes the place of one that has the name already
+                data = data.select_columns([name for name in data.column_names if name != wanted])
+                data = data.rename_column(column, wanted)
         elif wanted in columns:
             require_column(data, "--dataset", options.dataset, column, "" if wanted == "prompt" else wanted_by)
     check_texts(data, "--dataset", options.dataset)
@@ -43,6 +45,7 @@ def load_rows(options: argparse.Namespace, needed: list[str], wanted_by: str) ->
 
 def load_table(argument: str, name: str, config: str | None = None, split: str = _defaults.SPLIT) -> Dataset:
     """A JSONL or Parquet file, or a dataset of the hub."""
+    name = os.path.expanduser(name)
     path = Path(name)
     kind = _FILE_TYPES.get(path.suffix)
     is_file = os.path.isfile(path)  # unlike the path's own, it answers whatever the name is
@@ -154,8 +157,9 @@ def load_model(
     """
     if name == smollm2.NAME and kind is AutoModelForCausalLM:
         return smollm2.load(f"{argument} {name}")
+    name = os.path.expanduser(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not os.path.isdir(os.path.expanduser(name)):
+    if looks_local and not os.path.isdir(name):
         raise UsageError(f"{argument}: no such folder: {name}")
     try:
         # fp32 weights: at GRPO's learning rates most updates would round away in bf16

@@ -30,7 +30,7 @@ from fastgrpo.trainer.grpo_trainer import GRPOTrainer
 def run(options: argparse.Namespace) -> None:
     """Run `fastgrpo train`; the last line on stdout is `accuracy 0.xx -> 0.yy`.
 
-    With a reward function of the user's own it is `reward x -> y`, its mean over the held-out prompts.
+    With a reward that does not compare with an answer it is `reward x -> y`, its mean over the held-out prompts.
     """
     with mistakes_are_shown(options.output_dir):
         _run(options)

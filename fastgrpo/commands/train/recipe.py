@@ -74,6 +74,8 @@ class Recipe:
         self.config = checked(make_config, options, self.output, self.defaults, embedded)
         if self.config.world_size > 1:
             raise UsageError(f"--recipe: expected one process, got {self.config.world_size}")
+        if self.config.n_gpu > 1:
+            raise UsageError(f"--recipe: expected one GPU (CUDA_VISIBLE_DEVICES chooses it), got {self.config.n_gpu}")
         self.task = make_task(options)
         checked(r1.reasoning_rewards, self.task.questions)  # so that an unknown language is found out now
         check_round(self.config, len(self.task.questions))

@@ -109,7 +109,8 @@ class GRPOTrainer(OwnGRPOTrainer):
         of_config = vars(self).get("_fastgrpo_objective") is None
         if of_config:  # TRL logs numbers of its own of the sampler, where it samples
             made = {name: value for name, value in made.items() if not name.startswith("sampling/")}
-        reduced = reduce_metrics(self.accelerator, objective, made, mask, accumulation)
+        per_token = inputs["advantages"].dim() == 2
+        reduced = reduce_metrics(self.accelerator, objective, made, mask, accumulation, per_token)
         if not (self._entropy_bonus_enabled if of_config else objective.entropy_coef != 0):
             del reduced["policy_loss"]
         if self.aux_loss_enabled:
