@@ -617,6 +617,16 @@ def test_sampler_keeps_groups_and_depends_on_the_epoch_only():
     assert list(shuffled) != first
 
 
+def test_the_order_of_every_epoch_is_trls():
+    theirs = pytest.importorskip("trl.trainer.utils", reason="TRL is the oracle (pip install '.[test]')").RepeatSampler
+    their, our = (dict(mini_repeat_count=2), dict(group_size=2))
+    both = dict(batch_size=3, repeat_count=2, seed=5)
+    want, got = theirs(range(11), **their, **both), RepeatSampler(range(11), **our, **both)
+    for epoch in range(3):
+        got.set_epoch(epoch)
+        assert list(got) == list(want), epoch
+
+
 def test_conversations_go_through_the_chat_template(model, tokenizer, tmp_path):
     templated = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"

@@ -20,8 +20,8 @@ class RepeatSampler(Sampler[int]):
 
     With batch_size=2, group_size=3, repeat_count=2 and no shuffling: 000111 000111 222333 222333 …; prompts that do
     not fill a batch are left out. The repeats are there because the trainer asks for a batch at every micro-step, also
-    where it goes on with the completions that it has. Order depends on seed and epoch only, so a resumed run sees the
-    same one.
+    where it goes on with the completions that it has. The order of every epoch is TRL's, and depends on seed and epoch
+    only, so a resumed run sees the same one.
     """
 
     def __init__(
@@ -43,8 +43,9 @@ class RepeatSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = list(range(self.num_prompts))
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.num_prompts, generator=generator).tolist()
+            generator = torch.Generator().manual_seed(self.seed)
+            for _ in range(self.epoch + 1):  # TRL's generator lives on from epoch to epoch
+                order = torch.randperm(self.num_prompts, generator=generator).tolist()
         for start in range(0, self.num_prompts - self.batch_size + 1, self.batch_size):
             for _ in range(self.repeat_count):
                 for index in order[start : start + self.batch_size]:
