@@ -1,7 +1,7 @@
 // What a call on rows of logits is told, by both libraries. fastgrpo/backends/native.py mirrors it field by field.
 //
-// Rows are r = b*tokens + t; vectors per row are contiguous. A field that a function does not name is not read, but for
-// a mask by CUDA's row_grad: rows outside of it get zeroes.
+// Rows are r = b*tokens + t; vectors per row are contiguous. A field that a function does not name is not read, but
+// for a mask by CUDA's row_grad: rows outside of it get zeroes.
 //   row_stats   reads  logits, softcap, ids, mask, inv_temperature                      writes logp, lse, entropy
 //   row_grad    reads  logits, softcap, ids, inv_temperature, logp, lse, entropy, g, h  writes out
 //   token_loss  reads  what row_stats reads, the rows and scalars of the objective

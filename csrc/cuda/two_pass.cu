@@ -3,8 +3,8 @@
 //
 // Grid: one block of 256 threads a row; 3 blocks a multiprocessor (at most 80 registers a thread) for the statistics,
 // 4 (64) for the gradient and the scaling. The scaling's blocks go on from row to row. Bytes moved per row: V in; for
-// these two V out as well. A tile of 8 vectors a thread stays in registers between its maximum and its sums. Accesses are
-// 128 bits wide, stores of a gradient narrower than its logits 64, but at a row's ends and where gradients lie
+// these two V out as well. A tile of 8 vectors a thread stays in registers between its maximum and its sums. Accesses
+// are 128 bits wide, stores of a gradient narrower than its logits 64, but at a row's ends and where gradients lie
 // otherwise modulo that than their logits. Rows that do not count are not read; they get zeroes.
 
 #include "kernels.h"

@@ -278,7 +278,6 @@ def make_batch(
     groups = given.get("group_ids")
     if groups is not None:
         check_tensor("group_ids", groups, (layout.num_sequences,), device, *INTEGERS)
-        groups = groups.long()
     return Batch(
         layout=layout,
         shape=shape,
@@ -295,7 +294,7 @@ def make_batch(
         num_items_in_batch=items,
         loss_scale=_scalar("loss_scale", given["loss_scale"], device, dtype),
         token_weights=weights,
-        group_ids=groups,
+        group_ids=None if groups is None else groups.long(),
         group_size=given.get("num_generations"),
         kept=kept,
         kept_given=given.get("kept_ids") is not None,
