@@ -96,8 +96,9 @@ FASTGRPO_INLINE ObjectiveResult objective(const ObjectiveSpec& spec, const Objec
       loss = most;
     }
   }
-  loss = times(loss, row.policy_scale);
-  d = times(d, row.policy_scale);
+  const float scale = row.weight == 0.0f ? 0.0f : row.policy_scale;  // so that no infinity meets that of the KL
+  loss = times(loss, scale);
+  d = times(d, scale);
 
   float k = 0.0f;
   if (spec.beta != 0.0f) {

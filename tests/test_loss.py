@@ -131,7 +131,8 @@ def test_half_precision_error_is_at_most_twice_plain_torchs(loss_type, level, dt
 def test_temperature(backend, device):
     logits, ids, kwargs = make_inputs(("old", "ref"), device=device, backend=backend)
     objective = Objective(beta=0.1, entropy_coef=0.01)
-    for temperature in (0.7, torch.linspace(0.5, 2.0, len(ids)), torch.rand(ids.shape) + 0.5, torch.tensor(1.7)):
+    of_tokens = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    for temperature in (0.7, torch.linspace(0.5, 2.0, len(ids)), of_tokens, torch.tensor(1.7)):
         on_device = temperature.to(device) if isinstance(temperature, torch.Tensor) else temperature
         want, want_grad = truth(logits, ids, objective=objective, temperature=temperature, **kwargs)
         got, grad = loss_and_grad(
@@ -482,6 +483,8 @@ def test_on_policy_an_impossible_token_has_the_ratio_1(loss_type, backend, devic
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_token_of_weight_0_has_no_say(loss_type, backend, device):
     """However far it is from the old policy and from the reference."""
+    if loss_type == "gmpo":
+        pytest.skip("its ratio is of all tokens of a sequence, whatever their weights")
     objective = objective_for(loss_type, "token", dict(beta=0.1, use_bias_correction_kl=False))
     logits, ids, kwargs = make_inputs(("old", "ref"), batch=2, length=2, device=device, backend=backend)
     kwargs["token_weights"] = torch.tensor([[0.0, 1.0], [1.0, 1.0]], device=device)

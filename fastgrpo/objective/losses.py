@@ -169,8 +169,8 @@ def _vespo_weight(t: Tokens) -> Tensor:
 
 
 def _by_sign(positive: Tensor, one: float, other: float, like: Tensor) -> Tensor:
-    """One number where `positive`, else another, in the dtype of `like`: of two numbers, where() takes the default."""
-    return torch.where(positive, torch.full_like(like, one), other)
+    """One number where `positive`, else another, rounded to fp32 as in TRL and the kernels, in the dtype of `like`."""
+    return torch.where(positive, torch.full_like(like, one, dtype=torch.float32), other).to(like.dtype)
 
 
 def _or_off(t: Tokens, bounded: Tensor) -> Tensor:

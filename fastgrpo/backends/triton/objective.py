@@ -126,11 +126,13 @@ def token_objective(row, scores, advantage, token, spec, out):
     if token.ref is not None:
         ref = tl.load(token.ref + row)
     loss, dloss, kl, dkl, ratio = _objective(logp, d, ref, advantage, spec)
+    factor = tl.load(token.weight + row)
+    scale = 1.0
     if token.policy_scale is not None:
         scale = tl.load(token.policy_scale + row)
-        loss = _times(loss, scale)
-        dloss = _times(dloss, scale)
-    factor = tl.load(token.weight + row)
+    scale = tl.where(factor == 0.0, 0.0, scale)  # so that no infinity meets that of the KL
+    loss = _times(loss, scale)
+    dloss = _times(dloss, scale)
     if spec.beta != 0.0:
         loss += spec.beta * kl
         dloss += spec.beta * dkl
