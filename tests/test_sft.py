@@ -209,3 +209,9 @@ def test_mistakes(tokenizer, tmp_path):
         make_trainer(tokenizer, tmp_path, [{"prompt": "3"}])
     with pytest.raises(ValueError, match="remove_unused_columns: expected False"):
         make_trainer(tokenizer, tmp_path, remove_unused_columns=True)
+
+
+def test_several_gpus_in_one_process_are_refused(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    with pytest.raises(ValueError, match="SFTTrainer runs one process per GPU"):
+        make_trainer(tokenizer, tmp_path)

@@ -119,9 +119,9 @@ def reduce_metrics(
     *columns, tokens = accelerator.gather(packed).view(-1, len(packed)).T
     per_sequence, reduced = objective.importance_sampling_level == "sequence" and not advantages_per_token, {}
     nothing = mask.new_zeros(0, dtype=torch.float32)
-    of_sequences = (
-        {*objective.record.logs} if objective.record.logs_of_sequences and not advantages_per_token else set()
-    )
+    of_sequences: set[str] = set()
+    if objective.record.logs_of_sequences and not advantages_per_token:
+        of_sequences |= {*objective.record.logs}
     if per_sequence:
         of_sequences |= {*objective.record.shares(objective, nothing, nothing), "clip_ratio/region_mean"}
     gathered = dict(zip(values, columns, strict=True))
